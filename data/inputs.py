@@ -1,0 +1,222 @@
+"""What comes from outside: data folders, settings, titles; what cannot be right is refused with the cure.
+
+A data folder holds:
+
+    interactions.csv   user_id, item_id, position or timestamp; optional rating
+    items.csv          item_id, then any of title, keywords, genres, category (text)
+
+Ids are any strings. Rows come in any order: users are sorted by id, a user's items by position
+(equal ones by their place in items.csv), so the order of the rows changes nothing.
+"""
+import csv
+import difflib
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+TEXT_COLUMNS = ("title", "keywords", "genres", "category")
+
+
+class InputError(ValueError):
+    """Something the user can mend: the message names the file, the line and the cure."""
+
+
+@dataclass
+class Dataset:
+    """Users' histories over a catalogue; an item is its row number in items.csv."""
+    name: str
+    item_ids: list                     # n strings
+    titles: list                       # n strings: the title, else the keywords, else the id
+    texts: list                        # n strings: all text columns joined
+    user_ids: list                     # B strings, sorted
+    histories: list                    # B lists of item indices, oldest first, no repeats, three or more
+    liked: list                        # B lists of bool: liked, or only clicked (by the rating; all liked without one)
+    train: list = field(default_factory=list)   # histories without their last two items, the validation and test targets
+    dropped_repeats: int = 0           # interactions with an item that the user had already
+    dropped_users: int = 0             # users left with fewer than three items
+    truth: dict = field(default_factory=dict)   # toy only: {"liked": B sets, "shown": B sets}
+
+
+def _rows(path, required):
+    """Yield (line number, {column: stripped value}) of a CSV file with these columns."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            reader = csv.reader(f, strict=True)
+            header = None
+            for row in reader:
+                row = [value.strip() for value in row]
+                if not any(row):
+                    continue                                   # a blank line
+                if header is None:
+                    header = [name.lower() for name in row]
+                    _check_header(path, header, required)
+                elif len(row) != len(header):
+                    raise InputError(f"{path}, line {reader.line_num}: {len(row)} fields, the header has "
+                                     f"{len(header)}; quote a field that holds a comma or a quote")
+                else:
+                    yield reader.line_num, dict(zip(header, row))
+            if header is None:
+                raise InputError(f"{path} is empty; its first line should name the columns, {', '.join(required)} among them")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; a data folder holds interactions.csv and items.csv") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; unpack it if it is compressed, or save it as UTF-8") from None
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: {error}; write the file with a CSV library") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _check_header(path, header, required):
+    twice = {name for name in header if header.count(name) > 1}
+    if twice:
+        raise InputError(f"{path}: column {twice.pop()!r} stands twice in the first line")
+    for name in required:
+        if name not in header:
+            raise InputError(f"{path}: no column {name!r} in the first line, which reads {','.join(header)[:200]!r}")
+
+
+def _number(text, path, line, column):
+    """A finite int or float; an int stays exact, however large."""
+    try:
+        value = int(text) if text.lstrip("+-").isdecimal() else float(text)
+        if "_" in text or not math.isfinite(value):
+            raise ValueError
+        return value
+    except (ValueError, OverflowError):
+        raise InputError(f"{path}, line {line}: {column} {text[:40]!r} is not a finite number") from None
+
+
+def _read_items(path):
+    ids, titles, texts = [], [], []
+    seen = set()
+    for line, row in _rows(path, ["item_id"]):
+        item = row["item_id"]
+        if not item:
+            raise InputError(f"{path}, line {line}: item_id is empty")
+        if item in seen:
+            raise InputError(f"{path}, line {line}: item {item!r} stands twice; give each item one row")
+        seen.add(item)
+        ids.append(item)
+        titles.append(" ".join((row.get("title") or row.get("keywords") or item).split()))
+        texts.append(" ".join(row[c] for c in TEXT_COLUMNS if row.get(c)))
+    if not ids:
+        raise InputError(f"{path} has a header but no items")
+    return ids, titles, texts
+
+
+def _read_events(path, index):
+    """{user: [(position, item, rating or None)]} in the order of the rows."""
+    events = {}
+    order = None
+    for line, row in _rows(path, ["user_id", "item_id"]):
+        order = order or next((c for c in ("position", "timestamp") if c in row), None)
+        if order is None:
+            raise InputError(f"{path}: no column 'position' or 'timestamp' in the first line; one of them gives the order")
+        user, item = row["user_id"], row["item_id"]
+        if not user:
+            raise InputError(f"{path}, line {line}: user_id is empty")
+        if item not in index:
+            raise InputError(f"{path}, line {line}: item {item[:40]!r} is not in items.csv; add it there or drop the row")
+        rating = _number(row["rating"], path, line, "rating") if "rating" in row else None
+        events.setdefault(user, []).append((_number(row[order], path, line, order), index[item], rating))
+    if not events:
+        raise InputError(f"{path} has a header but no interactions")
+    return events
+
+
+def read_folder(folder):
+    """The Dataset of a folder; raises InputError on anything that cannot be right."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; --data takes toy, ml-100k or a folder with interactions.csv and items.csv")
+    item_ids, titles, texts = _read_items(folder / "items.csv")
+    events = _read_events(folder / "interactions.csv", {item: i for i, item in enumerate(item_ids)})
+    data = Dataset(folder.resolve().name, item_ids, titles, texts, [], [], [])
+    ratings = [r for rows in events.values() for _, _, r in rows if r is not None]
+    # Liked: at least 70 % of the highest rating, which is 4 and 5 of 5; anything less is only a click.
+    threshold = 0.7 * max(ratings) if ratings else None
+    for user in sorted(events):
+        kept = {}                                              # item → liked; the first place counts
+        for _, item, rating in sorted(events[user], key=lambda e: e[:2]):
+            kept.setdefault(item, rating is None or rating >= threshold)
+        data.dropped_repeats += len(events[user]) - len(kept)
+        if len(kept) < 3:
+            data.dropped_users += 1
+            continue
+        data.user_ids.append(user), data.histories.append(list(kept)), data.liked.append(list(kept.values()))
+    if not data.histories:
+        raise InputError(f"{folder}: no user has three different items, so nothing is left to train and test on")
+    data.train = [history[:-2] for history in data.histories]
+    if (folder / "truth.csv").exists():
+        data.truth = _read_truth(folder / "truth.csv", item_ids, data.user_ids)
+    return data
+
+
+def _read_truth(path, item_ids, user_ids):
+    index = {item: i for i, item in enumerate(item_ids)}
+    rows = {row["user_id"]: row for _, row in _rows(path, ["user_id", "liked", "shown"])}
+    try:
+        return {c: [{index[i] for i in rows[u][c].split()} for u in user_ids] for c in ("liked", "shown")}
+    except KeyError as missing:
+        raise InputError(f"{path}: user or item {missing} is missing; write it again with data/make_toy.py") from None
+
+
+def check(settings, methods, devices):
+    """Methods and seeds as lists; InputError for a setting that makes no sense, before anything is written.
+
+    methods: all there are, in the table's order; devices: those of this machine.
+    """
+    asked = settings.methods.split(",")
+    for method in asked:
+        if method not in methods:
+            raise InputError(f"--methods: unknown method {method!r}; choose of {', '.join(methods)}")
+    if set(asked) - {"pop", "cm"}:
+        asked.append("sft")                                    # all the others start from it
+    try:
+        seeds = list(dict.fromkeys(int(seed) for seed in settings.seeds.split(",")))
+        weights = [float(w) for w in settings.weights.split(",")]
+    except ValueError as error:
+        raise InputError(f"--seeds and --weights take numbers with commas between them ({error})") from None
+    if len(weights) != 3 or not all(0 <= w < math.inf for w in weights):
+        raise InputError(f"--weights {settings.weights}: give three numbers, none negative: w_a,w_ŷ,w_s")
+    least = {"lam": 0, "trajectories": 0, "dropout": 0}
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if not isinstance(value, str) and not least.get(f.name, 1 if isinstance(value, int) else 1e-12) <= value < math.inf:
+            raise InputError(f"--{f.name.replace('_', '-')} {value}: too small")
+    if settings.ids not in ("content", "mixed") or settings.dropout >= 1 or settings.width % 32:
+        raise InputError("--ids is content or mixed, --dropout is below 1, and --width is a multiple of 32")
+    if settings.device != "auto" and settings.device not in devices:
+        raise InputError(f"--device {settings.device} is not here; choose of auto, {', '.join(devices)}")
+    return [m for m in methods if m in asked], seeds
+
+
+def check_out(settings):
+    """Raises InputError where --out holds a run with other settings; its rows would not be comparable."""
+    path = Path(settings.out) / "results.json"
+    if not path.exists():
+        return
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    except (ValueError, KeyError):
+        raise InputError(f"{path} is not a results file of this program; choose another --out") from None
+    for name, value in asdict(settings).items():
+        if name not in ("methods", "seeds", "out", "device") and old.get(name) != value:
+            raise InputError(f"{settings.out} holds a run with --{name.replace('_', '-')} {old.get(name)}, not {value}; "
+                             "choose another --out, or delete that folder")
+
+
+def find_item(name, ids, titles):
+    """Index of the item with this id or title; InputError, with near matches, if there is none or more than one."""
+    if name in ids:
+        return ids.index(name)
+    lowered = [title.lower() for title in titles]
+    found = [i for i, title in enumerate(lowered) if title == name.lower()]
+    if len(found) == 1:
+        return found[0]
+    near = [titles[lowered.index(t)] for t in difflib.get_close_matches(name.lower(), lowered, 3, 0.4)]
+    hint = f"; near: {', '.join(map(repr, near))}" if near else ""
+    raise InputError(f"several items have the title {name!r}: give one's id, {', '.join(ids[i] for i in found[:5])}" if found
+                     else f"no item has the id or title {name!r}{hint}")

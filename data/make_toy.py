@@ -1,0 +1,102 @@
+"""Write the toy world: a small catalogue whose users' *true* preferences are known.
+
+    python data/make_toy.py            writes data/toy/*.csv, the same bytes every time
+
+A logging policy with a strong popularity bias decides what a user is shown; the user
+likes what fits their taste, shown or not. Only liked items that were shown enter the log:
+
+    interactions.csv   user_id, item_id, position: shown and liked, in the order of showing
+    items.csv          item_id, title, genres
+    truth.csv          user_id, liked, shown: item ids; liked minus shown is what the user
+                       would like but never saw, so exposure bias can be measured
+"""
+import argparse
+import csv
+from pathlib import Path
+
+import numpy as np
+
+# Two themes share a genre, so a genre alone does not give the theme away.
+THEMES = {"sea": ("Adventure", "Harbour Tide Lighthouse Reef"), "desert": ("Adventure", "Dune Caravan Oasis Mirage"),
+          "space": ("Science", "Orbit Comet Nebula Signal"), "robots": ("Science", "Machine Circuit Engine Automaton"),
+          "court": ("Crime", "Verdict Witness Alibi Jury"), "heist": ("Crime", "Vault Forger Diamond Getaway"),
+          "kitchen": ("Comedy", "Recipe Bistro Supper Pepper"), "office": ("Comedy", "Memo Meeting Elevator Intern"),
+          "castle": ("Fantasy", "Crown Dragon Tower Spell"), "forest": ("Fantasy", "Grove Fox Lantern Thicket"),
+          "opera": ("Music", "Aria Overture Soprano Duet"), "jazz": ("Music", "Trumpet Cellar Rhythm Midnight")}
+ADJECTIVES = ("Silent Golden Broken Hidden Last Crimson Endless Little Wild Frozen Lucky Burning "
+              "Distant Velvet Second Hollow Gentle Bitter Northern Paper Secret Borrowed Rising Empty").split()
+
+
+def make_world(num_users, items_per_theme, num_themes, seed):
+    """The log and the truth: lists `log`, `liked` and `shown` of item indices for each user."""
+    rng = np.random.default_rng(seed)
+    n = num_themes * items_per_theme
+    theme = np.repeat(np.arange(num_themes), items_per_theme)
+    # Exposure falls as 1/rank inside a theme; the ranks say nothing about how good an item is.
+    rank = np.concatenate([rng.permutation(items_per_theme) for _ in range(num_themes)])
+    exposure = 1.0 / (1 + rank)
+    log, liked, shown = [], [], []
+    for _ in range(num_users):
+        favourites = rng.choice(num_themes, size=min(3, num_themes), replace=False)
+        # A user likes half of each favourite theme and one other item in fifty.
+        likes = rng.random(n) < np.where(np.isin(theme, favourites), 0.5, 0.02)
+        mood, seen, kept = favourites[0], [], []
+        available = np.ones(n, bool)
+        for _ in range(rng.integers(12, 30)):
+            if rng.random() < 0.35:                            # moods last about three items
+                mood = rng.choice(favourites)
+            # Mostly the current mood; now and then whatever is popular anywhere.
+            pool = available & (theme == mood) if rng.random() < 0.9 else available
+            if not pool.any():
+                continue
+            weight = exposure * pool
+            item = int(rng.choice(n, p=weight / weight.sum()))
+            available[item] = False
+            seen.append(item)
+            if likes[item]:
+                kept.append(item)
+        log.append(kept), shown.append(seen), liked.append(np.flatnonzero(likes).tolist())
+    return log, liked, shown
+
+
+def titles(num_themes, items_per_theme):
+    """(title, genre) of every item; made of a theme's nouns and a common list of adjectives."""
+    names = list(THEMES)
+    rows = []
+    for t in range(num_themes):
+        genre, nouns = THEMES[names[t % len(names)]]
+        for j in range(items_per_theme):
+            noun = nouns.split()[j % 4]
+            series = t // len(names) * 10000 + j // len(ADJECTIVES)
+            rows.append((f"{ADJECTIVES[j % len(ADJECTIVES)]} {noun}" + (f" {series + 1}" if series else ""), genre))
+    return rows
+
+
+def write(folder, num_users=700, items_per_theme=20, num_themes=12, seed=7):
+    """Write the three CSV files of a toy world of any size into `folder`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    log, liked, shown = make_world(num_users, items_per_theme, num_themes, seed)
+    with open(folder / "items.csv", "w", newline="", encoding="utf-8") as f:
+        out = csv.writer(f, lineterminator="\n")
+        out.writerow(["item_id", "title", "genres"])
+        out.writerows((i, title, genre) for i, (title, genre) in enumerate(titles(num_themes, items_per_theme)))
+    with open(folder / "interactions.csv", "w", newline="", encoding="utf-8") as f:
+        out = csv.writer(f, lineterminator="\n")
+        out.writerow(["user_id", "item_id", "position"])
+        out.writerows((u, i, p) for u, items in enumerate(log) for p, i in enumerate(items))
+    with open(folder / "truth.csv", "w", newline="", encoding="utf-8") as f:
+        out = csv.writer(f, lineterminator="\n")
+        out.writerow(["user_id", "liked", "shown"])
+        out.writerows((u, " ".join(map(str, a)), " ".join(map(str, b))) for u, (a, b) in enumerate(zip(liked, shown)))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default=Path(__file__).parent / "toy", help="folder to write (default: data/toy)")
+    parser.add_argument("--users", type=int, default=700)
+    parser.add_argument("--themes", type=int, default=12)
+    parser.add_argument("--items-per-theme", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=7)
+    args = parser.parse_args()
+    write(args.out, args.users, args.items_per_theme, args.themes, args.seed)

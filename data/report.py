@@ -1,0 +1,79 @@
+"""The report: results.json, the Markdown table, the pictures. Nothing in here knows how a policy is trained."""
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+def write_json(path, value):
+    """Write under a temporary name, then rename, so that a file is whole or not there."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    os.replace(part, path)
+
+
+def paired_gain(rows, method, base, metric, seed=0, samples=1000):
+    """Gain of a method over a base in recall@k or ndcg@k: mean over users and seeds, and a 95 % bootstrap interval over users."""
+    name, k = metric.split("@")
+
+    def per_user(method):
+        ranks = np.array([row["ranks"] for row in rows if row["method"] == method])      # (seeds, users)
+        hit = (ranks > 0) & (ranks <= int(k))
+        return (hit if name == "recall" else hit / np.log2(ranks + 1, where=ranks > 0, out=np.ones(ranks.shape))).mean(0)
+    gain = per_user(method) - per_user(base)
+    rng = np.random.default_rng(seed)
+    means = [gain[rng.integers(len(gain), size=len(gain))].mean() for _ in range(samples)]
+    return {"gain": gain.mean(), "low": np.quantile(means, 0.025), "high": np.quantile(means, 0.975)}
+
+
+def results_of(rows, data, settings):
+    """results.json: sizes, settings, versions, every run, mean and standard deviation, paired gains over SFT."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    of = {m: [row["metrics"] for row in rows if row["method"] == m] for m in methods}
+    summary = {m: {k: {"mean": float(np.mean([r[k] for r in of[m]])), "std": float(np.std([r[k] for r in of[m]]))}
+                   for k in of[m][0]} for m in methods}
+    ranking = [f"{name}@{k}" for k in (5, 10) for name in ("recall", "ndcg")]
+    out = {"data": {"name": data.name, "users": len(data.histories), "items": len(data.item_ids),
+                    "interactions": sum(map(len, data.histories))},
+           "settings": asdict(settings),
+           "versions": {"python": sys.version.split()[0], **{m: sys.modules[m].__version__ for m in ("torch", "transformers", "numpy")}},
+           "runs": [{k: v for k, v in row.items() if k != "ranks"} for row in rows], "summary": summary}
+    for key, base in (("paired", "sft"), ("paired_continued", "sft-continued")):
+        out[key] = {m: {k: paired_gain(rows, m, base, k) for k in ranking}
+                    for m in methods if base in of and m != base and len(of[m]) == len(of[base])}
+    return out
+
+
+def table_of(results, names):
+    """The Markdown table: mean ± standard deviation over seeds, and the gain in NDCG@10 over SFT with its interval."""
+    columns = ["recall@5", "ndcg@5", "recall@10", "ndcg@10", "coverage@10"]
+    lines = ["| method | " + " | ".join(columns) + " | NDCG@10 over SFT [95 %] | train s |", "|---" * (len(columns) + 3) + "|"]
+    for method, row in results["summary"].items():
+        cells = [f"{row[c]['mean']:.4f} ± {row[c]['std']:.4f}" for c in columns]
+        gain = results["paired"].get(method, {}).get("ndcg@10")
+        base = results["summary"].get("sft", {}).get("ndcg@10", {}).get("mean", 0)
+        percent = f"{100 * gain['gain'] / base:+.1f} % [{100 * gain['low'] / base:+.1f}, {100 * gain['high'] / base:+.1f}]" if gain and base else ""
+        seconds = np.mean([r["seconds"]["train"] for r in results["runs"] if r["method"] == method])
+        lines.append(f"| {names[method]} | " + " | ".join(cells) + f" | {percent} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def plot_curves(results, names, path):
+    """curves.png: validation NDCG@10 against epochs, a line per method and seed."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for run in results["runs"]:
+        if run["curve"]:
+            first = run["seed"] == results["runs"][0]["seed"]
+            axis.plot([p["epoch"] for p in run["curve"]], [p["ndcg@10"] for p in run["curve"]],
+                      color=f"C{list(names).index(run['method'])}", label=names[run["method"]] if first else None)
+    axis.set_xlabel("epoch"), axis.set_ylabel("validation NDCG@10"), axis.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+

@@ -1,0 +1,614 @@
+"""GFlowGR in one file: fine-tune a generative recommender so that P(item | user) follows a reward.
+
+A generative recommender writes the next item's semantic ID code by code. Fine-tuning on the log alone (SFT) teaches it
+what was shown, not what would be liked: exposure bias. GFlowGR reads an ID as a path down a tree and trains a GFlowNet
+on it: logged items, and unobserved ones picked with the help of a collaborative model (CM), get probabilities in
+proportion to their reward.
+"""
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------------
+METHODS = {"pop": "Popularity", "cm": "CM alone", "sft": "SFT", "sft-continued": "SFT (continued)", "tb": "GFlowGR-TB", "fm": "GFlowGR-FM", "vargrad": "VG"}
+
+
+def setting(default, help):
+    """A field of Settings whose flag has this help text."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Settings:
+    """Everything that can be set; each field is a flag of the same name."""
+    data: str = setting("toy", "toy, ml-100k, or a folder with interactions.csv and items.csv")
+    methods: str = setting("pop,cm,sft,sft-continued,tb", "rows of the table, of: " + ", ".join(METHODS))
+    seeds: str = setting("42", "comma-separated; every method runs once with each")
+    out: str = setting("", "folder for results, pictures and models (default: runs/NAME-OF-DATA)")
+    device: str = setting("auto", "auto, cuda, mps or cpu")
+    ids: str = setting("mixed", "what the semantic IDs are made of: content (text alone) or mixed (text and co-occurrence)")
+    codes: int = setting(128, "K, codes a level: K^3 must hold the catalogue, with room to keep cells small")
+    window: int = setting(20, "items of the history that the policy reads: the last ones say most")
+    width: int = setting(128, "hidden size: enough for 10^4 items, trains on two cores")
+    layers: int = setting(3, "transformer blocks")
+    dropout: float = setting(0.2, "less over-fits in ten epochs on 10^5 interactions")
+    batch: int = setting(128, "rows a step")
+    rate: float = setting(2e-3, "peak learning rate, of AdamW with warm-up and cosine: small models like it high")
+    sft_epochs: int = setting(10, "passes of SFT over the training rows")
+    epochs: int = setting(10, "passes of each fine-tuning, the same for every method")
+    trajectories: int = setting(3, "N, augmented trajectories a context: the paper's best")
+    positions: int = setting(4, "contexts a row that get trajectories: one in two or three keeps a step near 2 x SFT")
+    weights: str = setting("0.3,0.65,0.05", "w_a,w_ŷ,w_s of the reward: the shares of action, CM and ID similarity")
+    lam: float = setting(0.1, "λ, the GFlowNet's share of the loss")
+    beams: int = setting(20, "beam width when ranking")
+    validate_users: int = setting(2000, "users that choose the epoch: standard error .005 of NDCG, in seconds")
+
+
+# What differs from the defaults above on the two data sets that come by themselves, and in a smoke run.
+PRESETS = {"toy": dict(codes=16, width=64, layers=2, batch=64, sft_epochs=8, epochs=8),
+           "ml-100k": dict(codes=64, width=96, window=30, batch=64, sft_epochs=12, epochs=12)}
+QUICK = dict(sft_epochs=1, epochs=1)
+
+
+def parse_arguments(argv):
+    """Flags to (Settings, the other arguments); runs before torch is imported, so that --help answers at once."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.error = lambda message: parser.exit(2, f"error: {message}; --help lists what there is\n")
+    for f in fields(Settings):
+        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), metavar=type(f.default).__name__.upper(),
+                            help=f"{f.metadata['help']} (default: {f.default})")
+    parser.add_argument("--quick", action="store_true", help="a smoke run in seconds: one epoch of everything")
+    parser.add_argument("--resume", action="store_true", help="keep the finished rows in --out and go on")
+    parser.add_argument("--recommend", nargs="+", metavar="TITLE_OR_ID", help="print ten titles for this history, and stop")
+    parser.add_argument("--model", metavar="DIR", help="the saved model for --recommend, such as runs/toy/tb-42")
+    args = parser.parse_args(argv)
+    chosen = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name) is not None}
+    preset = PRESETS.get(chosen.get("data", Settings.data), {})
+    settings = Settings(**{**preset, **(QUICK if args.quick else {}), **chosen})
+    settings.out = settings.out or f"runs/{Path(settings.data).resolve().name}{'-quick' if args.quick else ''}"
+    if bool(args.recommend) != bool(args.model):
+        parser.error("--recommend and --model go together")
+    return settings, args
+
+
+if __name__ == "__main__":
+    SETTINGS, ARGUMENTS = parse_arguments(sys.argv[1:])        # before the slow imports
+
+import numpy as np                                             # noqa: E402
+import torch                                                   # noqa: E402
+import torch.nn.functional as F                                # noqa: E402
+import transformers                                            # noqa: E402
+from tqdm import tqdm                                          # noqa: E402
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel   # noqa: E402
+
+from data import ml_100k                                       # noqa: E402
+from data.inputs import InputError, check, check_out, find_item, read_folder   # noqa: E402
+from data.report import plot_curves, results_of, table_of, write_json          # noqa: E402
+from reward import CollaborativeModel, Reward                  # noqa: E402
+from tokenizer import SemanticIDs, item_features               # noqa: E402
+
+NEVER = -1e9                                                   # log-probability of what cannot be; finite, so 0 · NEVER is 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The policy: P_F(next code | user, codes so far)
+# ---------------------------------------------------------------------------------------------------------------------
+class Policy(torch.nn.Module):
+    """A small GPT-2 that reads a history and writes a semantic ID, plus the table of IDs.
+
+    Vocabulary: L·K codes (code c of level l is token l·K + c), one <user> token that opens every row, and one token
+    for each item of the history. A row of tokens is a *packed tree*: the history once, and behind it any number of
+    branches, each the first L−1 codes of one item; a branch sees the history up to its own end and itself, no other
+    branch. The last code of a path is predicted but never read.
+    """
+
+    def __init__(self, semantic_ids, window=20, width=128, layers=3, dropout=0.2, lm=None):
+        super().__init__()
+        K, L, n = semantic_ids.num_codes, semantic_ids.num_levels, len(semantic_ids.codes)
+        self.semantic_ids, self.window, self.user_token = semantic_ids, window, K * L
+        self.catalogue = {}                                    # item_ids and titles, when they are known
+        self.lm = lm or GPT2LMHeadModel(GPT2Config(
+            vocab_size=L * K + 1 + n, n_positions=window + L, n_embd=width, n_layer=layers, n_head=max(1, width // 32),
+            activation_function="gelu_pytorch_tanh",           # gelu_new's values, faster on CPU
+            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=L * K, eos_token_id=L * K))
+        self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)   # log F(s) of a prefix; of the root: log Z(U)
+        torch.nn.init.zeros_(self.flow_head.weight)
+        for name in ("codes", "nodes", "children"):            # buffers move with .to(device); not saved
+            self.register_buffer("id_" + name, getattr(semantic_ids, name), persistent=False)
+
+    @torch.no_grad()
+    def start_from(self, features):
+        """Set the token embeddings from item features (n, d): an item's is its feature, a code's the mean residual below it.
+
+        So a history starts out near the codes of similar items, which the same features made (LETTER and others start
+        from their codebooks likewise). Training begins where it would otherwise be after several epochs.
+        """
+        n, d = len(features), self.lm.config.n_embd
+        K, wte = self.semantic_ids.num_codes, self.lm.transformer.wte.weight
+        mixing = torch.randn(features.shape[1], d)             # a random projection keeps the angles
+        vector = torch.as_tensor(features, dtype=torch.float32)
+        vector = (vector - vector.mean(0)) @ mixing
+        vector *= self.lm.config.initializer_range / vector.std().clamp(min=1e-6)
+        wte[-n:] = vector
+        for level in range(self.semantic_ids.num_levels):
+            code = self.id_codes[:, level]
+            total = torch.zeros(K, d).index_add_(0, code, vector)
+            wte[level * K:(level + 1) * K] = total / torch.bincount(code, minlength=K).clamp(min=1)[:, None]
+            vector = vector - wte[level * K + code]
+
+    def tokens(self, histories):
+        """Token rows (B, C) of the last `window` items, <user> first, padded on the right; and their lengths in items (B,)."""
+        recent = [history[-self.window:] if history else [] for history in histories]
+        lengths = torch.tensor([len(history) for history in recent])
+        rows = torch.full((len(recent), 1 + int(lengths.max())), self.user_token)
+        for row, history in zip(rows, recent):
+            row[1:1 + len(history)] = torch.tensor(history, dtype=torch.long) + self.user_token + 1
+        return rows.to(self.device), lengths.to(self.device)
+
+    @property
+    def device(self):
+        return self.id_codes.device
+
+    def _logits(self, hidden, level):
+        """(..., d) → (..., K): one head per level, the level's rows of the embedding, since no other code is ever legal."""
+        K = self.semantic_ids.num_codes
+        return hidden @ self.lm.transformer.wte.weight[level * K:(level + 1) * K].T
+
+    def forward(self, tokens, ends, items):
+        """log P_F of every next code along packed branches, and log F of every prefix.
+
+        tokens (B, C) histories; branch e of a row goes on from the history's first ends[b, e] items and is the path
+        of items[b, e]: both (B, E). → (B, E, L, K) log-probabilities over the legal codes (NEVER elsewhere), and
+        (B, E, L) log flows of the prefixes s_0 … s_{L-1}.
+        """
+        (B, C), E, L, K = tokens.shape, ends.shape[1], self.semantic_ids.num_levels, self.semantic_ids.num_codes
+        depth = torch.arange(L - 1, device=tokens.device)
+        branches = (self.id_codes[items][..., :-1] + depth * K).reshape(B, -1)           # (B, E·(L-1)) tokens
+        visible = ends[..., None].expand(B, E, L - 1).reshape(B, -1)                     # history that each may see
+        place = torch.arange(C, device=tokens.device).expand(B, C)
+        position = torch.cat([place, visible + 1 + depth.repeat(E)], 1)                  # (B, C + E·(L-1))
+        # Who sees whom: the history up to one's own end; and, inside a branch, the codes before and oneself.
+        history = place[:, None, :] <= torch.cat([place, visible], 1)[:, :, None]        # (B, C + E·(L-1), C)
+        block = torch.ones(L - 1, L - 1, device=tokens.device).tril()
+        branch = F.pad(torch.block_diag(*[block] * E), (0, 0, C, 0)) > 0                 # (C + E·(L-1), E·(L-1))
+        mask = torch.cat([history, branch.expand(B, -1, -1)], 2)
+        mask = torch.zeros(mask.shape, device=tokens.device).masked_fill_(~mask, NEVER)[:, None]
+        hidden = self.lm.transformer(torch.cat([tokens, branches], 1), attention_mask=mask, position_ids=position,
+                                     use_cache=False).last_hidden_state                  # (B, C + E·(L-1), d)
+        root = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1]))        # (B, E, d)
+        prefixes = torch.cat([root[:, :, None], hidden[:, C:].reshape(B, E, L - 1, -1)], 2)   # (B, E, L, d)
+        logits = torch.stack([self._logits(prefixes[:, :, level], level) for level in range(L)], 2)
+        legal = self.id_children[self.id_nodes[items][..., :-1]] >= 0                              # (B, E, L, K)
+        log_probs = logits.masked_fill(~legal, NEVER).log_softmax(-1)
+        return log_probs, self.flow_head(prefixes)[..., 0]
+
+    def steps(self, log_probs, items):
+        """log P_F of the codes that were taken: (B, E, L, K), items (B, E) → (B, E, L)."""
+        return log_probs.gather(-1, self.id_codes[items][..., None])[..., 0]
+
+    def path_log_probs(self, histories, items):
+        """log P_F of each step on the paths of items (B, J) after histories (B lists) → (B, J, L), natural logs."""
+        tokens, lengths = self.tokens(histories)
+        items = torch.as_tensor(items, device=self.device)
+        log_probs, _ = self(tokens, lengths[:, None].expand_as(items), items)
+        return self.steps(log_probs, items)
+
+    @torch.no_grad()
+    def recommend(self, histories, k=10, beams=20):
+        """The k best items after each history: (items (B, k), log_probs (B, k)), best first; −1 and −inf where none is left.
+
+        Beam search over legal codes, all beams of a user as extra positions of one row under a tree mask. Never an
+        item of the history, never a duplicate; with enough beams it is exact. log_probs are log P_F of the whole path.
+        """
+        beams, (L, K) = max(beams, k), (self.semantic_ids.num_levels, self.semantic_ids.num_codes)
+        tokens, lengths = self.tokens(histories)
+        B, C = tokens.shape
+        place = torch.arange(C, device=self.device)
+        causal = torch.zeros(C, C, device=self.device).masked_fill_(place[None] > place[:, None], NEVER)
+        cache = DynamicCache()
+        hidden = self.lm.transformer(tokens, cache, attention_mask=causal.expand(B, 1, C, C),
+                                     position_ids=place.expand(B, C), use_cache=True).last_hidden_state
+        hidden = hidden.gather(1, lengths[:, None, None].expand(-1, 1, hidden.shape[-1]))      # (B, 1, d)
+        visible = torch.zeros(B, 1, C, device=self.device).masked_fill_(place > lengths[:, None, None], NEVER)
+        score = torch.zeros(B, 1, device=self.device)          # (B, W) log P_F of each beam's prefix
+        node = torch.zeros(B, 1, dtype=torch.long, device=self.device)
+        for level in range(L):
+            child = self.id_children[node]                                                     # (B, W, K)
+            log_probs = self._logits(hidden, level).masked_fill(child < 0, NEVER).log_softmax(-1)
+            total = (score[..., None] + log_probs).masked_fill(child < 0, -math.inf).flatten(1)   # (B, W·K)
+            child = child.flatten(1)
+            if level == L - 1:
+                break                                          # the children are items now
+            score, best = total.topk(min(beams, total.shape[1]), 1)                            # (B, W)
+            node, parent, W = child.gather(1, best), best // K, best.shape[1]
+            # A beam sees what its parent saw, and itself; the cache is never reordered.
+            itself = torch.full((W, W), NEVER, device=self.device).fill_diagonal_(0).expand(B, W, W)
+            visible = torch.cat([visible.gather(1, parent[..., None].expand(-1, -1, visible.shape[2])), itself], 2)
+            hidden = self.lm.transformer(level * K + best % K, cache, attention_mask=visible[:, None],
+                                         position_ids=(lengths[:, None] + 1 + level).expand(B, W),
+                                         use_cache=True).last_hidden_state                     # (B, W, d)
+        child = torch.where(child < 0, -1, child - self.semantic_ids.num_prefixes)
+        owned = torch.zeros(B, len(self.id_codes), dtype=torch.bool)
+        for b, history in enumerate(histories):
+            owned[b, history] = True
+        total = total.masked_fill(owned.to(self.device).gather(1, child.clamp(min=0)), -math.inf)
+        total, child = F.pad(total, (0, k), value=-math.inf), F.pad(child, (0, k), value=-1)
+        score, best = total.topk(k, 1)
+        return child.gather(1, best).masked_fill(score == -math.inf, -1), score
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors (plain GPT-2) and semantic_ids.json (IDs, item ids, titles)."""
+        self.lm.save_pretrained(folder)
+        ids = {"num_codes": self.semantic_ids.num_codes, "codes": self.semantic_ids.codes.tolist(), **self.catalogue}
+        write_json(Path(folder) / "semantic_ids.json", ids)
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """The Policy that save_pretrained wrote (its flow head, used in training alone, starts anew); ValueError if it is none."""
+        try:
+            ids = json.loads((Path(folder) / "semantic_ids.json").read_text(encoding="utf-8"))
+            semantic_ids = SemanticIDs(np.array(ids["codes"]), ids["num_codes"])
+            lm = GPT2LMHeadModel.from_pretrained(folder)
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{folder} holds no saved model: {str(error).splitlines()[0]}") from None
+        expected = semantic_ids.num_levels * semantic_ids.num_codes + 1 + len(semantic_ids.codes)
+        if lm.config.vocab_size != expected:
+            raise ValueError(f"{folder}: the IDs need {expected} tokens, the model has {lm.config.vocab_size}")
+        policy = cls(semantic_ids, window=lm.config.n_positions - semantic_ids.num_levels, lm=lm)
+        policy.catalogue = {name: ids[name] for name in ("item_ids", "titles") if name in ids}
+        return policy.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses: pure functions of tensors, all in natural logs
+# ---------------------------------------------------------------------------------------------------------------------
+def trajectory_balance(log_z, log_pf, log_r):
+    """TB (METHOD.md, "Losses"): log_z (B,), log_pf (B, J) of whole paths, log_r (B, J) → scalar, mean of squares."""
+    # (log Z(U) + Σ_l log P_F(s_{l+1} | s_l) − log R(s_L))²; P_B is 1 on a tree
+    return (log_z[:, None] + log_pf - log_r).square().mean()
+
+
+def detailed_balance(log_flow, log_pf):
+    """DB (METHOD.md, "Losses"): log_flow (B, J, L+1), the last column log R, log_pf (B, J, L) → scalar, summed over steps."""
+    # Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))²
+    return (log_flow[..., :-1] + log_pf - log_flow[..., 1:]).square().sum(-1).mean()
+
+
+def vargrad(log_pf, log_r):
+    """VarGrad: TB with log Z(U) replaced by the mean over a user's trajectories; log_pf, log_r (B, J) → scalar."""
+    # log Z(U) ≈ mean_j (log R − log P): what is left is the variance of the difference over j
+    difference = log_r - log_pf
+    return (difference - difference.mean(1, keepdim=True)).square().mean()
+
+
+def flow_matching(flow, log_pf):
+    """FM: child flows F* (..., L, K), ≥ 0, against log P_F (..., L, K) → scalar, KL summed over steps, mean over the rest."""
+    # Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), 0 where P_F follows the exact flows
+    target = flow / flow.sum(-1, keepdim=True)
+    return (target * (target.clamp(min=1e-30).log() - log_pf)).sum((-2, -1)).mean()
+
+
+def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
+    """S-DPO (METHOD.md, "Losses"): path log-probabilities (B,) of positives, (B, J) of negatives; DPO when J = 1 → scalar."""
+    # −log σ(−log Σ_d exp(β[Δ_d − Δ_p])), Δ = log P_policy − log P_reference
+    margin = beta * ((policy_neg - ref_neg) - (policy_pos - ref_pos)[:, None])
+    return -F.logsigmoid(-margin.logsumexp(1)).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The adaptive trajectory sampler: which unobserved items to learn from
+# ---------------------------------------------------------------------------------------------------------------------
+def curriculum(scores, positives, count, progress):
+    """N unobserved items a context, easy (low CM score) early in training, hard (high) late.
+
+    scores (B, n) of the CM, positives (B,) to leave out, progress in [0, 1] → items (B, count). The pool of 2N−1 is
+    drawn from the scores: drawn evenly from a catalogue of thousands, it would hold none that the CM thinks likely.
+    """
+    unobserved = scores.scatter(1, positives.clamp(min=0)[:, None], 0) + 1e-9
+    pool = torch.multinomial(unobserved, 2 * count - 1, replacement=True)                # (B, 2N-1)
+    ranked = pool.gather(1, scores.gather(1, pool).argsort(1))                           # low scores first
+    start = round(progress * (count - 1))
+    return ranked[:, start:start + count]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Batch:
+    """Rows of training histories: users, where each row starts, and its tokens, ends, targets and validity."""
+    users: list
+    starts: list
+    tokens: torch.Tensor                                       # (B, C)
+    ends: torch.Tensor                                         # (B, T) items of the row before each target
+    targets: torch.Tensor                                      # (B, T)
+    valid: torch.Tensor                                        # (B, T) bool, False on padding
+
+
+def training_rows(histories, window):
+    """(user, start, first, stop): items[start:stop] is a row whose targets are items[first:stop].
+
+    A history longer than the window is cut into rows that overlap, so that every target but the earliest has at
+    least half a window of history before it.
+    """
+    rows = []
+    for user, history in enumerate(histories):
+        first, stop = 0, min(len(history), window + 1)
+        while first < len(history):
+            rows.append((user, max(0, stop - 1 - window), first, stop))
+            first, stop = stop, min(len(history), stop + max(1, window // 2))
+    return rows
+
+
+def batches(rows, histories, size, policy, rng):
+    """The rows of one epoch in random order, as Batches of rows of like length (less padding, twice the speed)."""
+    order = rng.permutation(len(rows))
+    chunks = [sorted(order[i:i + 32 * size], key=lambda r: rows[r][3] - rows[r][1]) for i in range(0, len(rows), 32 * size)]
+    groups = [chunk[i:i + size] for chunk in chunks for i in range(0, len(chunk), size)]
+    for g in rng.permutation(len(groups)):
+        chosen = [rows[r] for r in groups[g]]
+        tokens, _ = policy.tokens([histories[u][start:stop - 1] for u, start, _, stop in chosen])
+        count = torch.tensor([stop - first for _, _, first, stop in chosen])
+        valid = torch.arange(int(count.max()))[None] < count[:, None]
+        ends, targets = torch.zeros(valid.shape, dtype=torch.long), torch.zeros(valid.shape, dtype=torch.long)
+        for i, (u, start, first, stop) in enumerate(chosen):
+            ends[i, :count[i]] = torch.arange(first - start, stop - start)
+            targets[i, :count[i]] = torch.tensor(histories[u][first:stop])
+        yield Batch([row[0] for row in chosen], [row[1] for row in chosen], tokens,
+                    *(x.to(policy.device) for x in (ends, targets, valid)))
+
+
+def next_token_loss(step_log_probs, valid):
+    """L_GR: −log P_F of the logged item's codes, summed over the path (B, T, L), mean over valid targets (B, T)."""
+    return -(step_log_probs.sum(-1) * valid).sum() / valid.sum()
+
+
+def loss_of(method, policy, batch, reward, data, settings, progress):
+    """L = L_GR(U, v) + λ · mean over n = 1..N+1 of L_GFN(τ_n) (METHOD.md, "Definitions"); SFT is its first term."""
+    (B, T), N, M = batch.targets.shape, settings.trajectories, settings.positions
+    if method in ("sft", "sft-continued"):
+        log_probs, _ = policy(batch.tokens, batch.ends, batch.targets)
+        return next_token_loss(policy.steps(log_probs, batch.targets), batch.valid)
+    # M of the row's targets, at random with repeats, get N augmented trajectories each
+    chosen = (torch.rand(B, M, device=policy.device) * batch.valid.sum(1, keepdim=True)).long()      # (B, M)
+    ends, positives = batch.ends.gather(1, chosen), batch.targets.gather(1, chosen)
+    where = [(u, start + end) for u, start, row in zip(batch.users, batch.starts, ends.tolist()) for end in row]
+    contexts = [data.train[u][:end] for u, end in where]                                             # B·M histories
+    liked = torch.tensor([data.liked[u][end] for u, end in where])
+    scores = reward.collaborative(contexts)
+    augmented = curriculum(scores, positives.flatten(), N, progress).reshape(B, M * N)
+    r = reward(contexts, positives.flatten(), liked)                                                 # (B·M, n)
+    items = torch.cat([batch.targets, augmented], 1)                                                 # (B, T + M·N)
+    log_probs, log_flow = policy(batch.tokens, torch.cat([batch.ends, ends.repeat_interleave(N, 1)], 1), items)
+    step = policy.steps(log_probs, items)                                                            # (B, T + M·N, L)
+    path = step.sum(-1)
+    log_pf = torch.cat([path.gather(1, chosen)[..., None], path[:, T:].reshape(B, M, N)], 2).flatten(0, 1)
+    paths = torch.cat([positives[..., None], augmented.reshape(B, M, N)], 2).flatten(0, 1)           # (B·M, 1 + N)
+    log_z = log_flow[:, :T, 0].gather(1, chosen).flatten()
+    if method == "tb":
+        gfn = trajectory_balance(log_z, log_pf, r.gather(1, paths).log())
+    elif method == "vargrad":
+        gfn = vargrad(log_pf, r.gather(1, paths).log())
+    elif method == "fm":
+        child = policy.id_children[policy.id_nodes[augmented][..., :-1]].reshape(B * M, -1)          # (B·M, N·L·K)
+        flow = (policy.semantic_ids.flows(r).gather(1, child.clamp(min=0)) * (child >= 0)).reshape(B, M * N, 3, -1)
+        gfn = flow_matching(flow, log_probs[:, T:])
+    return next_token_loss(step[:, :T], batch.valid) + settings.lam * gfn
+
+
+def train(method, policy, reward, data, settings, epochs, seed):
+    """The one training loop. Trains `policy` in place, leaves it at its best epoch on validation, returns the curve.
+
+    Returns a list of {"epoch", "loss", "ndcg@10"}, epoch 0 first; raises FloatingPointError when the loss is not finite.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    rows = training_rows(data.train, settings.window)
+    steps = epochs * math.ceil(len(rows) / settings.batch)
+    optimizer = torch.optim.AdamW([{"params": policy.lm.parameters()},
+                                   {"params": policy.flow_head.parameters(), "lr": 10 * settings.rate}],
+                                  lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    warm = min(200, steps // 10 + 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    curve, best = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, data, settings)}], None
+    with tqdm(total=steps, desc=method, disable=None, leave=False) as bar:
+        for epoch in range(1, epochs + 1):
+            losses = []
+            policy.train()
+            for batch in batches(rows, data.train, settings.batch, policy, rng):
+                loss = loss_of(method, policy, batch, reward, data, settings, bar.n / steps)
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(f"{method}: the loss became {loss.item()} at step {bar.n + 1} "
+                                             f"(users {', '.join(data.user_ids[u] for u in batch.users[:5])}, ...)")
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+                optimizer.step(), schedule.step(), bar.update()
+                losses.append(loss.item())
+            curve.append({"epoch": epoch, "loss": float(np.mean(losses)), "ndcg@10": validate(policy, data, settings)})
+            tqdm.write(f"  {method}: epoch {epoch}/{epochs}, loss {curve[-1]['loss']:.3f}, validation NDCG@10 {curve[-1]['ndcg@10']:.4f}")
+            if best is None or curve[-1]["ndcg@10"] > best[0]:
+                best = curve[-1]["ndcg@10"], {k: v.clone() for k, v in policy.state_dict().items()}
+    policy.load_state_dict(best[1])
+    return curve
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+def recall_at(ranked, target, k):
+    """Share of users whose target (B,) is among the first k of ranked (B, ≥ k); −1 in ranked is an empty place."""
+    return (ranked[:, :k] == target[:, None]).any(1).float().mean()
+
+
+def ndcg_at(ranked, target, k):
+    """Mean of 1/log2(rank + 1) of the target (B,) in ranked (B, ≥ k), rank from 1; 0 for a user where it is not in the first k."""
+    # With one target the ideal DCG is 1, so NDCG = DCG = Σ_r 1[ranked_r = target] / log2(r + 1)
+    ranked = ranked[:, :k]
+    discount = 1 / torch.log2(torch.arange(2, ranked.shape[1] + 2, device=ranked.device))
+    return ((ranked == target[:, None]) * discount).sum(1).mean()
+
+
+def rank_all(recommend, histories, k=10, size=256):
+    """Top-k items (B, k) of recommend(histories, k) for all users, in batches of users with like histories."""
+    order = sorted(range(len(histories)), key=lambda u: len(histories[u]))
+    ranked = torch.full((len(histories), k), -1)
+    for i in range(0, len(order), size):
+        users = order[i:i + size]
+        ranked[users] = recommend([histories[u] for u in users], k).cpu()
+    return ranked
+
+
+def policy_ranker(policy, settings):
+    """recommend(histories, k) for rank_all from a policy."""
+    policy.eval()
+    return lambda histories, k: policy.recommend(histories, k, settings.beams)[0]
+
+
+def validate(policy, data, settings):
+    """NDCG@10 on the validation items of at most `validate_users` users, evenly spread."""
+    users = range(0, len(data.train), max(1, len(data.train) // settings.validate_users))
+    ranked = rank_all(policy_ranker(policy, settings), [data.train[u] for u in users])
+    return ndcg_at(ranked, torch.tensor([data.histories[u][-2] for u in users]), 10).item()
+
+
+def metrics_of(ranked, data):
+    """All figures of one row of the table, from the top ten (B, 10) of every user; the targets are the last items."""
+    target = torch.tensor([history[-1] for history in data.histories])
+    out = {f"{name}@{k}": f(ranked, target, k).item() for k in (5, 10) for name, f in (("recall", recall_at), ("ndcg", ndcg_at))}
+    out["coverage@10"] = len(set(ranked.flatten().tolist()) - {-1}) / len(data.item_ids)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The experiment: data → IDs, CM → SFT → fine-tuned policies → table
+# ---------------------------------------------------------------------------------------------------------------------
+def baseline_ranker(method, data, cm):
+    """recommend(histories, k) for the rows without a language model: pop and cm."""
+    popularity = torch.tensor(np.bincount([i for h in data.train for i in h], minlength=len(data.item_ids)), dtype=torch.float32)
+
+    def recommend(histories, k):
+        scores = cm.scores(histories) if method == "cm" else popularity.repeat(len(histories), 1)
+        for row, history in zip(scores, histories):
+            row[history] = -1
+        return scores.topk(k, 1).indices
+    return recommend
+
+
+def prepare(seed, data, settings):
+    """Features, SemanticIDs and Reward (with its CM) of one seed, from training interactions only."""
+    started = time.time()
+    features = item_features(settings.ids, data.texts, data.train, seed)
+    ids = SemanticIDs.fit(features, settings.codes, seed=seed)
+    cm = CollaborativeModel.fit(data.train, len(data.item_ids))
+    reward = Reward(ids, cm, [float(w) for w in settings.weights.split(",")])
+    print(f"seed {seed}: {ids.health()} ({time.time() - started:.1f} s with the CM)", flush=True)
+    return features, ids, reward
+
+
+def run_row(method, seed, prepared, data, settings):
+    """Train, save and test one method with one seed → its entry of results.json, with "curve" and "ranks" beside it."""
+    features, ids, reward = prepared
+    out, curve, started = Path(settings.out), [], time.time()
+    if method in ("pop", "cm"):
+        ranker = baseline_ranker(method, data, reward.cm)
+    else:
+        torch.manual_seed(seed)
+        if method == "sft":
+            policy = Policy(ids, settings.window, settings.width, settings.layers, settings.dropout)
+            policy.start_from(features)
+        else:                                                  # every fine-tuned row starts from the same SFT model
+            policy = Policy.from_pretrained(out / f"sft-{seed}")
+        policy.catalogue = {"item_ids": data.item_ids, "titles": data.titles}
+        policy.to(settings.device)
+        curve = train(method, policy, reward, data, settings, settings.sft_epochs if method == "sft" else settings.epochs, seed)
+        policy.save_pretrained(out / f"{method}-{seed}")
+        ranker = policy_ranker(policy, settings)
+    trained = time.time()
+    ranked = rank_all(ranker, [history[:-1] for history in data.histories])
+    target = torch.tensor([history[-1] for history in data.histories])[:, None]
+    return {"method": method, "seed": seed, "metrics": metrics_of(ranked, data),
+            "seconds": {"train": trained - started, "eval": time.time() - trained},
+            "train_examples": max(0, len(curve) - 1) * sum(map(len, data.train)), "curve": curve,
+            "ranks": ((ranked == target) * torch.arange(1, ranked.shape[1] + 1)).sum(1).tolist()}   # 0: not among the ten
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+def load_data(name):
+    """The Dataset that --data names; ml-100k is fetched the first time."""
+    here = Path(__file__).parent / "data"
+    if name == "ml-100k":
+        ml_100k.fetch()
+    data = read_folder({"toy": here / "toy", "ml-100k": ml_100k.FOLDER}.get(name, name))
+    print(f"{data.name}: {len(data.histories)} users, {len(data.item_ids)} items, {sum(map(len, data.histories))} interactions "
+          f"(dropped: {data.dropped_repeats} repeats of an item, {data.dropped_users} users with fewer than three items)")
+    return data
+
+
+def run(settings, resume=False):
+    """The whole job. Every finished row is written at once, so an interruption loses only the row that it hits."""
+    devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    methods, seeds = check(settings, METHODS, devices)
+    check_out(settings)
+    settings.device = devices[0] if settings.device == "auto" else settings.device
+    data, out, rows = load_data(settings.data), Path(settings.out), []
+    if len(data.item_ids) > settings.codes ** 3:
+        raise InputError(f"{len(data.item_ids)} items do not fit into {settings.codes}^3 semantic IDs; raise --codes")
+    for seed in seeds:
+        prepared = None
+        for method in methods:
+            path = out / f"{method}-{seed}" / "row.json"
+            if not (resume and path.exists()):
+                prepared = prepared or prepare(seed, data, settings)
+                write_json(path, run_row(method, seed, prepared, data, settings))
+            rows.append(json.loads(path.read_text(encoding="utf-8")))
+            results = results_of(rows, data, settings)
+            write_json(out / "results.json", results)
+    (out / "results.md").write_text(table_of(results, METHODS) + "\n", encoding="utf-8")
+    plot_curves(results, METHODS, out / "curves.png")
+    print("\n" + table_of(results, METHODS) + f"\n\nResults, pictures and models are in {out}/")
+
+
+def print_recommendations(folder, names):
+    """Ten titles for a history of titles or ids, oldest first, from a saved model."""
+    try:
+        policy = Policy.from_pretrained(folder)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if not policy.catalogue:
+        raise InputError(f"{folder} was saved without titles")
+    ids, titles = policy.catalogue["item_ids"], policy.catalogue["titles"]
+    items, log_probs = policy.recommend([[find_item(name, ids, titles) for name in names]])
+    for item, log_prob in zip(items[0].tolist(), log_probs[0].tolist()):
+        if item >= 0:
+            print(f"{math.exp(log_prob):.4f}  {titles[item]}")
+
+
+def main(settings, arguments):
+    """Run what was asked for → the exit status; one line on stderr where it cannot be done."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        if arguments.recommend:
+            print_recommendations(arguments.model, arguments.recommend)
+        else:
+            run(settings, arguments.resume)
+        return 0
+    except (InputError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2
+    except KeyboardInterrupt:
+        print(f"\nstopped; the finished rows are in {settings.out}/, and --resume goes on from them", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(SETTINGS, ARGUMENTS))

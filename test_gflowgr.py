@@ -1,0 +1,617 @@
+"""Tests: each checks the code against an independent reference (enumeration, plain loops), none against a stored number.
+
+    python -m pytest -q test_gflowgr.py
+"""
+import contextlib
+import io
+import itertools
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+import gflowgr
+import tokenizer
+from data import make_toy, ml_100k
+from data.inputs import InputError, read_folder
+from gflowgr import Policy, Settings
+from reward import CollaborativeModel, Reward
+from tokenizer import SemanticIDs
+
+torch.set_num_threads(1)                                       # tiny models: a second thread only gets in the way
+ROOT = Path(__file__).parent
+HISTORIES = [[], [3], [5, 0, 7], list(range(20, 40)), [1, 2, 3, 4, 5, 6, 7, 8]]
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A random policy over 60 items with K = 5, its IDs and features; weights large enough to tell paths apart."""
+    torch.manual_seed(0)
+    ids = SemanticIDs.fit(np.random.default_rng(0).normal(size=(60, 6)), num_codes=5, seed=0)
+    policy = Policy(ids, window=10, width=32, layers=2, dropout=0.1).eval()
+    with torch.no_grad():
+        policy.lm.transformer.wte.weight.mul_(20)
+    return policy
+
+
+def run_cli(*args):
+    """The command line in this process → (exit status, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = gflowgr.main(*gflowgr.parse_arguments([str(a) for a in args]))
+        except SystemExit as stop:
+            status = stop.code
+    return status, out.getvalue(), err.getvalue()
+
+
+# --- semantic IDs ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name, features, K", [
+    ("random", np.random.default_rng(1).normal(size=(50, 4)), 4),
+    ("all equal and full", np.ones((27, 3)), 3),
+    ("two kinds, full", np.repeat([[0.0], [1.0]], 32, 0), 4),
+    ("one item", np.zeros((1, 2)), 2),
+    ("no features", np.zeros((8, 0)), 2)])
+def test_ids_are_unique_and_decodable(name, features, K):
+    ids = SemanticIDs.fit(features, K, seed=3)
+    assert len({tuple(row) for row in ids.codes.tolist()}) == len(features)
+    assert ids.codes.shape == (len(features), 3) and ids.codes.dtype == torch.int64
+    every = torch.tensor(list(itertools.product(range(K), repeat=3)))
+    table = {tuple(row): i for i, row in enumerate(ids.codes.tolist())}
+    assert ids.lookup(every).tolist() == [table.get(tuple(row), -1) for row in every.tolist()]
+
+
+def test_ids_refuse_what_cannot_be_unique():
+    with pytest.raises(ValueError, match="9 items"):
+        SemanticIDs.fit(np.zeros((9, 2)), 2)
+    with pytest.raises(ValueError, match="same semantic ID"):
+        SemanticIDs([[0, 1, 1], [0, 1, 1]], 2)
+    with pytest.raises(ValueError, match="finite"):
+        SemanticIDs.fit(np.array([[0.0], [np.nan]]), 2)
+    with pytest.raises(ValueError):
+        SemanticIDs([[0, 1, 2]], 2)
+
+
+def test_ids_same_seed_same_ids_and_similar_items_share_codes():
+    rng = np.random.default_rng(0)
+    cluster = rng.integers(0, 5, 80)
+    features = rng.normal(size=(5, 8))[cluster] * 10 + rng.normal(size=(80, 8))
+    ids = SemanticIDs.fit(features, 6, seed=1)
+    assert ids.codes.equal(SemanticIDs.fit(features, 6, seed=1).codes)
+    same = cluster[:, None] == cluster[None]
+    shared = (ids.codes[:, None, 0] == ids.codes[None, :, 0]).numpy()
+    assert shared[same].mean() > 0.6 and shared[~same].mean() < 0.05
+
+
+def test_legal_codes_against_the_list_of_ids():
+    ids = SemanticIDs.fit(np.random.default_rng(2).normal(size=(30, 3)), 4, seed=0)
+    rows = [tuple(row) for row in ids.codes.tolist()]
+    for length in range(3):
+        for prefix in itertools.product(range(4), repeat=length):
+            expected = [any(row[:length + 1] == prefix + (c,) for row in rows) for c in range(4)]
+            assert ids.legal(prefix).tolist() == expected, prefix
+    assert not ids.legal([[4, 0], [-1, 0]]).any()              # no codes at all: a dead end, not an IndexError
+
+
+def test_capacity_keeps_the_nearest():
+    cost = np.array([[0.0, 5.0], [1.0, 2.0], [0.5, 9.0], [3.0, 0.0]])
+    code = tokenizer.assign_with_capacity(cost, np.zeros(4, np.int64), 2)
+    assert code.tolist() == [0, 1, 0, 1]                       # item 1 is the farthest of three that want code 0
+
+
+def test_flows_are_sums_over_subtrees():
+    ids = SemanticIDs.fit(np.random.default_rng(2).normal(size=(30, 3)), 4, seed=0)
+    values = torch.rand(2, 30)
+    flow = ids.flows(values)
+    for length in range(3):
+        for prefix in itertools.product(range(4), repeat=length):
+            below = [i for i, row in enumerate(ids.codes.tolist()) if tuple(row[:length]) == prefix]
+            if below:
+                torch.testing.assert_close(flow[:, ids.node(prefix)], values[:, below].sum(1))
+
+
+def test_cooccurrence_against_loops():
+    histories, n = [[0, 1, 2, 0], [2, 1], [3]], 4
+    expected = np.zeros((n, n))
+    for h in histories:
+        for i, j in itertools.combinations(range(len(h)), 2):
+            if j - i <= 2:
+                expected[h[i], h[j]] += 0.5 ** (j - i - 1)
+    a, b, w = tokenizer.cooccurrence(histories, n, window=2, decay=0.5)
+    found = np.zeros((n, n))
+    found[a, b] = w
+    np.testing.assert_allclose(found, expected)
+
+
+# --- collaborative model and reward ----------------------------------------------------------------------------------
+def cm_by_loops(train, n, history, window=5, nearness=0.8, backward=0.25, power=0.5, length=10, decay=0.6, share=0.05):
+    T, count = np.zeros((n, n)), np.zeros(n)
+    for h in train:
+        for i, a in enumerate(h):
+            count[a] += 1
+            for j in range(i + 1, min(len(h), i + window + 1)):
+                T[a, h[j]] += nearness ** (j - i - 1)
+                T[h[j], a] += backward * nearness ** (j - i - 1)
+    scores = sum((decay ** age * T[j] / max(count[j], 1) ** power for age, j in enumerate(history[::-1][:length])), np.zeros(n))
+    popular = (count + 1) / (count + 1).sum()
+    scores[history], popular[history] = 0, 0
+    popular = popular / popular.sum()
+    scores = scores / scores.sum() if scores.sum() else popular
+    return (1 - share) * scores + share * popular
+
+
+def test_cm_scores_against_loops():
+    rng = np.random.default_rng(0)
+    train = [rng.permutation(25)[:rng.integers(1, 12)].tolist() for _ in range(40)]
+    cm = CollaborativeModel.fit(train, 30)                     # items 25 … 29 were never seen
+    histories = [[], [27], [3, 4], train[0], rng.permutation(25).tolist()]
+    found = cm.scores(histories)
+    for row, history in zip(found, histories):
+        np.testing.assert_allclose(row.numpy(), cm_by_loops(train, 30, history), atol=1e-6)
+    assert (found >= 0).all() and torch.allclose(found.sum(1), torch.ones(5))
+
+
+def test_reward_signals_against_loops():
+    ids = SemanticIDs.fit(np.random.default_rng(2).normal(size=(30, 3)), 4, seed=0)
+    cm = CollaborativeModel.fit([[0, 1, 2], [2, 3, 4, 5]], 30)
+    r = Reward(ids, cm, weights=(0.5, 0.3, 0.2), epsilon=0.01)
+    positives, liked, histories = torch.tensor([4, 7, -1]), torch.tensor([True, False, True]), [[0], [1, 2], []]
+    total = r(histories, positives, liked)
+    for b in range(3):
+        shared = np.array([sum(x == y for x, y in zip(ids.codes[v].tolist(), ids.codes[positives[b]].tolist()))
+                           if positives[b] >= 0 else 1 for v in range(30)])
+        for v in range(30):
+            action = (1.0 if liked[b] else 0.1) if v == positives[b] else 0.0
+            expected = 0.5 * action + 0.3 * cm.scores([histories[b]])[0, v].item() + 0.2 * shared[v] / shared.sum() + 0.01 / 30
+            assert total[b, v].item() == pytest.approx(expected, rel=1e-5)
+    assert (total > 0).all()
+    with pytest.raises(ValueError):
+        Reward(ids, cm, weights=(-1, 1, 1))
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+def exact_flow_world():
+    """log F*, log P_F and log R of every item's path for two users, by enumeration."""
+    ids = SemanticIDs.fit(np.random.default_rng(2).normal(size=(30, 3)), 4, seed=0)
+    R = torch.rand(2, 30, dtype=torch.float64) + 0.01
+    log_flow = torch.stack([torch.stack([R[u, [i for i, row in enumerate(ids.codes.tolist())
+                                               if row[:l] == ids.codes[v, :l].tolist()]].sum().log()
+                                         for v in range(30) for l in range(4)]).reshape(30, 4) for u in range(2)])
+    return ids, R, log_flow, log_flow[..., 1:] - log_flow[..., :-1]
+
+
+def test_losses_vanish_at_the_exact_flows():
+    ids, R, log_flow, log_pf = exact_flow_world()
+    zero = pytest.approx(0, abs=1e-10)
+    assert gflowgr.trajectory_balance(log_flow[:, 0, 0], log_pf.sum(-1), R.log()).item() == zero
+    assert gflowgr.detailed_balance(log_flow, log_pf).item() == zero
+    assert gflowgr.vargrad(log_pf.sum(-1), R.log()).item() == zero
+
+
+def test_losses_against_loops():
+    rng = np.random.default_rng(0)
+    log_z, log_pf, log_r, log_flow = rng.normal(size=2), rng.normal(size=(2, 5, 3)), rng.normal(size=(2, 5)), rng.normal(size=(2, 5, 4))
+    path, t = log_pf.sum(-1), torch.tensor
+    tb = np.mean([(log_z[b] + path[b, j] - log_r[b, j]) ** 2 for b in range(2) for j in range(5)])
+    assert gflowgr.trajectory_balance(t(log_z), t(path), t(log_r)).item() == pytest.approx(tb)
+    db = np.mean([sum((log_flow[b, j, l] + log_pf[b, j, l] - log_flow[b, j, l + 1]) ** 2 for l in range(3)) for b in range(2) for j in range(5)])
+    assert gflowgr.detailed_balance(t(log_flow), t(log_pf)).item() == pytest.approx(db)
+    vg = np.mean([(log_r[b, j] - path[b, j] - np.mean(log_r[b] - path[b])) ** 2 for b in range(2) for j in range(5)])
+    assert gflowgr.vargrad(t(path), t(log_r)).item() == pytest.approx(vg)
+
+
+def test_flow_matching_is_the_divergence_from_the_flows():
+    flow, log_pf = torch.rand(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64).log_softmax(-1)
+    flow[0, 0, 1] = 0                                          # an illegal code carries no flow, and costs nothing
+    expected = 0
+    for j in range(2):
+        for l in range(3):
+            share = (flow[j, l] / flow[j, l].sum()).tolist()
+            expected += sum(p * (math.log(p) - log_pf[j, l, c].item()) for c, p in enumerate(share) if p) / 2
+    assert gflowgr.flow_matching(flow, log_pf).item() == pytest.approx(expected)
+    assert gflowgr.flow_matching(flow, (flow / flow.sum(-1, keepdim=True)).clamp(min=1e-30).log()).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_sdpo_against_loops_and_dpo():
+    rng = np.random.default_rng(0)
+    pos, neg, ref_pos, ref_neg = rng.normal(size=3), rng.normal(size=(3, 4)), rng.normal(size=3), rng.normal(size=(3, 4))
+    expected = 0
+    for b in range(3):
+        gap = sum(math.exp(0.3 * ((neg[b, d] - ref_neg[b, d]) - (pos[b] - ref_pos[b]))) for d in range(4))
+        expected += math.log(1 + gap) / 3                      # −log σ(−log gap) = log(1 + gap)
+    t = torch.tensor
+    assert gflowgr.sdpo(t(pos), t(neg), t(ref_pos), t(ref_neg), 0.3).item() == pytest.approx(expected)
+    dpo = np.mean([math.log(1 + math.exp(-0.3 * ((pos[b] - ref_pos[b]) - (neg[b, 0] - ref_neg[b, 0])))) for b in range(3)])
+    assert gflowgr.sdpo(t(pos), t(neg[:, :1]), t(ref_pos), t(ref_neg[:, :1]), 0.3).item() == pytest.approx(dpo)
+
+
+def test_metrics_against_loops():
+    ranked, target = torch.tensor([[4, 2, 7], [1, -1, -1], [5, 6, 0], [3, 2, 1]]), torch.tensor([7, 1, 9, 2])
+    for k in (1, 2, 3):
+        recall = ndcg = 0
+        for row, t in zip(ranked.tolist(), target.tolist()):
+            if t in row[:k]:
+                recall += 1 / 4
+                ndcg += 1 / math.log2(row.index(t) + 2) / 4
+        assert gflowgr.recall_at(ranked, target, k).item() == pytest.approx(recall)
+        assert gflowgr.ndcg_at(ranked, target, k).item() == pytest.approx(ndcg)
+
+
+# --- the policy ------------------------------------------------------------------------------------------------------
+def path_by_plain_gpt2(policy, history, item):
+    """log P_F of each step, one prefix at a time, no packing, no padding, no mask of ours."""
+    K, codes, out = policy.semantic_ids.num_codes, policy.semantic_ids.codes[item].tolist(), []
+    tokens = [policy.user_token] + [policy.user_token + 1 + i for i in history[-policy.window:]]
+    for level, code in enumerate(codes):
+        logits = policy.lm(torch.tensor([tokens])).logits[0, -1, level * K:(level + 1) * K]
+        legal = policy.semantic_ids.legal(codes[:level])
+        out.append(logits[code] - logits[legal].logsumexp(0))
+        tokens.append(level * K + code)
+    return torch.stack(out)
+
+
+def test_packed_paths_equal_one_path_at_a_time(small):
+    items = torch.randint(60, (len(HISTORIES), 4), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        packed = small.path_log_probs(HISTORIES, items)
+        for b, history in enumerate(HISTORIES):
+            for j, item in enumerate(items[b].tolist()):
+                torch.testing.assert_close(packed[b, j], path_by_plain_gpt2(small, history, item), atol=1e-5, rtol=1e-5)
+
+
+def test_a_branch_sees_its_history_and_nothing_else(small):
+    """Later items of the row and other branches change nothing: no leak from the future."""
+    tokens, _ = small.tokens([[5, 0, 7, 9]])
+    ends, items = torch.tensor([[2, 2, 4]]), torch.tensor([[8, 8, 20]])
+    with torch.no_grad():
+        log_probs, flow = small(tokens, ends, items)
+        alone = small.path_log_probs([[5, 0]], [[8]])
+        torch.testing.assert_close(small.steps(log_probs, items)[0, 0], alone[0, 0], atol=1e-5, rtol=1e-5)
+        other, other_flow = small(small.tokens([[5, 0, 33, 2]])[0], ends, torch.tensor([[8, 14, 50]]))
+    torch.testing.assert_close(log_probs[0, 0], other[0, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(flow[0, 0], other_flow[0, 0], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(log_probs[0, 2], other[0, 2], atol=1e-3)
+
+
+def test_probabilities_of_the_catalogue_sum_to_one(small):
+    everything = torch.arange(60).expand(len(HISTORIES), 60)
+    with torch.no_grad():
+        total = small.path_log_probs(HISTORIES, everything).sum(-1).logsumexp(1)
+    torch.testing.assert_close(total, torch.zeros(len(HISTORIES)), atol=1e-5, rtol=0)
+
+
+def test_beam_search_equals_ranking_the_catalogue(small):
+    everything = torch.arange(60).expand(len(HISTORIES), 60)
+    with torch.no_grad():
+        log_p = small.path_log_probs(HISTORIES, everything).sum(-1)
+    for row, history in zip(log_p, HISTORIES):
+        row[history] = -math.inf
+    items, found = small.recommend(HISTORIES, k=10, beams=60)
+    expected = log_p.topk(10, 1)
+    assert items.tolist() == expected.indices.tolist()
+    torch.testing.assert_close(found, expected.values, atol=1e-5, rtol=1e-5)
+
+
+def test_recommendations_do_not_depend_on_the_batch(small):
+    together, log_p = small.recommend(HISTORIES, k=10)
+    for row, values, history in zip(together, log_p, HISTORIES):
+        alone, alone_p = small.recommend([history], k=10)
+        assert alone[0].tolist() == row.tolist()
+        torch.testing.assert_close(alone_p[0], values, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 5, 60])
+def test_recommendations_are_new_distinct_catalogue_items(small, beams):
+    histories = HISTORIES + [list(range(57)), list(range(60))]
+    items, log_p = small.recommend(histories, k=10, beams=beams)
+    for row, values, history in zip(items.tolist(), log_p.tolist(), histories):
+        given = [i for i in row if i >= 0]
+        assert row == given + [-1] * (10 - len(given))         # empty places come last
+        assert len(set(given)) == len(given) and not set(given) & set(history) and all(i < 60 for i in given)
+        assert values == sorted(values, reverse=True) and [v == -math.inf for v in values] == [i < 0 for i in row]
+    if beams == 60:
+        assert [sum(i >= 0 for i in row) for row in items.tolist()] == [10] * 5 + [3, 0]
+
+
+def test_saved_model_is_a_plain_gpt2_and_comes_back(small, tmp_path):
+    small.catalogue = {"item_ids": [f"i{i}" for i in range(60)], "titles": [f"Title {i}" for i in range(60)]}
+    small.save_pretrained(tmp_path)
+    assert {"config.json", "model.safetensors", "semantic_ids.json"} <= {p.name for p in tmp_path.iterdir()}
+    plain, back = GPT2LMHeadModel.from_pretrained(tmp_path).eval(), Policy.from_pretrained(tmp_path)
+    tokens, _ = small.tokens([[5, 0, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(tokens).logits, small.lm(tokens).logits)
+    assert back.recommend(HISTORIES)[0].equal(small.recommend(HISTORIES)[0])
+    assert back.catalogue == small.catalogue and back.window == small.window
+
+
+# --- sampler and training --------------------------------------------------------------------------------------------
+def test_curriculum_goes_from_easy_to_hard_and_skips_the_positive():
+    torch.manual_seed(0)
+    scores = torch.rand(200, 50).softmax(1)
+    positives = scores.argmax(1)
+    mean = []
+    for progress in (0.0, 0.5, 1.0):
+        items = gflowgr.curriculum(scores, positives, 3, progress)
+        assert items.shape == (200, 3) and not (items == positives[:, None]).any()
+        mean.append(scores.gather(1, items).mean().item())
+    assert mean[0] < mean[1] < mean[2]
+
+
+@pytest.mark.parametrize("window", [1, 4, 7])
+def test_training_rows_cover_every_target_once(window):
+    histories = [list(range(100, 100 + n)) for n in (1, 2, 4, 5, 6, 30)]
+    seen = []
+    for user, start, first, stop in gflowgr.training_rows(histories, window):
+        assert start <= first < stop <= len(histories[user]) and stop - 1 - start <= window
+        seen += [(user, t) for t in range(first, stop)]
+        assert start == 0 or first - start >= window // 2      # a late target has half a window before it
+    assert sorted(seen) == [(u, t) for u, h in enumerate(histories) for t in range(len(h))]
+
+
+def test_batches_hold_the_histories(small):
+    histories, rng = [[1, 2, 3], [4], [5, 6, 7, 8, 9], list(range(10, 40))], np.random.default_rng(0)
+    rows, seen = gflowgr.training_rows(histories, small.window), []
+    for batch in gflowgr.batches(rows, histories, 2, small, rng):
+        for b, (user, start) in enumerate(zip(batch.users, batch.starts)):
+            for end, target, valid in zip(batch.ends[b].tolist(), batch.targets[b].tolist(), batch.valid[b].tolist()):
+                if valid:
+                    assert histories[user][start + end] == target
+                    context = [t - small.user_token - 1 for t in batch.tokens[b, 1:end + 1].tolist()]
+                    assert context == histories[user][start:start + end]
+                    seen.append((user, start + end))
+    assert sorted(seen) == [(u, t) for u, h in enumerate(histories) for t in range(len(h))]
+
+
+@pytest.mark.parametrize("method", ["sft", "tb", "fm", "vargrad"])
+def test_training_lowers_its_own_loss(method, tmp_path):
+    """The loop at work on a tiny world: the loss falls, and validation is never worse than the best epoch."""
+    settings = tiny_settings(tmp_path)
+    data = gflowgr.load_data(settings.data)
+    features, ids, reward = gflowgr.prepare(0, data, settings)
+    torch.manual_seed(0)
+    policy = Policy(ids, settings.window, settings.width, settings.layers, 0.0)
+    curve = gflowgr.train(method, policy, reward, data, settings, 4, seed=0)
+    losses = [point["loss"] for point in curve[1:]]
+    assert losses[-1] < 0.9 * losses[0]
+    assert gflowgr.validate(policy, data, settings) == max(point["ndcg@10"] for point in curve[1:])
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_users(tmp_path, monkeypatch):
+    settings = tiny_settings(tmp_path)
+    data = gflowgr.load_data(settings.data)
+    features, ids, reward = gflowgr.prepare(0, data, settings)
+    monkeypatch.setattr(gflowgr, "next_token_loss", lambda *_: torch.tensor(math.nan))
+    with pytest.raises(FloatingPointError, match=r"sft: the loss became nan at step 1 \(users "):
+        gflowgr.train("sft", Policy(ids, 8, 32, 1), reward, data, settings, 1, seed=0)
+
+
+def test_validation_and_test_items_never_reach_training(tmp_path):
+    """Other last two items, same IDs, same CM, same training rows."""
+    settings = tiny_settings(tmp_path)
+    data = gflowgr.load_data(settings.data)
+    changed = gflowgr.load_data(settings.data)
+    changed.histories = [h[:-2] + [(i + 1) % 48 for i in h[-2:]] for h in changed.histories]
+    (features, ids, reward), (other_features, other_ids, other_reward) = [gflowgr.prepare(0, d, settings) for d in (data, changed)]
+    assert ids.codes.equal(other_ids.codes) and np.array_equal(features, other_features)
+    assert reward.cm.transitions.to_dense().equal(other_reward.cm.transitions.to_dense())
+    for d in (data, changed):
+        assert all(h == full[:-2] for h, full in zip(d.train, d.histories)) or d is changed
+    assert data.train == changed.train
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+ITEMS = "item_id,title\na,Alpha\nb,Beta\nc,Gamma\nd,Delta\n"
+EVENTS = "user_id,item_id,position\nu,a,0\nu,b,1\nu,c,2\nv,b,0\nv,c,1\nv,d,2\n"
+
+
+def folder_of(path, items=ITEMS, events=EVENTS):
+    path.mkdir(exist_ok=True)
+    for name, text in (("items.csv", items), ("interactions.csv", events)):
+        if text is not None:
+            (path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+BAD = {  # name: (items.csv, interactions.csv, what the message must name)
+    "no items file": (None, EVENTS, r"items\.csv does not exist"),
+    "no interactions file": (ITEMS, None, r"interactions\.csv does not exist"),
+    "empty file": (ITEMS, "", r"interactions\.csv is empty"),
+    "header only": (ITEMS, "user_id,item_id,position\n", "no interactions"),
+    "no items": ("item_id,title\n", EVENTS, "no items"),
+    "missing column": (ITEMS, "user,item_id,position\nu,a,0\n", "no column 'user_id'"),
+    "no order": (ITEMS, "user_id,item_id\nu,a\n", "'position' or 'timestamp'"),
+    "column twice": (ITEMS, "user_id,item_id,item_id,position\nu,a,a,0\n", "twice"),
+    "too few fields": (ITEMS, EVENTS + "w,a\n", "line 8: 2 fields"),
+    "too many fields": (ITEMS, EVENTS + "w,a,1,1\n", "line 8: 4 fields"),
+    "item twice": (ITEMS + "a,Again\n", EVENTS, "line 6: item 'a' stands twice"),
+    "unknown item": (ITEMS, EVENTS + "w,x,0\n", "line 8: item 'x' is not in items.csv"),
+    "empty item id": (ITEMS + ",Nameless\n", EVENTS, "line 6: item_id is empty"),
+    "empty user id": (ITEMS, EVENTS + ",a,0\n", "line 8: user_id is empty"),
+    "position is text": (ITEMS, EVENTS + "w,a,first\n", "line 8: position 'first' is not a finite number"),
+    "position is nan": (ITEMS, EVENTS + "w,a,nan\n", "line 8: position 'nan'"),
+    "position is infinite": (ITEMS, EVENTS + "w,a,1e999\n", "line 8: position '1e999'"),
+    "rating is text": (ITEMS, "user_id,item_id,position,rating\nu,a,0,good\n", "line 2: rating 'good'"),
+    "not utf-8": (ITEMS, EVENTS.encode() + b"\xff\xfe,a,0\n", "not UTF-8"),
+    "gzip": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00", EVENTS, "not UTF-8|unpack"),
+    "three of nobody": (ITEMS, "user_id,item_id,position\nu,a,0\nu,b,1\nv,a,0\n", "no user has three"),
+    "repeats only": (ITEMS, "user_id,item_id,position\nu,a,0\nu,a,1\nu,a,2\n", "no user has three"),
+    "open quote": (ITEMS, EVENTS + 'w,"a,0\n', "line 8"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_folders_are_refused_with_file_line_and_cure(name, tmp_path):
+    items, events, message = BAD[name]
+    with pytest.raises(InputError, match=message):
+        read_folder(folder_of(tmp_path / "d", items, events))
+
+
+def test_folder_is_read_as_written(tmp_path):
+    events = ("\ufeffuser_id , item_id,timestamp,rating\r\n\r\nv,d,3.5,5\r\nu,c,-1e3,4\r\nu,b,12345678901234567891,1\r\n"
+              "u,a,12345678901234567890,2\r\nv,b,1,3\r\nv,c,2,3.5\r\nv,b,9,5\r\nw,a,0,5\r\n")
+    data = read_folder(folder_of(tmp_path / "d", 'item_id,title,genres\na,"Al, ""pha""\nOne",x y\nb,,z\nc,Ünï,\nd,D,d\n', events))
+    assert data.user_ids == ["u", "v"] and data.histories == [[2, 0, 1], [1, 2, 3]]   # w has one item; b repeats for v
+    assert data.liked == [[True, False, False], [False, True, True]]                  # 3.5 and more of 5
+    assert data.titles == ['Al, "pha" One', "b", "Ünï", "D"] and data.texts[1] == "z"
+    assert (data.dropped_repeats, data.dropped_users, data.train) == (1, 1, [[2], [1]])
+
+
+def test_order_of_rows_changes_nothing(tmp_path):
+    header, *rows = EVENTS.replace(",2\n", ",1\n").splitlines()    # ties included
+    found = [read_folder(folder_of(tmp_path / str(i), events="\n".join([header, *order]) + "\n")).histories
+             for i, order in enumerate((rows, rows[::-1], sorted(rows, key=lambda r: r[2])))]
+    assert found[0] == found[1] == found[2] == [[0, 1, 2], [1, 2, 3]]
+
+
+def test_toy_files_are_what_the_script_writes(tmp_path):
+    make_toy.write(tmp_path)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == sorted(p.name for p in (ROOT / "data/toy").iterdir())
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (ROOT / "data/toy" / name).read_bytes(), name
+    assert sum((ROOT / "data/toy" / name).stat().st_size for name in names) < 500_000
+
+
+def test_toy_log_is_what_was_shown_and_liked():
+    data = read_folder(ROOT / "data/toy")
+    for history, liked, shown in zip(data.histories, data.truth["liked"], data.truth["shown"]):
+        assert set(history) <= liked & shown and liked - shown
+
+
+def test_ml_100k_explains_itself_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/")     # nothing listens there
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    with pytest.raises(OSError, match="could not download.*pip download --no-deps recbole==1.2.1"):
+        ml_100k.fetch(tmp_path / "ml-100k")
+    assert not (tmp_path / "ml-100k").exists()
+    (tmp_path / "x.whl").write_bytes(b"not a wheel")
+    with pytest.raises(OSError, match="is not the wheel"):
+        ml_100k.unpack(tmp_path / "x.whl")
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+def tiny_settings(path):
+    make_toy.write(path / "tiny", num_users=60, items_per_theme=8, num_themes=6, seed=1)
+    return Settings(data=str(path / "tiny"), out=str(path / "out"), device="cpu", codes=8, width=32, layers=1, batch=16,
+                    window=8, sft_epochs=1, epochs=1)
+
+
+def tiny_flags(settings):
+    return [flag for f in ("data", "out", "codes", "width", "layers", "batch", "window", "sft_epochs", "epochs")
+            for flag in ("--" + f.replace("_", "-"), getattr(settings, f))]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One whole run of the command line on a tiny world, all of its rows."""
+    path = tmp_path_factory.mktemp("run")
+    settings = tiny_settings(path)
+    status, out, err = run_cli(*tiny_flags(settings), "--seeds", "1,2")
+    assert status == 0, err
+    return path, settings, out
+
+
+def test_a_run_leaves_table_results_pictures_and_models(finished):
+    path, settings, printed = finished
+    results = json.loads((path / "out/results.json").read_text())
+    assert (path / "out/results.md").read_text() in printed and "| GFlowGR-TB |" in printed
+    assert (path / "out/curves.png").read_bytes()[:4] == b"\x89PNG"
+    methods = ["pop", "cm", "sft", "sft-continued", "tb"]
+    assert [(r["method"], r["seed"]) for r in results["runs"]] == [(m, s) for s in (1, 2) for m in methods]
+    data = read_folder(settings.data)
+    for run in results["runs"]:
+        rows = json.loads((path / f"out/{run['method']}-{run['seed']}/row.json").read_text())
+        ranks = np.array(rows["ranks"])
+        assert len(ranks) == results["data"]["users"] == len(data.histories)
+        assert run["metrics"]["recall@5"] == pytest.approx(np.mean((ranks > 0) & (ranks <= 5)))
+        assert run["metrics"]["ndcg@10"] == pytest.approx(np.mean([1 / math.log2(r + 1) if r else 0 for r in ranks]), abs=1e-6)
+    for m in methods:
+        values = [r["metrics"]["ndcg@10"] for r in results["runs"] if r["method"] == m]
+        assert results["summary"][m]["ndcg@10"]["mean"] == pytest.approx(np.mean(values))
+        gain = results["paired"].get(m, {}).get("ndcg@10")
+        if m != "sft":
+            assert gain["gain"] == pytest.approx(np.mean(values) - results["summary"]["sft"]["ndcg@10"]["mean"], abs=1e-6)
+            assert gain["low"] <= gain["gain"] <= gain["high"]
+
+
+def test_the_saved_model_gives_the_rank_that_was_reported(finished):
+    path, settings, _ = finished
+    data, policy = read_folder(settings.data), Policy.from_pretrained(path / "out/tb-1")
+    ranked = gflowgr.rank_all(gflowgr.policy_ranker(policy, settings), [h[:-1] for h in data.histories])
+    ranks = json.loads((path / "out/tb-1/row.json").read_text())["ranks"]
+    for row, history, rank in zip(ranked.tolist(), data.histories, ranks):
+        assert rank == (row.index(history[-1]) + 1 if history[-1] in row else 0)
+
+
+def test_same_seed_same_figures_and_methods_do_not_lean_on_each_other(finished, tmp_path):
+    path, settings, _ = finished
+    settings.out, old = str(tmp_path / "again"), settings.out
+    status, _, err = run_cli(*tiny_flags(settings), "--seeds", "1", "--methods", "tb")
+    settings.out = old
+    assert status == 0, err
+    for name in ("sft-1", "tb-1"):
+        first, again = [json.loads((p / name / "row.json").read_text()) for p in (path / "out", tmp_path / "again")]
+        assert first["metrics"] == again["metrics"] and first["curve"] == again["curve"] and first["ranks"] == again["ranks"]
+
+
+def test_resume_keeps_finished_rows_and_other_settings_are_refused(finished):
+    path, settings, _ = finished
+    shutil.rmtree(path / "out/tb-2")
+    kept = (path / "out/tb-1/row.json").stat().st_mtime_ns
+    before = json.loads((path / "out/results.json").read_text())
+    status, _, _ = run_cli(*tiny_flags(settings), "--seeds", "1,2", "--resume")
+    assert status == 0 and (path / "out/tb-1/row.json").stat().st_mtime_ns == kept
+    after = json.loads((path / "out/results.json").read_text())
+    assert [r["metrics"] for r in before["runs"]] == [r["metrics"] for r in after["runs"]]
+    status, _, err = run_cli(*tiny_flags(settings), "--lam", "7")
+    assert status == 2 and f"holds a run with --lam {settings.lam}, not 7.0" in err
+
+
+def test_recommend_prints_ten_titles_for_titles_or_ids(finished):
+    path, settings, _ = finished
+    data = read_folder(settings.data)
+    status, out, _ = run_cli("--recommend", data.titles[3].upper(), "5", "--model", path / "out/tb-1")
+    printed = [line.split("  ", 1)[1] for line in out.splitlines()]
+    assert status == 0 and len(printed) == len(set(printed)) == 10 and set(printed) <= set(data.titles)
+    assert not {data.titles[3], data.titles[5]} & set(printed)
+    status, _, err = run_cli("--recommend", data.titles[3][:-1] + "x", "--model", path / "out/tb-1")
+    assert status == 2 and "no item has the id or title" in err and repr(data.titles[3]) in err
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--methods", "sft,gpt"], "unknown method 'gpt'"),
+    (["--nonsense", "1"], "unrecognized arguments"),
+    (["--seeds", "one"], "--seeds"),
+    (["--batch", "0"], "--batch 0"),
+    (["--batch", "many"], "--batch"),
+    (["--rate", "nan"], "--rate"),
+    (["--weights", "1,2"], "three numbers"),
+    (["--ids", "magic"], "--ids"),
+    (["--device", "tpu"], "--device tpu is not here"),
+    (["--data", "nowhere"], "nowhere is not a folder"),
+    (["--codes", "2"], "do not fit into 2^3"),
+    (["--recommend", "x"], "go together"),
+    (["--recommend", "x", "--model", "nowhere"], "nowhere holds no saved model")])
+def test_bad_arguments_get_one_line_and_status_2(args, message, tmp_path):
+    out = tmp_path / "out"
+    status, _, err = run_cli(*args, "--out", out)
+    assert status == 2 and message in err and len(err.strip().splitlines()) == 1 and not out.exists()
+
+
+def test_the_script_itself_exits_with_status_2_and_no_traceback():
+    done = subprocess.run([sys.executable, str(ROOT / "gflowgr.py"), "--data", "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: nowhere is not a folder") and done.stdout == ""
+
+
+def test_help_answers_before_torch_is_loaded():
+    done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "gflowgr.py"), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--recommend" in done.stdout and " torch" not in done.stderr

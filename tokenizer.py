@@ -1,0 +1,223 @@
+"""Item tokenizer: every item becomes a semantic ID, a short path of codes down a tree.
+
+    features of an item  →  residual k-means  →  (c_1, c_2, c_3)
+
+Like RQ-VAE in TIGER and LETTER, k-means on residuals gives similar items the same first codes; it needs no
+training loop and reads in a minute. Uniqueness is built in: below a prefix of l codes there is room for K^(L-l)
+items, so a code that is full refuses the items farthest from its centroid, and they take their next-best code.
+"""
+import numpy as np
+import torch
+
+
+def text_features(texts, dim, seed):
+    """(n, dim) float32: truncated SVD of tf-idf over words and neighbouring word pairs; zeros where there is no text."""
+    words, rows, cols = {}, [], []
+    for i, text in enumerate(texts):
+        parts = text.lower().replace("(", " ").replace(")", " ").replace(",", " ").split()
+        for term in parts + [a + " " + b for a, b in zip(parts, parts[1:])]:
+            rows.append(i), cols.append(words.setdefault(term, len(words)))
+    rows, cols = np.array(rows, np.int64), np.array(cols, np.int64)
+    document_frequency = np.bincount(cols, minlength=len(words))
+    idf = np.log(len(texts) / np.maximum(document_frequency, 1))
+    idf[document_frequency < 2] = 0                            # a word of one item says nothing of similarity
+    return _svd(rows, cols, idf[cols], (len(texts), len(words)), dim, seed)
+
+
+def cooccurrence(histories, num_items, window, decay):
+    """Sparse (n, n) counts of b following a: rows a, cols b, weights Σ decay^(distance-1) over distances ≤ window."""
+    flat = np.fromiter((i for h in histories for i in h), np.int64)
+    user = np.repeat(np.arange(len(histories)), [len(h) for h in histories])
+    keys, weights = [], []
+    for distance in range(1, window + 1):
+        same = user[distance:] == user[:-distance]
+        keys.append(flat[:-distance][same] * num_items + flat[distance:][same])
+        weights.append(np.full(same.sum(), decay ** (distance - 1)))
+    keys, place = np.unique(np.concatenate(keys), return_inverse=True)
+    return keys // num_items, keys % num_items, np.bincount(place, np.concatenate(weights), len(keys))
+
+
+def collaborative_features(histories, num_items, dim, seed):
+    """(n, dim) float32: truncated SVD of the positive pointwise mutual information of items close in a history."""
+    a, b, w = cooccurrence(histories, num_items, window=5, decay=0.8)
+    a, b, w = np.concatenate([a, b]), np.concatenate([b, a]), np.concatenate([w, w])
+    total = np.bincount(a, w, num_items)
+    # PPMI(a, b) = max(0, log(p(a, b) / (p(a)·p(b)))), with p(b) ∝ count^0.75 so that rare pairs do not dominate
+    smooth = total ** 0.75
+    ppmi = np.maximum(0, np.log(w * smooth.sum() / np.maximum(total[a] * smooth[b], 1e-12)))
+    return _svd(a, b, ppmi, (num_items, num_items), dim, seed)
+
+
+def _svd(rows, cols, values, shape, dim, seed):
+    """Left singular vectors times √(singular values) of a sparse matrix, each row scaled to length 1 (or 0)."""
+    out = np.zeros((shape[0], dim), np.float32)
+    rank = min(dim, *shape)
+    if rank == 0 or not len(values):
+        return out
+    matrix = torch.sparse_coo_tensor(np.stack([rows, cols]), torch.tensor(values, dtype=torch.float32), shape, check_invariants=False).coalesce()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        u, s, _ = torch.svd_lowrank(matrix, q=min(rank + 8, *shape), niter=4)
+    out[:, :rank] = (u * s.sqrt())[:, :rank].numpy()
+    norm = np.linalg.norm(out, axis=1, keepdims=True)
+    return np.divide(out, norm, out=np.zeros_like(out), where=norm > 1e-6)
+
+
+def item_features(kind, texts, histories, seed, dim=64):
+    """(n, d) features for the IDs: kind "content" (text alone, as TIGER) or "mixed" (text + training co-occurrence, as LETTER).
+
+    Pass training histories only: a validation or test interaction in here would leak into every row of the table.
+    """
+    text = text_features(texts, dim, seed)
+    if kind == "content":
+        return text
+    # Co-occurrence counts double: on both data sets, IDs by who-liked-what rank better than IDs by words.
+    return np.hstack([text, 2 * collaborative_features(histories, len(texts), dim, seed)])
+
+
+def kmeans(points, k, rng, steps=20):
+    """(k, d) centroids of points (n, d): k-means++ seeding, then Lloyd's steps; an empty cluster stays where it is."""
+    centroids, cost = np.empty((k, points.shape[1])), np.full(len(points), np.inf)
+    for j in range(k):
+        # The next seed is a point drawn with probability ∝ its squared distance from the nearest seed so far.
+        p = cost / cost.sum() if j and cost.sum() > 0 else None
+        centroids[j] = points[rng.choice(len(points), p=p)]
+        cost = np.minimum(cost, ((points - centroids[j]) ** 2).sum(1))
+    for _ in range(steps):
+        nearest = _squared_distances(points, centroids).argmin(1)
+        count = np.bincount(nearest, minlength=k)
+        total = np.stack([np.bincount(nearest, column, k) for column in points.T], 1) if points.size else centroids
+        centroids = np.where(count[:, None] > 0, total / np.maximum(count, 1)[:, None], centroids)
+    return centroids
+
+
+def _squared_distances(points, centroids):
+    return np.maximum((points ** 2).sum(1)[:, None] - 2 * points @ centroids.T + (centroids ** 2).sum(1), 0)   # (n, k)
+
+
+def assign_with_capacity(cost, parent, capacity):
+    """Each item takes its cheapest code, but no (parent, code) cell takes more than `capacity` items.
+
+    Deferred acceptance: all items ask for their cheapest code that has not refused them; a cell that is asked
+    too often keeps the cheapest `capacity` of them and refuses the others for good; until nobody is refused.
+
+    cost (n, K), parent (n,) the cell that each item is already in → (n,) codes. A parent of at most
+    capacity·K items always suffices.
+    """
+    cost = cost.copy()
+    items = np.arange(len(cost))
+    while True:
+        code = cost.argmin(1)
+        cell = parent * cost.shape[1] + code
+        order = np.lexsort((cost[items, code], cell))          # by cell, the cheapest first
+        sorted_cell = cell[order]
+        first = np.searchsorted(sorted_cell, sorted_cell)      # where each cell begins
+        refused = order[np.arange(len(order)) - first >= capacity]
+        if not len(refused):
+            return code
+        cost[refused, code[refused]] = np.inf
+
+
+class SemanticIDs:
+    """The table item ↔ ID, and the tree of legal prefixes.
+
+    Example: items 0, 1, 2 with the IDs (0, 1, 1), (0, 2, 0) and (2, 0, 0), K = 3:
+
+    >>> ids = SemanticIDs([[0, 1, 1], [0, 2, 0], [2, 0, 0]], num_codes=3)
+    >>> ids.legal([]).tolist()                                 # an ID begins with 0 or 2
+    [True, False, True]
+    >>> ids.legal([0]).tolist()                                # after 0 comes 1 or 2
+    [False, True, True]
+    >>> ids.lookup([[0, 2, 0], [0, 2, 1]]).tolist()            # the second leads nowhere
+    [1, -1]
+    """
+
+    def __init__(self, codes, num_codes):
+        """codes (n, L) integers in [0, num_codes), all rows different; raises ValueError otherwise."""
+        codes = np.asarray(codes)
+        if codes.ndim != 2 or codes.size == 0 or not np.issubdtype(codes.dtype, np.integer):
+            raise ValueError(f"semantic IDs must be an (n, L) table of integers, not {codes.dtype} of shape {codes.shape}")
+        if codes.min() < 0 or codes.max() >= num_codes:
+            raise ValueError(f"codes must lie in [0, {num_codes})")
+        self.codes = torch.from_numpy(codes.astype(np.int64))   # (n, L)
+        self.num_codes, self.num_levels = int(num_codes), codes.shape[1]
+        # The tree's nodes: 0 is the empty prefix, 1 … P-1 the others, level by level, and P + i is item i.
+        nodes, count = [np.zeros(len(codes), np.int64)], 1
+        for level in range(self.num_levels - 1):
+            prefix, below = np.unique(nodes[level] * num_codes + codes[:, level], return_inverse=True)
+            nodes.append(count + below)
+            count += len(prefix)
+        nodes = np.stack(nodes + [count + np.arange(len(codes))], 1)
+        # children[node, code] is the node that the code leads to, −1 if there is none. The last row is all −1: index
+        # −1 reaches it, so a walk that has left the tree stays outside. It grows with the prefixes, not with K^L.
+        children = np.full((count + 1, num_codes), -1, np.int64)
+        children[nodes[:, :-1], codes] = nodes[:, 1:]
+        if (children[nodes[:, -2], codes[:, -1]] != nodes[:, -1]).any():
+            raise ValueError("two items have the same semantic ID")
+        self.num_prefixes = count                               # P
+        self.children = torch.from_numpy(children)              # (P + 1, K)
+        self.nodes = torch.from_numpy(nodes)                    # (n, L + 1): s_0 … s_L on the way to each item
+
+    @classmethod
+    def fit(cls, features, num_codes, num_levels=3, seed=0):
+        """IDs by residual k-means of features (n, d); the same seed gives the same IDs.
+
+        Raises ValueError for more than K^L items, or for features that are not finite.
+        """
+        residual = np.array(features, np.float64)
+        if residual.ndim != 2 or not len(residual) or not np.isfinite(residual).all():
+            raise ValueError("features must be a finite (n, d) array with at least one row")
+        if len(residual) > num_codes ** num_levels:
+            raise ValueError(f"{len(residual)} items do not fit into {num_codes}^{num_levels} = "
+                             f"{num_codes ** num_levels} semantic IDs; use more codes or levels")
+        rng = np.random.default_rng(seed)
+        codes, parent = [], np.zeros(len(residual), np.int64)
+        for level in range(num_levels):
+            centroids = kmeans(residual, num_codes, rng)
+            capacity = num_codes ** (num_levels - 1 - level)    # room below one code of this level
+            code = assign_with_capacity(_squared_distances(residual, centroids), parent, capacity)
+            residual = residual - centroids[code]
+            codes.append(code)
+            parent = np.unique(parent * num_codes + code, return_inverse=True)[1]
+        return cls(np.stack(codes, 1), num_codes)
+
+    def node(self, prefix):
+        """The node (...) of a prefix (..., l) of codes, l ≤ L; −1 for one that no item has."""
+        prefix = torch.as_tensor(prefix, dtype=torch.long)
+        node = torch.zeros(prefix.shape[:-1], dtype=torch.long)
+        for level in range(prefix.shape[-1]):
+            code = prefix[..., level]
+            inside = (code >= 0) & (code < self.num_codes)
+            node = torch.where(inside, self.children[node, code.clamp(0, self.num_codes - 1)], -1)
+        return node
+
+    def legal(self, prefix):
+        """bool (..., K): the codes that lead from a prefix (..., l), l < L, on to a catalogue item."""
+        return self.children[self.node(prefix)] >= 0
+
+    def lookup(self, codes):
+        """Item index (...) of whole IDs (..., L); −1 where no item has that ID."""
+        codes = torch.as_tensor(codes, dtype=torch.long)
+        if codes.shape[-1] != self.num_levels:
+            raise ValueError(f"an ID has {self.num_levels} codes, not {codes.shape[-1]}")
+        return (self.node(codes) - self.num_prefixes).clamp(min=-1)
+
+    def flows(self, values):
+        """F*(s) of every node: the sum of values (C, n), such as R, over the items below it → (C, P + n), items last."""
+        flow = values.new_zeros(self.num_prefixes, len(values))
+        below = values.T.contiguous()                           # adding whole rows is 6 times as fast as columns
+        for level in range(self.num_levels):
+            flow.index_add_(0, self.nodes[:, level].to(values.device), below)
+        return torch.cat([flow, below]).T                       # (C, P + n)
+
+    def health(self):
+        """One line: codes used and perplexity (e^entropy of the code counts) per level, and the largest cell."""
+        used, perplexity = [], []
+        for level in range(self.num_levels):
+            share = np.bincount(self.codes[:, level].numpy(), minlength=self.num_codes) / len(self.codes)
+            share = share[share > 0]
+            used.append(str(len(share)))
+            perplexity.append(f"{np.exp(-(share * np.log(share)).sum()):.0f}")
+        largest = int(torch.bincount(self.nodes[:, -2]).max())
+        return (f"semantic IDs: {len(self.codes)} items, K = {self.num_codes}, used codes {'/'.join(used)}, "
+                f"perplexity {'/'.join(perplexity)}, largest last-level cell {largest}")
