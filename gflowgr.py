@@ -4,8 +4,23 @@ A generative recommender writes the next item's semantic ID code by code. Fine-t
 what was shown, not what would be liked: exposure bias. GFlowGR reads an ID as a path down a tree and trains a GFlowNet
 on it: logged items, and unobserved ones picked with the help of a collaborative model (CM), get probabilities in
 proportion to their reward.
+
+Where this departs from the paper, or had to guess (the formulas are known second-hand, from notes on its later version):
+
+ 1. The policy is a GPT-2 trained from scratch with a few hundred thousand weights, not a pre-trained model.
+ 2. An item of the history is one token, not L: rows are a third as long, and SFT learns faster (Policy).
+ 3. Semantic IDs come from residual k-means with capacities, not from a trained RQ-VAE (tokenizer.py).
+ 4. The CM counts item-to-item transitions; the paper uses a neural recommender (reward.py).
+ 5. Every reward signal is normalised over the catalogue before it is weighted (Reward).
+ 6. The curriculum's pool is drawn half from the CM's scores and half evenly, not evenly alone (curriculum).
+ 7. GFlowGR-FM is ours: where the catalogue can be enumerated, the flow of every prefix is a sum over its subtree, so
+    each step has an exact target (flow_matching).
+ 8. Items of the history are never recommended, in any row: these data sets hold no repeats.
+
+The order below is that of the story: settings, policy, losses, sampler, training, evaluation, experiment, command line.
 """
 import argparse
+import copy
 import json
 import math
 import sys
@@ -16,7 +31,9 @@ from pathlib import Path
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
 # ---------------------------------------------------------------------------------------------------------------------
-METHODS = {"pop": "Popularity", "cm": "CM alone", "sft": "SFT", "sft-continued": "SFT (continued)", "tb": "GFlowGR-TB", "fm": "GFlowGR-FM", "vargrad": "VG"}
+METHODS = {"pop": "Popularity", "cm": "CM alone", "sft": "SFT", "sft-continued": "SFT (continued)",
+           "sdpo": "S-DPO", "db": "GFlowGR-DB", "vargrad": "GFlowGR-VarGrad", "tb": "GFlowGR-TB", "fm": "GFlowGR-FM"}
+GFLOWNETS = ("db", "vargrad", "tb", "fm")
 
 
 def setting(default, help):
@@ -38,14 +55,17 @@ class Settings:
     width: int = setting(128, "hidden size: enough for 10^4 items, trains on two cores")
     layers: int = setting(3, "transformer blocks")
     dropout: float = setting(0.2, "less over-fits in ten epochs on 10^5 interactions")
+    gfn_dropout: float = setting(0.0, "dropout of the GFlowNet rows: flows are dense targets, and fitting them is the bottleneck")
     batch: int = setting(128, "rows a step")
     rate: float = setting(2e-3, "peak learning rate, of AdamW with warm-up and cosine: small models like it high")
     sft_epochs: int = setting(10, "passes of SFT over the training rows")
     epochs: int = setting(10, "passes of each fine-tuning, the same for every method")
     trajectories: int = setting(3, "N, augmented trajectories a context: the paper's best")
     positions: int = setting(4, "contexts a row that get trajectories: one in two or three keeps a step near 2 x SFT")
+    loo: int = setting(1, "")
     weights: str = setting("0.3,0.65,0.05", "w_a,w_ŷ,w_s of the reward: the shares of action, CM and ID similarity")
     lam: float = setting(0.1, "λ, the GFlowNet's share of the loss")
+    beta: float = setting(0.1, "β of S-DPO")
     beams: int = setting(20, "beam width when ranking")
     validate_users: int = setting(2000, "users that choose the epoch: standard error .005 of NDCG, in seconds")
 
@@ -116,7 +136,8 @@ class Policy(torch.nn.Module):
         self.lm = lm or GPT2LMHeadModel(GPT2Config(
             vocab_size=L * K + 1 + n, n_positions=window + L, n_embd=width, n_layer=layers, n_head=max(1, width // 32),
             activation_function="gelu_pytorch_tanh",           # gelu_new's values, faster on CPU
-            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=L * K, eos_token_id=L * K))
+            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,   # attention dropout would double the time of a step
+            bos_token_id=L * K, eos_token_id=L * K))
         self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)   # log F(s) of a prefix; of the root: log Z(U)
         torch.nn.init.zeros_(self.flow_head.weight)
         for name in ("codes", "nodes", "children"):            # buffers move with .to(device); not saved
@@ -307,10 +328,14 @@ def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
 def curriculum(scores, positives, count, progress):
     """N unobserved items a context, easy (low CM score) early in training, hard (high) late.
 
-    scores (B, n) of the CM, positives (B,) to leave out, progress in [0, 1] → items (B, count). The pool of 2N−1 is
-    drawn from the scores: drawn evenly from a catalogue of thousands, it would hold none that the CM thinks likely.
+    scores (B, n) of the CM, positives (B,) to leave out, progress in [0, 1] → items (B, count). The paper ranks a
+    pool of about 2N−1 unobserved items by the CM; this pool is drawn half from the CM's own scores, since of a
+    catalogue of thousands an even draw finds next to nothing that the CM likes, and half evenly: with likely items
+    alone, log Z could make up for a policy that finds all of them too unlikely.
     """
-    unobserved = scores.scatter(1, positives.clamp(min=0)[:, None], 0) + 1e-9
+    if count == 0:
+        return torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)
+    unobserved = (0.5 * scores + 0.5 / scores.shape[1]).scatter(1, positives[:, None], 0)
     pool = torch.multinomial(unobserved, 2 * count - 1, replacement=True)                # (B, 2N-1)
     ranked = pool.gather(1, scores.gather(1, pool).argsort(1))                           # low scores first
     start = round(progress * (count - 1))
@@ -369,40 +394,56 @@ def next_token_loss(step_log_probs, valid):
     return -(step_log_probs.sum(-1) * valid).sum() / valid.sum()
 
 
-def loss_of(method, policy, batch, reward, data, settings, progress):
-    """L = L_GR(U, v) + λ · mean over n = 1..N+1 of L_GFN(τ_n) (METHOD.md, "Definitions"); SFT is its first term."""
+def pick_contexts(batch, data, count):
+    """`count` of each row's targets, at random with repeats: their places and ends (B, M); and for each of the B·M
+    contexts the history, what followed it in training, the positive and whether it was liked."""
+    valid = batch.valid.sum(1, keepdim=True)
+    chosen = (torch.rand(len(valid), count, device=valid.device) * valid).long()                     # (B, M)
+    ends, positives = batch.ends.gather(1, chosen), batch.targets.gather(1, chosen).flatten()
+    where = [(u, start + end) for u, start, row in zip(batch.users, batch.starts, ends.tolist()) for end in row]
+    liked = torch.tensor([data.liked[u][end] for u, end in where], device=valid.device)
+    histories, following = [data.train[u][:end] for u, end in where], [data.train[u][end:] for u, end in where]
+    return chosen, ends, histories, following, positives, liked
+
+
+def loss_of(method, policy, reference, batch, reward, data, settings, progress):
+    """L = L_GR(U, v) + λ · mean over n = 1..N+1 of L_GFN(τ_n) (METHOD.md, "Definitions"); SFT is its first term alone."""
     (B, T), N, M = batch.targets.shape, settings.trajectories, settings.positions
     if method in ("sft", "sft-continued"):
         log_probs, _ = policy(batch.tokens, batch.ends, batch.targets)
         return next_token_loss(policy.steps(log_probs, batch.targets), batch.valid)
-    # M of the row's targets, at random with repeats, get N augmented trajectories each
-    chosen = (torch.rand(B, M, device=policy.device) * batch.valid.sum(1, keepdim=True)).long()      # (B, M)
-    ends, positives = batch.ends.gather(1, chosen), batch.targets.gather(1, chosen)
-    where = [(u, start + end) for u, start, row in zip(batch.users, batch.starts, ends.tolist()) for end in row]
-    contexts = [data.train[u][:end] for u, end in where]                                             # B·M histories
-    liked = torch.tensor([data.liked[u][end] for u, end in where])
-    scores = reward.collaborative(contexts)
-    augmented = curriculum(scores, positives.flatten(), N, progress).reshape(B, M * N)
-    r = reward(contexts, positives.flatten(), liked)                                                 # (B·M, n)
-    items = torch.cat([batch.targets, augmented], 1)                                                 # (B, T + M·N)
-    log_probs, log_flow = policy(batch.tokens, torch.cat([batch.ends, ends.repeat_interleave(N, 1)], 1), items)
-    step = policy.steps(log_probs, items)                                                            # (B, T + M·N, L)
-    path = step.sum(-1)
-    log_pf = torch.cat([path.gather(1, chosen)[..., None], path[:, T:].reshape(B, M, N)], 2).flatten(0, 1)
-    paths = torch.cat([positives[..., None], augmented.reshape(B, M, N)], 2).flatten(0, 1)           # (B·M, 1 + N)
-    log_z = log_flow[:, :T, 0].gather(1, chosen).flatten()
+    chosen, ends, histories, following, positives, liked = pick_contexts(batch, data, M)
+    scores = reward.collaborative(histories, following if settings.loo else None)                    # (B·M, n)
+    augmented = curriculum(scores, positives, N, progress)                                           # (B·M, N)
+    r = reward(histories, positives, liked, scores)                                                  # (B·M, n)
+    # One packed row: a branch for each target (for L_GR, and τ_1), and N for each of the M contexts (τ_2 … τ_{N+1})
+    items = torch.cat([batch.targets, augmented.reshape(B, M * N)], 1)                               # (B, T + M·N)
+    ends = torch.cat([batch.ends, ends.repeat_interleave(N, 1)], 1)
+    log_probs, log_flow = policy(batch.tokens, ends, items)                                          # (..., L, K), (..., L)
+    step = policy.steps(log_probs, items)                                                            # (..., L)
+
+    def trajectories(x):                                       # (B, T + M·N, ...) → (B·M, 1 + N, ...)
+        first = x[torch.arange(B, device=x.device)[:, None], chosen]                                 # (B, M, ...)
+        return torch.cat([first[:, :, None], x[:, T:].unflatten(1, (M, N))], 2).flatten(0, 1)
+    paths, flow, log_pf = trajectories(items), trajectories(log_flow), trajectories(step)
+    log_r = r.gather(1, paths).log()                                                                 # (B·M, 1 + N)
     if method == "tb":
-        gfn = trajectory_balance(log_z, log_pf, r.gather(1, paths).log())
+        gfn = trajectory_balance(flow[:, 0, 0], log_pf.sum(-1), log_r)
+    elif method == "db":
+        gfn = detailed_balance(torch.cat([flow, log_r[..., None]], -1), log_pf)
     elif method == "vargrad":
-        gfn = vargrad(log_pf, r.gather(1, paths).log())
+        gfn = vargrad(log_pf.sum(-1), log_r)
     elif method == "fm":
-        child = policy.id_children[policy.id_nodes[augmented][..., :-1]].reshape(B * M, -1)          # (B·M, N·L·K)
-        flow = (policy.semantic_ids.flows(r).gather(1, child.clamp(min=0)) * (child >= 0)).reshape(B, M * N, 3, -1)
-        gfn = flow_matching(flow, log_probs[:, T:])
+        gfn = flow_matching(policy.semantic_ids.child_flows(r, paths), trajectories(log_probs))
+    else:                                                      # S-DPO: prefer the positive to the augmented items
+        with torch.no_grad():
+            reference_pf = trajectories(reference.steps(reference(batch.tokens, ends, items)[0], items)).sum(-1)
+        log_pf = log_pf.sum(-1)
+        gfn = sdpo(log_pf[:, 0], log_pf[:, 1:], reference_pf[:, 0], reference_pf[:, 1:], settings.beta)
     return next_token_loss(step[:, :T], batch.valid) + settings.lam * gfn
 
 
-def train(method, policy, reward, data, settings, epochs, seed):
+def train(method, policy, reward, data, settings, epochs, seed, reference=None):
     """The one training loop. Trains `policy` in place, leaves it at its best epoch on validation, returns the curve.
 
     Returns a list of {"epoch", "loss", "ndcg@10"}, epoch 0 first; raises FloatingPointError when the loss is not finite.
@@ -423,7 +464,7 @@ def train(method, policy, reward, data, settings, epochs, seed):
             losses = []
             policy.train()
             for batch in batches(rows, data.train, settings.batch, policy, rng):
-                loss = loss_of(method, policy, batch, reward, data, settings, bar.n / steps)
+                loss = loss_of(method, policy, reference, batch, reward, data, settings, bar.n / steps)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"{method}: the loss became {loss.item()} at step {bar.n + 1} "
                                              f"(users {', '.join(data.user_ids[u] for u in batch.users[:5])}, ...)")
@@ -528,7 +569,12 @@ def run_row(method, seed, prepared, data, settings):
             policy = Policy.from_pretrained(out / f"sft-{seed}")
         policy.catalogue = {"item_ids": data.item_ids, "titles": data.titles}
         policy.to(settings.device)
-        curve = train(method, policy, reward, data, settings, settings.sft_epochs if method == "sft" else settings.epochs, seed)
+        reference = copy.deepcopy(policy).eval() if method == "sdpo" else None
+        epochs = settings.sft_epochs if method == "sft" else settings.epochs
+        for module in policy.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = settings.gfn_dropout if method in GFLOWNETS else settings.dropout
+        curve = train(method, policy, reward, data, settings, epochs, seed, reference)
         policy.save_pretrained(out / f"{method}-{seed}")
         ranker = policy_ranker(policy, settings)
     trained = time.time()

@@ -30,22 +30,33 @@ class CollaborativeModel:
             length=10, decay=0.6, popularity=0.05):
         """Count transitions in training histories (lists of item indices, oldest first); n × n, but sparse."""
         self = cls()
-        self.num_items, self.length, self.decay, self.popularity_share = num_items, length, decay, popularity
+        self.num_items, self.window, self.nearness = num_items, window, nearness
+        self.length, self.decay, self.popularity_share = length, decay, popularity
         a, b, w = cooccurrence(histories, num_items, window, nearness)
         count = np.bincount(np.fromiter((i for h in histories for i in h), np.int64), minlength=num_items)
         # T[a, b] = (forward(a, b) + backward · forward(b, a)) / count(a)^power
         a, b, w = np.concatenate([a, b]), np.concatenate([b, a]), np.concatenate([w, backward * w])
-        self.transitions = _sparse(a, b, w / np.maximum(count[a], 1) ** power, (num_items, num_items)).coalesce()
+        self.scale = 1 / np.maximum(count, 1) ** power
+        self.transitions = _sparse(a, b, w * self.scale[a], (num_items, num_items)).coalesce()
         self.popularity = torch.tensor((count + 1) / (count + 1).sum(), dtype=torch.float32)   # (n,), never 0
         return self
 
-    def scores(self, histories):
-        """r_ŷ: (B, n), ≥ 0, rows sum to 1; 0 for items of the history, since these data sets hold no repeats."""
+    def scores(self, histories, following=None):
+        """r_ŷ: (B, n), ≥ 0, rows sum to 1; 0 for items of the history, since these data sets hold no repeats.
+
+        following: B lists of the items that come next in the same training histories. What those very histories added
+        to T is then taken out (leave one user out): else the CM has seen the answer, and teaches it by heart.
+        """
         rows = [b for b, history in enumerate(histories) for _ in history[-self.length:]]
         recent = [item for history in histories for item in history[-self.length:]]
         weights = [self.decay ** age for h in histories for age in reversed(range(min(len(h), self.length)))]
         shape = (len(histories), self.num_items)
         scores = torch.sparse.mm(_sparse(rows, recent, weights, shape), self.transitions).to_dense()
+        for b, (history, after) in enumerate(zip(histories, following or [])):
+            for age, j in enumerate(reversed(history[-self.length:])):
+                for ahead, item in enumerate(after[:max(0, self.window - age)]):
+                    scores[b, item] -= self.decay ** age * self.nearness ** (age + ahead) * self.scale[j]
+        scores = scores * (scores > 1e-6)                      # what rounding left of a difference is nothing
         popular = self.popularity.repeat(len(histories), 1)
         owners = [b for b, history in enumerate(histories) for _ in history]
         owned = [item for history in histories for item in history]
@@ -79,9 +90,9 @@ class Reward:
         r[known.nonzero()[:, 0], positives[known]] = torch.where(liked[known], 1.0, 0.1)
         return r
 
-    def collaborative(self, histories):
+    def collaborative(self, histories, following=None):
         """r_ŷ: (B, n), the CM's score of every item."""
-        return self.cm.scores(histories)
+        return self.cm.scores(histories, following)
 
     def similarity(self, positives):
         """r_s: (B, n), codes shared with the positive's ID, Σ_l 1[t_l = t'_l], as a share of the sum over the catalogue."""
@@ -90,12 +101,15 @@ class Reward:
         shared[positives < 0] = 1                              # no positive: nothing to be similar to
         return shared / shared.sum(1, keepdim=True)
 
-    def __call__(self, histories, positives, liked):
-        """R: (B, n) > 0 for every item of the catalogue; histories B lists, positives (B,), liked (B,) bool."""
+    def __call__(self, histories, positives, liked, scores=None):
+        """R: (B, n) > 0 for every item of the catalogue; histories B lists, positives (B,), liked (B,) bool.
+
+        scores: collaborative(histories), if the sampler has them already.
+        """
         w_a, w_y, w_s = self.weights
         total = w_a * self.action(positives, liked) + self.epsilon / len(self.ids.codes)
         if w_y:
-            total += w_y * self.collaborative(histories)
+            total += w_y * (self.collaborative(histories) if scores is None else scores)
         if w_s:
             total += w_s * self.similarity(positives)
         return total

@@ -210,6 +210,12 @@ class SemanticIDs:
             flow.index_add_(0, self.nodes[:, level].to(values.device), below)
         return torch.cat([flow, below]).T                       # (C, P + n)
 
+    def child_flows(self, values, items):
+        """F* of every child of s_0 … s_{L-1} on the paths of items (C, J) → (C, J, L, K); 0 where a code is illegal."""
+        child = self.children[self.nodes[items.cpu()][..., :-1]].to(values.device)              # (C, J, L, K)
+        flow = self.flows(values).gather(1, child.clamp(min=0).flatten(1)).reshape(child.shape)
+        return flow * (child >= 0)
+
     def health(self):
         """One line: codes used and perplexity (e^entropy of the code counts) per level, and the largest cell."""
         used, perplexity = [], []

@@ -181,13 +181,13 @@ def check(settings, methods, devices):
         raise InputError(f"--seeds and --weights take numbers with commas between them ({error})") from None
     if len(weights) != 3 or not all(0 <= w < math.inf for w in weights):
         raise InputError(f"--weights {settings.weights}: give three numbers, none negative: w_a,w_ŷ,w_s")
-    least = {"lam": 0, "trajectories": 0, "dropout": 0}
+    least = {"lam": 0, "trajectories": 0, "dropout": 0, "gfn_dropout": 0}
     for f in fields(settings):
         value = getattr(settings, f.name)
         if not isinstance(value, str) and not least.get(f.name, 1 if isinstance(value, int) else 1e-12) <= value < math.inf:
             raise InputError(f"--{f.name.replace('_', '-')} {value}: too small")
-    if settings.ids not in ("content", "mixed") or settings.dropout >= 1 or settings.width % 32:
-        raise InputError("--ids is content or mixed, --dropout is below 1, and --width is a multiple of 32")
+    if settings.ids not in ("content", "mixed") or max(settings.dropout, settings.gfn_dropout) >= 1 or settings.width % 32:
+        raise InputError("--ids is content or mixed, a dropout is below 1, and --width is a multiple of 32")
     if settings.device != "auto" and settings.device not in devices:
         raise InputError(f"--device {settings.device} is not here; choose of auto, {', '.join(devices)}")
     return [m for m in methods if m in asked], seeds
