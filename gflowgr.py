@@ -57,7 +57,8 @@ class Settings:
     dropout: float = setting(0.2, "less over-fits in ten epochs on 10^5 interactions")
     gfn_dropout: float = setting(0.0, "dropout of the GFlowNet rows: flows are dense targets, and fitting them is the bottleneck")
     batch: int = setting(128, "rows a step")
-    rate: float = setting(2e-3, "peak learning rate, of AdamW with warm-up and cosine: small models like it high")
+    rate: float = setting(2e-3, "peak learning rate of SFT, by AdamW with warm-up and cosine: small models like it high")
+    fine_rate: float = setting(5e-4, "peak learning rate of every fine-tuning: a fresh high rate first undoes what SFT learned")
     sft_epochs: int = setting(10, "passes of SFT over the training rows")
     epochs: int = setting(10, "passes of each fine-tuning, the same for every method")
     trajectories: int = setting(3, "N, augmented trajectories a context: the paper's best")
@@ -108,6 +109,7 @@ from tqdm import tqdm                                          # noqa: E402
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel   # noqa: E402
 
 from data import ml_100k                                       # noqa: E402
+from data.batches import batches, pick_contexts, training_rows                   # noqa: E402
 from data.inputs import InputError, check, check_out, find_item, read_folder   # noqa: E402
 from data.report import plot_curves, results_of, table_of, write_json          # noqa: E402
 from reward import CollaborativeModel, Reward                  # noqa: E402
@@ -345,65 +347,9 @@ def curriculum(scores, positives, count, progress):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
-@dataclass
-class Batch:
-    """Rows of training histories: users, where each row starts, and its tokens, ends, targets and validity."""
-    users: list
-    starts: list
-    tokens: torch.Tensor                                       # (B, C)
-    ends: torch.Tensor                                         # (B, T) items of the row before each target
-    targets: torch.Tensor                                      # (B, T)
-    valid: torch.Tensor                                        # (B, T) bool, False on padding
-
-
-def training_rows(histories, window):
-    """(user, start, first, stop): items[start:stop] is a row whose targets are items[first:stop].
-
-    A history longer than the window is cut into rows that overlap, so that every target but the earliest has at
-    least half a window of history before it.
-    """
-    rows = []
-    for user, history in enumerate(histories):
-        first, stop = 0, min(len(history), window + 1)
-        while first < len(history):
-            rows.append((user, max(0, stop - 1 - window), first, stop))
-            first, stop = stop, min(len(history), stop + max(1, window // 2))
-    return rows
-
-
-def batches(rows, histories, size, policy, rng):
-    """The rows of one epoch in random order, as Batches of rows of like length (less padding, twice the speed)."""
-    order = rng.permutation(len(rows))
-    chunks = [sorted(order[i:i + 32 * size], key=lambda r: rows[r][3] - rows[r][1]) for i in range(0, len(rows), 32 * size)]
-    groups = [chunk[i:i + size] for chunk in chunks for i in range(0, len(chunk), size)]
-    for g in rng.permutation(len(groups)):
-        chosen = [rows[r] for r in groups[g]]
-        tokens, _ = policy.tokens([histories[u][start:stop - 1] for u, start, _, stop in chosen])
-        count = torch.tensor([stop - first for _, _, first, stop in chosen])
-        valid = torch.arange(int(count.max()))[None] < count[:, None]
-        ends, targets = torch.zeros(valid.shape, dtype=torch.long), torch.zeros(valid.shape, dtype=torch.long)
-        for i, (u, start, first, stop) in enumerate(chosen):
-            ends[i, :count[i]] = torch.arange(first - start, stop - start)
-            targets[i, :count[i]] = torch.tensor(histories[u][first:stop])
-        yield Batch([row[0] for row in chosen], [row[1] for row in chosen], tokens,
-                    *(x.to(policy.device) for x in (ends, targets, valid)))
-
-
 def next_token_loss(step_log_probs, valid):
     """L_GR: −log P_F of the logged item's codes, summed over the path (B, T, L), mean over valid targets (B, T)."""
     return -(step_log_probs.sum(-1) * valid).sum() / valid.sum()
-
-
-def pick_contexts(batch, data, count):
-    """`count` of each row's targets, at random with repeats: their places and ends (B, M); and for each of the B·M
-    contexts the history, what followed it in training, the positive and whether it was liked."""
-    valid = batch.valid.sum(1, keepdim=True)
-    chosen = (torch.rand(len(valid), count, device=valid.device) * valid).long()                     # (B, M)
-    ends, positives = batch.ends.gather(1, chosen), batch.targets.gather(1, chosen).flatten()
-    where = [(u, start + end) for u, start, row in zip(batch.users, batch.starts, ends.tolist()) for end in row]
-    liked = torch.tensor([data.liked[u][end] for u, end in where], device=valid.device)
-    histories, following = [data.train[u][:end] for u, end in where], [data.train[u][end:] for u, end in where]
-    return chosen, ends, histories, following, positives, liked
 
 
 def loss_of(method, policy, reference, batch, reward, data, settings, progress):
@@ -452,9 +398,10 @@ def train(method, policy, reward, data, settings, epochs, seed, reference=None):
     rng = np.random.default_rng(seed)
     rows = training_rows(data.train, settings.window)
     steps = epochs * math.ceil(len(rows) / settings.batch)
-    optimizer = torch.optim.AdamW([{"params": policy.lm.parameters()},
-                                   {"params": policy.flow_head.parameters(), "lr": 10 * settings.rate}],
-                                  lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    rate = settings.rate if method == "sft" else settings.fine_rate
+    optimizer = torch.optim.AdamW([{"params": policy.lm.parameters()},          # log Z has far to go: 10 times the rate
+                                   {"params": policy.flow_head.parameters(), "lr": 10 * rate}],
+                                  lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     warm = min(200, steps // 10 + 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -531,15 +478,14 @@ def metrics_of(ranked, data):
 # ---------------------------------------------------------------------------------------------------------------------
 # The experiment: data → IDs, CM → SFT → fine-tuned policies → table
 # ---------------------------------------------------------------------------------------------------------------------
-def baseline_ranker(method, data, cm):
+def baseline_ranker(method, cm):
     """recommend(histories, k) for the rows without a language model: pop and cm."""
-    popularity = torch.tensor(np.bincount([i for h in data.train for i in h], minlength=len(data.item_ids)), dtype=torch.float32)
-
     def recommend(histories, k):
-        scores = cm.scores(histories) if method == "cm" else popularity.repeat(len(histories), 1)
+        scores = cm.scores(histories) if method == "cm" else cm.popularity.repeat(len(histories), 1)
         for row, history in zip(scores, histories):
             row[history] = -1
-        return scores.topk(k, 1).indices
+        best = scores.topk(min(k, scores.shape[1]), 1)
+        return F.pad(best.indices.masked_fill(best.values < 0, -1), (0, k - best.indices.shape[1]), value=-1)
     return recommend
 
 
@@ -559,7 +505,7 @@ def run_row(method, seed, prepared, data, settings):
     features, ids, reward = prepared
     out, curve, started = Path(settings.out), [], time.time()
     if method in ("pop", "cm"):
-        ranker = baseline_ranker(method, data, reward.cm)
+        ranker = baseline_ranker(method, reward.cm)
     else:
         torch.manual_seed(seed)
         if method == "sft":

@@ -20,7 +20,7 @@ from transformers import GPT2LMHeadModel
 
 import gflowgr
 import tokenizer
-from data import make_toy, ml_100k
+from data import batches, make_toy, ml_100k
 from data.inputs import InputError, read_folder
 from gflowgr import Policy, Settings
 from reward import CollaborativeModel, Reward
@@ -360,7 +360,7 @@ def test_curriculum_goes_from_easy_to_hard_and_skips_the_positive():
 def test_training_rows_cover_every_target_once(window):
     histories = [list(range(100, 100 + n)) for n in (1, 2, 4, 5, 6, 30)]
     seen = []
-    for user, start, first, stop in gflowgr.training_rows(histories, window):
+    for user, start, first, stop in batches.training_rows(histories, window):
         assert start <= first < stop <= len(histories[user]) and stop - 1 - start <= window
         seen += [(user, t) for t in range(first, stop)]
         assert start == 0 or first - start >= window // 2      # a late target has half a window before it
@@ -369,8 +369,8 @@ def test_training_rows_cover_every_target_once(window):
 
 def test_batches_hold_the_histories(small):
     histories, rng = [[1, 2, 3], [4], [5, 6, 7, 8, 9], list(range(10, 40))], np.random.default_rng(0)
-    rows, seen = gflowgr.training_rows(histories, small.window), []
-    for batch in gflowgr.batches(rows, histories, 2, small, rng):
+    rows, seen = batches.training_rows(histories, small.window), []
+    for batch in batches.batches(rows, histories, 2, small, rng):
         for b, (user, start) in enumerate(zip(batch.users, batch.starts)):
             for end, target, valid in zip(batch.ends[b].tolist(), batch.targets[b].tolist(), batch.valid[b].tolist()):
                 if valid:
