@@ -34,7 +34,6 @@ from pathlib import Path
 # ---------------------------------------------------------------------------------------------------------------------
 METHODS = {"pop": "Popularity", "cm": "CM alone", "sft": "SFT", "sft-continued": "SFT (continued)",
            "sdpo": "S-DPO", "db": "GFlowGR-DB", "vargrad": "GFlowGR-VarGrad", "tb": "GFlowGR-TB", "fm": "GFlowGR-FM"}
-GFLOWNETS = ("db", "vargrad", "tb", "fm")
 
 
 def setting(default, help):
@@ -56,7 +55,6 @@ class Settings:
     width: int = setting(128, "hidden size: enough for 10^4 items, trains on two cores")
     layers: int = setting(3, "transformer blocks")
     dropout: float = setting(0.2, "less over-fits in ten epochs on 10^5 interactions")
-    gfn_dropout: float = setting(0.0, "dropout of the GFlowNet rows: flows are dense targets, and fitting them is the bottleneck")
     batch: int = setting(64, "rows a step: on two cores more and smaller steps learn more in the same minutes")
     rate: float = setting(1.5e-3, "peak learning rate of SFT, by AdamW with warm-up and cosine: small models like it high")
     fine_rate: float = setting(5e-4, "peak learning rate of every fine-tuning: a fresh high rate first undoes what SFT learned")
@@ -73,7 +71,7 @@ class Settings:
 
 # What differs from the defaults above on the two data sets that come by themselves, and in a smoke run.
 PRESETS = {"toy": dict(codes=16, width=64, layers=2, sft_epochs=8, epochs=8, rate=2e-3),
-           "ml-100k": dict(codes=256, width=96, sft_epochs=5, epochs=3, rate=3e-3)}
+           "ml-100k": dict(codes=256, width=96, sft_epochs=8, epochs=4, rate=3e-3)}
 QUICK = dict(sft_epochs=1, epochs=1)
 
 
@@ -172,7 +170,7 @@ class Policy(torch.nn.Module):
         rows = torch.full((len(recent), 1 + int(lengths.max())), self.user_token)
         for row, history in zip(rows, recent):
             row[1:1 + len(history)] = torch.tensor(history, dtype=torch.long) + self.user_token + 1
-        return rows.to(self.device), lengths.to(self.device)
+        return rows, lengths
 
     @property
     def device(self):
@@ -190,6 +188,7 @@ class Policy(torch.nn.Module):
         of items[b, e]: both (B, E). → (B, E, L, K) log-probabilities over the legal codes (NEVER elsewhere), and
         (B, E, L) log flows of the prefixes s_0 … s_{L-1}.
         """
+        tokens, ends, items = tokens.to(self.device), ends.to(self.device), items.to(self.device)
         (B, C), E, L, K = tokens.shape, ends.shape[1], self.semantic_ids.num_levels, self.semantic_ids.num_codes
         depth = torch.arange(L - 1, device=tokens.device)
         branches = (self.id_codes[items][..., :-1] + depth * K).reshape(B, -1)           # (B, E·(L-1)) tokens
@@ -213,12 +212,12 @@ class Policy(torch.nn.Module):
 
     def steps(self, log_probs, items):
         """log P_F of the codes that were taken: (B, E, L, K), items (B, E) → (B, E, L)."""
-        return log_probs.gather(-1, self.id_codes[items][..., None])[..., 0]
+        return log_probs.gather(-1, self.id_codes[items.to(self.device)][..., None])[..., 0]
 
     def path_log_probs(self, histories, items):
         """log P_F of each step on the paths of items (B, J) after histories (B lists) → (B, J, L), natural logs."""
         tokens, lengths = self.tokens(histories)
-        items = torch.as_tensor(items, device=self.device)
+        items = torch.as_tensor(items)
         log_probs, _ = self(tokens, lengths[:, None].expand_as(items), items)
         return self.steps(log_probs, items)
 
@@ -230,7 +229,7 @@ class Policy(torch.nn.Module):
         item of the history, never a duplicate; with enough beams it is exact. log_probs are log P_F of the whole path.
         """
         beams, (L, K) = max(beams, k), (self.semantic_ids.num_levels, self.semantic_ids.num_codes)
-        tokens, lengths = self.tokens(histories)
+        tokens, lengths = (x.to(self.device) for x in self.tokens(histories))
         B, C = tokens.shape
         place = torch.arange(C, device=self.device)
         causal = torch.zeros(C, C, device=self.device).masked_fill_(place[None] > place[:, None], NEVER)
@@ -278,7 +277,7 @@ class Policy(torch.nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder):
-        """The Policy that save_pretrained wrote (its flow head, used in training alone, starts anew); ValueError if it is none."""
+        """The Policy that save_pretrained wrote; its flow head, used in training alone, starts anew. ValueError if there is none."""
         try:
             ids = json.loads((Path(folder) / "semantic_ids.json").read_text(encoding="utf-8"))
             semantic_ids = SemanticIDs(np.array(ids["codes"]), ids["num_codes"])
@@ -332,18 +331,19 @@ def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
 # ---------------------------------------------------------------------------------------------------------------------
 # The adaptive trajectory sampler: which unobserved items to learn from
 # ---------------------------------------------------------------------------------------------------------------------
-def curriculum(scores, positives, count, progress):
+def curriculum(scores, logged, count, progress):
     """N unobserved items a context, easy (low CM score) early in training, hard (high) late.
 
-    scores (B, n) of the CM, positives (B,) to leave out, progress in [0, 1] → items (B, count). The paper ranks a
-    pool of about 2N−1 unobserved items by the CM; this pool is drawn half from the CM's own scores, since of a
-    catalogue of thousands an even draw finds next to nothing that the CM likes, and half evenly: with likely items
-    alone, log Z could make up for a policy that finds all of them too unlikely.
+    scores (B, n) of the CM, logged B lists of the user's own items, progress in [0, 1] → items (B, count). The paper
+    ranks a pool of about 2N−1 unobserved items by the CM. This pool is drawn, with replacement, half from the CM's
+    scores, since of a catalogue of thousands an even draw finds next to nothing that the CM likes; and half evenly:
+    with likely items alone, a large log Z could hide that the policy finds all of them too unlikely.
     """
     if count == 0:
-        return torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)
-    unobserved = (0.5 * scores + 0.5 / scores.shape[1]).scatter(1, positives[:, None], 0)
-    pool = torch.multinomial(unobserved, 2 * count - 1, replacement=True)                # (B, 2N-1)
+        return torch.empty(len(scores), 0, dtype=torch.long)
+    weight = 0.5 * scores + 0.5 / scores.shape[1]
+    weight[[b for b, items in enumerate(logged) for _ in items], [item for items in logged for item in items]] = 0
+    pool = torch.multinomial(weight + 1e-12, 2 * count - 1, replacement=True)            # (B, 2N-1)
     ranked = pool.gather(1, scores.gather(1, pool).argsort(1))                           # low scores first
     start = round(progress * (count - 1))
     return ranked[:, start:start + count]
@@ -354,30 +354,36 @@ def curriculum(scores, positives, count, progress):
 # ---------------------------------------------------------------------------------------------------------------------
 def next_token_loss(step_log_probs, valid):
     """L_GR: −log P_F of the logged item's codes, summed over the path (B, T, L), mean over valid targets (B, T)."""
+    valid = valid.to(step_log_probs.device)
     return -(step_log_probs.sum(-1) * valid).sum() / valid.sum()
 
 
 def loss_of(method, policy, reference, batch, reward, data, settings, progress):
-    """L = L_GR(U, v) + λ · mean over n = 1..N+1 of L_GFN(τ_n) (METHOD.md, "Definitions"); SFT is its first term alone."""
+    """L = L_GR(U, v) + λ · mean over n = 1..N+1 of L_GFN(τ_n) (METHOD.md, "Definitions"); SFT is its first term alone.
+
+    L_GR is taken at all of a row's targets, L_GFN at M of them. The S-DPO row has its own loss in L_GFN's place.
+    """
     (B, T), N, M = batch.targets.shape, settings.trajectories, settings.positions
     if method in ("sft", "sft-continued"):
         log_probs, _ = policy(batch.tokens, batch.ends, batch.targets)
         return next_token_loss(policy.steps(log_probs, batch.targets), batch.valid)
-    chosen, ends, histories, following, positives, liked = pick_contexts(batch, data, M)
+    chosen, context_ends, histories, following, liked = pick_contexts(batch, data, M)
+    positives = batch.targets.gather(1, chosen).flatten()                                            # (B·M,)
     scores = reward.collaborative(histories, following)                                              # (B·M, n)
-    augmented = curriculum(scores, positives, N, progress)                                           # (B·M, N)
     r = reward(histories, positives, liked, scores)                                                  # (B·M, n)
+    logged = [past + future for past, future in zip(histories, following)]
+    augmented = curriculum(scores, logged, N, progress)                                              # (B·M, N)
     # One packed row: a branch for each target (for L_GR, and τ_1), and N for each of the M contexts (τ_2 … τ_{N+1})
     items = torch.cat([batch.targets, augmented.reshape(B, M * N)], 1)                               # (B, T + M·N)
-    ends = torch.cat([batch.ends, ends.repeat_interleave(N, 1)], 1)
+    ends = torch.cat([batch.ends, context_ends.repeat_interleave(N, 1)], 1)
     log_probs, log_flow = policy(batch.tokens, ends, items)                                          # (..., L, K), (..., L)
     step = policy.steps(log_probs, items)                                                            # (..., L)
 
-    def trajectories(x):                                       # (B, T + M·N, ...) → (B·M, 1 + N, ...)
-        first = x[torch.arange(B, device=x.device)[:, None], chosen]                                 # (B, M, ...)
-        return torch.cat([first[:, :, None], x[:, T:].unflatten(1, (M, N))], 2).flatten(0, 1)
-    paths, flow, log_pf = trajectories(items), trajectories(log_flow), trajectories(step)
-    log_r = r.gather(1, paths).log()                                                                 # (B·M, 1 + N)
+    def by_context(x):         # (B, T + M·N, ...) → (B·M, 1 + N, ...): of each context the logged branch, then its N others
+        logged_branch = x[torch.arange(B)[:, None], chosen]                                          # (B, M, ...)
+        return torch.cat([logged_branch[:, :, None], x[:, T:].unflatten(1, (M, N))], 2).flatten(0, 1)
+    paths, flow, log_pf = by_context(items), by_context(log_flow), by_context(step)
+    log_r = r.gather(1, paths).log().to(policy.device)                                               # (B·M, 1 + N)
     if method == "tb":
         gfn = trajectory_balance(flow[:, 0, 0], log_pf.sum(-1), log_r)
     elif method == "db":
@@ -385,10 +391,10 @@ def loss_of(method, policy, reference, batch, reward, data, settings, progress):
     elif method == "vargrad":
         gfn = vargrad(log_pf.sum(-1), log_r)
     elif method == "fm":
-        gfn = flow_matching(policy.semantic_ids.child_flows(r, paths), trajectories(log_probs))
+        gfn = flow_matching(policy.semantic_ids.child_flows(r, paths).to(policy.device), by_context(log_probs))
     else:                                                      # S-DPO: prefer the positive to the augmented items
         with torch.no_grad():
-            reference_pf = trajectories(reference.steps(reference(batch.tokens, ends, items)[0], items)).sum(-1)
+            reference_pf = by_context(reference.steps(reference(batch.tokens, ends, items)[0], items)).sum(-1)
         log_pf = log_pf.sum(-1)
         gfn = sdpo(log_pf[:, 0], log_pf[:, 1:], reference_pf[:, 0], reference_pf[:, 1:], settings.beta)
     return next_token_loss(step[:, :T], batch.valid) + settings.lam * gfn
@@ -412,19 +418,21 @@ def train(method, policy, reward, data, settings, epochs, seed, folder, referenc
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps)))
     curve, best = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, data, settings)}], -1
+    step = 0                                                   # tqdm's own count stands still where there is no terminal
     with tqdm(total=steps, desc=method, disable=None, leave=False) as bar:
         for epoch in range(1, epochs + 1):
             losses = []
             policy.train()
             for batch in batches(rows, data.train, settings.batch, policy, rng):
-                loss = loss_of(method, policy, reference, batch, reward, data, settings, bar.n / steps)
+                loss = loss_of(method, policy, reference, batch, reward, data, settings, step / steps)
                 if not torch.isfinite(loss):
-                    raise FloatingPointError(f"{method}: the loss became {loss.item()} at step {bar.n + 1} "
+                    raise FloatingPointError(f"{method}: the loss became {loss.item()} at step {step + 1} "
                                              f"(users {', '.join(data.user_ids[u] for u in batch.users[:5])}, ...)")
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
                 optimizer.step(), schedule.step(), bar.update()
+                step += 1
                 losses.append(loss.item())
             curve.append({"epoch": epoch, "loss": float(np.mean(losses)), "ndcg@10": validate(policy, data, settings)})
             tqdm.write(f"  {method}: epoch {epoch}/{epochs}, loss {curve[-1]['loss']:.3f}, validation NDCG@10 {curve[-1]['ndcg@10']:.4f}")
@@ -468,7 +476,7 @@ def policy_ranker(policy, settings):
 
 def validate(policy, data, settings):
     """NDCG@10 on the validation items of at most `validate_users` users, evenly spread."""
-    users = range(0, len(data.train), max(1, len(data.train) // settings.validate_users))
+    users = range(0, len(data.train), math.ceil(len(data.train) / settings.validate_users))
     ranked = rank_all(policy_ranker(policy, settings), [data.train[u] for u in users])
     return ndcg_at(ranked, torch.tensor([data.histories[u][-2] for u in users]), 10).item()
 
@@ -523,9 +531,6 @@ def run_row(method, seed, prepared, data, settings):
         policy.to(settings.device)
         reference = copy.deepcopy(policy).eval() if method == "sdpo" else None
         epochs = settings.sft_epochs if method == "sft" else settings.epochs
-        for module in policy.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = settings.gfn_dropout if method in GFLOWNETS else settings.dropout
         folder = out / f"{method}-{seed}"
         curve = train(method, policy, reward, data, settings, epochs, seed, folder, reference)
         ranker = policy_ranker(Policy.from_pretrained(folder).to(settings.device), settings)
@@ -561,11 +566,14 @@ def run(settings, resume=False):
     data, out, rows = load_data(settings.data), Path(settings.out), []
     if len(data.item_ids) > settings.codes ** 3:
         raise InputError(f"{len(data.item_ids)} items do not fit into {settings.codes}^3 semantic IDs; raise --codes")
+    if not resume:                                             # a row must never stand beside a model of another run
+        for path in (out / f"{method}-{seed}" / "row.json" for seed in seeds for method in methods):
+            path.unlink(missing_ok=True)
     for seed in seeds:
         prepared = None
         for method in methods:
             path = out / f"{method}-{seed}" / "row.json"
-            if not (resume and path.exists()):
+            if not path.exists():
                 prepared = prepared or prepare(seed, data, settings)
                 write_json(path, run_row(method, seed, prepared, data, settings))
             rows.append(json.loads(path.read_text(encoding="utf-8")))

@@ -32,10 +32,9 @@ class CollaborativeModel:
         self = cls()
         self.num_items, self.window, self.nearness = num_items, window, nearness
         self.length, self.decay, self.popularity_share = length, decay, popularity
-        a, b, w = cooccurrence(histories, num_items, window, nearness)
-        count = np.bincount(np.fromiter((i for h in histories for i in h), np.int64), minlength=num_items)
         # T[a, b] = (forward(a, b) + backward · forward(b, a)) / count(a)^power
-        a, b, w = np.concatenate([a, b]), np.concatenate([b, a]), np.concatenate([w, backward * w])
+        a, b, w = cooccurrence(histories, num_items, window, nearness, backward)
+        count = np.bincount(np.fromiter((i for h in histories for i in h), np.int64), minlength=num_items)
         self.scale = 1 / np.maximum(count, 1) ** power
         self.transitions = _sparse(a, b, w * self.scale[a], (num_items, num_items)).coalesce()
         self.popularity = torch.tensor((count + 1) / (count + 1).sum(), dtype=torch.float32)   # (n,), never 0
@@ -45,7 +44,8 @@ class CollaborativeModel:
         """r_ŷ: (B, n), ≥ 0, rows sum to 1; 0 for items of the history, since these data sets hold no repeats.
 
         following: B lists of the items that come next in the same training histories. What those very histories added
-        to T is then taken out (leave one user out): else the CM has seen the answer, and teaches it by heart.
+        to the counts in T is then taken out (leave one user out): else the CM has seen the answer, and teaches it by
+        heart. Without it, the CM ranks the next item of a training context of Beauty at NDCG@10 .69; with it, .07.
         """
         rows = [b for b, history in enumerate(histories) for _ in history[-self.length:]]
         recent = [item for history in histories for item in history[-self.length:]]
@@ -54,7 +54,7 @@ class CollaborativeModel:
         scores = torch.sparse.mm(_sparse(rows, recent, weights, shape), self.transitions).to_dense()
         for b, (history, after) in enumerate(zip(histories, following or [])):
             for age, j in enumerate(reversed(history[-self.length:])):
-                for ahead, item in enumerate(after[:max(0, self.window - age)]):
+                for ahead, item in enumerate(after[:max(0, self.window - age)]):   # 1 + age + ahead places apart
                     scores[b, item] -= self.decay ** age * self.nearness ** (age + ahead) * self.scale[j]
         scores = scores * (scores > 1e-6)                      # what rounding left of a difference is nothing
         popular = self.popularity.repeat(len(histories), 1)
@@ -104,7 +104,7 @@ class Reward:
     def __call__(self, histories, positives, liked, scores=None):
         """R: (B, n) > 0 for every item of the catalogue; histories B lists, positives (B,), liked (B,) bool.
 
-        scores: collaborative(histories), if the sampler has them already.
+        scores: r_ŷ, if it is there already; in training it has to be collaborative(histories, following).
         """
         w_a, w_y, w_s = self.weights
         total = w_a * self.action(positives, liked) + self.epsilon / len(self.ids.codes)

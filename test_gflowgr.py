@@ -126,7 +126,9 @@ def test_cooccurrence_against_loops():
         for i, j in itertools.combinations(range(len(h)), 2):
             if j - i <= 2:
                 expected[h[i], h[j]] += 0.5 ** (j - i - 1)
-    a, b, w = tokenizer.cooccurrence(histories, n, window=2, decay=0.5)
+                expected[h[j], h[i]] += 0.3 * 0.5 ** (j - i - 1)
+    a, b, w = tokenizer.cooccurrence(histories, n, window=2, decay=0.5, backward=0.3)
+    assert len(set(zip(a, b))) == len(a)                       # a pair that comes both ways is one entry, not two
     found = np.zeros((n, n))
     found[a, b] = w
     np.testing.assert_allclose(found, expected)
@@ -349,16 +351,28 @@ def test_saved_model_is_a_plain_gpt2_and_comes_back(small, tmp_path):
 
 
 # --- sampler and training --------------------------------------------------------------------------------------------
-def test_curriculum_goes_from_easy_to_hard_and_skips_the_positive():
+def test_curriculum_goes_from_easy_to_hard_and_skips_what_was_logged():
     torch.manual_seed(0)
     scores = torch.rand(200, 50).softmax(1)
-    positives = scores.argmax(1)
+    logged = [row.topk(3).indices.tolist() for row in scores]
     mean = []
     for progress in (0.0, 0.5, 1.0):
-        items = gflowgr.curriculum(scores, positives, 3, progress)
-        assert items.shape == (200, 3) and not (items == positives[:, None]).any()
+        items = gflowgr.curriculum(scores, logged, 3, progress)
+        assert items.shape == (200, 3) and not any(set(row) & set(own) for row, own in zip(items.tolist(), logged))
         mean.append(scores.gather(1, items).mean().item())
     assert mean[0] < mean[1] < mean[2]
+    assert gflowgr.curriculum(scores, logged, 0, 0.5).shape == (200, 0)
+
+
+def test_training_walks_through_the_whole_curriculum(tmp_path, monkeypatch):
+    """Progress goes from 0 to nearly 1, also where there is no terminal and no progress bar."""
+    settings, seen = tiny_settings(tmp_path), []
+    data = gflowgr.load_data(settings.data)
+    features, ids, reward = gflowgr.prepare(0, data, settings)
+    curriculum = gflowgr.curriculum
+    monkeypatch.setattr(gflowgr, "curriculum", lambda *args: seen.append(args[-1]) or curriculum(*args))
+    gflowgr.train("tb", Policy(ids, 8, 32, 1), reward, data, settings, 2, 0, tmp_path / "model")
+    assert seen[0] == 0 and seen[-1] == 1 - 1 / len(seen) and seen == sorted(set(seen))
 
 
 @pytest.mark.parametrize("window", [1, 4, 7])
@@ -483,10 +497,20 @@ def test_folder_is_read_as_written(tmp_path):
 
 
 def test_order_of_rows_changes_nothing(tmp_path):
-    header, *rows = EVENTS.replace(",2\n", ",1\n").splitlines()    # ties included
-    found = [read_folder(folder_of(tmp_path / str(i), events="\n".join([header, *order]) + "\n")).histories
-             for i, order in enumerate((rows, rows[::-1], sorted(rows, key=lambda r: r[2])))]
-    assert found[0] == found[1] == found[2] == [[0, 1, 2], [1, 2, 3]]
+    header, *rows = EVENTS.splitlines()
+    tied = [row.rsplit(",", 1)[0] + ",7" for row in rows]
+    for case, lines in enumerate((rows, tied)):
+        found = [read_folder(folder_of(tmp_path / f"{case}{i}", events="\n".join([header, *order]) + "\n")).histories
+                 for i, order in enumerate((lines, lines[::-1], sorted(lines, key=lambda r: r[2])))]
+        assert found[0] == found[1] == found[2]
+        assert case == 1 or found[0] == [[0, 1, 2], [1, 2, 3]]
+
+
+def test_ties_are_broken_by_nothing_that_says_which_item_is_popular(tmp_path):
+    items = "item_id\n" + "".join(f"{i}\n" for i in range(40))
+    events = "user_id,item_id,timestamp\n" + "".join(f"{u},{i},5\n" for u in range(60) for i in range(40))
+    last = [history[-1] for history in read_folder(folder_of(tmp_path / "d", items, events)).histories]
+    assert len(set(last)) > 20 and 14 < np.mean(last) < 25       # any item may be the one held out
 
 
 def test_toy_files_are_what_the_script_writes(tmp_path):

@@ -24,27 +24,30 @@ def text_features(texts, dim, seed):
     return _svd(rows, cols, idf[cols], (len(texts), len(words)), dim, seed)
 
 
-def cooccurrence(histories, num_items, window, decay):
-    """Sparse (n, n) counts of b following a: rows a, cols b, weights Σ decay^(distance-1) over distances ≤ window."""
+def cooccurrence(histories, num_items, window, decay, backward):
+    """Sparse (n, n) counts of b near a: rows a, columns b, weights; each pair (a, b) once.
+
+    Where b stands d ≤ window places after a, (a, b) gains decay^(d-1), and (b, a) gains backward · decay^(d-1).
+    """
     flat = np.fromiter((i for h in histories for i in h), np.int64)
     user = np.repeat(np.arange(len(histories)), [len(h) for h in histories])
     keys, weights = [], []
     for distance in range(1, window + 1):
         same = user[distance:] == user[:-distance]
-        keys.append(flat[:-distance][same] * num_items + flat[distance:][same])
-        weights.append(np.full(same.sum(), decay ** (distance - 1)))
+        a, b = flat[:-distance][same], flat[distance:][same]
+        keys += [a * num_items + b, b * num_items + a]
+        weights += [np.full(len(a), decay ** (distance - 1)), np.full(len(a), backward * decay ** (distance - 1))]
     keys, place = np.unique(np.concatenate(keys), return_inverse=True)
     return keys // num_items, keys % num_items, np.bincount(place, np.concatenate(weights), len(keys))
 
 
 def collaborative_features(histories, num_items, dim, seed):
     """(n, dim) float32: truncated SVD of the positive pointwise mutual information of items close in a history."""
-    a, b, w = cooccurrence(histories, num_items, window=5, decay=0.8)
-    a, b, w = np.concatenate([a, b]), np.concatenate([b, a]), np.concatenate([w, w])
+    a, b, w = cooccurrence(histories, num_items, window=5, decay=0.8, backward=1.0)
     total = np.bincount(a, w, num_items)
     # PPMI(a, b) = max(0, log(p(a, b) / (p(a)·p(b)))), with p(b) ∝ count^0.75 so that rare pairs do not dominate
     smooth = total ** 0.75
-    ppmi = np.maximum(0, np.log(w * smooth.sum() / np.maximum(total[a] * smooth[b], 1e-12)))
+    ppmi = np.maximum(0, np.log(np.maximum(w * smooth.sum(), 1e-12) / np.maximum(total[a] * smooth[b], 1e-12)))
     return _svd(a, b, ppmi, (num_items, num_items), dim, seed)
 
 
@@ -98,8 +101,8 @@ def _squared_distances(points, centroids):
 def assign_with_capacity(cost, parent, capacity):
     """Each item takes its cheapest code, but no (parent, code) cell takes more than `capacity` items.
 
-    Deferred acceptance: all items ask for their cheapest code that has not refused them; a cell that is asked
-    too often keeps the cheapest `capacity` of them and refuses the others for good; until nobody is refused.
+    Like school admission (deferred acceptance): all items ask for their cheapest code that has not refused them; a
+    cell that is asked too often keeps the cheapest `capacity` of them and refuses the others for good; until none is.
 
     cost (n, K), parent (n,) the cell that each item is already in → (n,) codes. A parent of at most
     capacity·K items always suffices.

@@ -44,17 +44,18 @@ def batches(rows, histories, size, policy, rng):
         for i, (u, start, first, stop) in enumerate(chosen):
             ends[i, :count[i]] = torch.arange(first - start, stop - start)
             targets[i, :count[i]] = torch.tensor(histories[u][first:stop])
-        yield Batch([row[0] for row in chosen], [row[1] for row in chosen], tokens,
-                    *(x.to(policy.device) for x in (ends, targets, valid)))
+        yield Batch([row[0] for row in chosen], [row[1] for row in chosen], tokens, ends, targets, valid)
 
 
 def pick_contexts(batch, data, count):
-    """`count` of each row's targets, at random with repeats: their places and ends (B, M); and for each of the B·M
-    contexts the history, what followed it in training, the positive and whether it was liked."""
+    """`count` of each row's targets, at random with repeats, as contexts to learn from.
+
+    Returns their places in the row and the length of history before each, both (B, M); and for each of the B·M
+    contexts the history, the items that followed it in training, and whether the first of them was liked.
+    """
     valid = batch.valid.sum(1, keepdim=True)
-    chosen = (torch.rand(len(valid), count, device=valid.device) * valid).long()                     # (B, M)
-    ends, positives = batch.ends.gather(1, chosen), batch.targets.gather(1, chosen).flatten()
+    chosen = (torch.rand(len(valid), count) * valid).long()                                          # (B, M)
+    ends = batch.ends.gather(1, chosen)
     where = [(u, start + end) for u, start, row in zip(batch.users, batch.starts, ends.tolist()) for end in row]
-    liked = torch.tensor([data.liked[u][end] for u, end in where], device=valid.device)
     histories, following = [data.train[u][:end] for u, end in where], [data.train[u][end:] for u, end in where]
-    return chosen, ends, histories, following, positives, liked
+    return chosen, ends, histories, following, torch.tensor([data.liked[u][end] for u, end in where])

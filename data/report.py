@@ -33,7 +33,7 @@ def results_of(rows, data, settings):
     """results.json: sizes, settings, versions, every run, mean and standard deviation, paired gains over SFT."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     of = {m: [row["metrics"] for row in rows if row["method"] == m] for m in methods}
-    summary = {m: {k: {"mean": float(np.mean([r[k] for r in of[m]])), "std": float(np.std([r[k] for r in of[m]]))}
+    summary = {m: {k: {"mean": float(np.mean([r[k] for r in of[m]])), "std": float(np.std([r[k] for r in of[m]], ddof=len(of[m]) > 1))}
                    for k in of[m][0]} for m in methods}
     ranking = [f"{name}@{k}" for k in (5, 10) for name in ("recall", "ndcg")]
     out = {"data": {"name": data.name, "users": len(data.histories), "items": len(data.item_ids),
