@@ -10,12 +10,15 @@ Where this departs from the paper, or had to guess (the formulas are known secon
  1. The policy is a GPT-2 trained from scratch with a few hundred thousand weights, not a pre-trained model.
  2. An item of the history is one token, not L: rows are a third as long, and SFT learns faster (Policy).
  3. Semantic IDs come from residual k-means with capacities, not from a trained RQ-VAE (tokenizer.py).
- 4. The CM counts item-to-item transitions; the paper uses a neural recommender (reward.py).
- 5. Every reward signal is normalised over the catalogue before it is weighted (Reward).
+ 4. The CM counts item-to-item transitions; the paper uses a neural recommender. A training context is scored without
+    the counts of its own user, else the CM would know the answer (reward.py).
+ 5. Every reward signal is normalised over the catalogue before it is weighted, so Z(U) is about 1 (Reward).
  6. The curriculum's pool is drawn half from the CM's scores and half evenly, not evenly alone (curriculum).
- 7. GFlowGR-FM is ours: where the catalogue can be enumerated, the flow of every prefix is a sum over its subtree, so
-    each step has an exact target (flow_matching).
- 8. Items of the history are never recommended, in any row: these data sets hold no repeats.
+ 7. L_GR is taken at every item of a row, L_GFN at a few of them, and with a smaller λ than the paper's (loss_of). Items
+    that were only clicked are targets as well; their r_a is a tenth.
+ 8. S-DPO keeps L_GR beside its own loss. VarGrad and FM are extra rows; FM is ours: where the catalogue can be
+    enumerated, the flow of every prefix is a sum over its subtree, an exact target for each step (flow_matching).
+ 9. Items of the history are never recommended, in any row: these data sets hold no repeats.
 
 The order below is that of the story: settings, policy, losses, sampler, training, evaluation, experiment, command line.
 """
@@ -49,11 +52,11 @@ class Settings:
     seeds: str = setting("42", "comma-separated; every method runs once with each")
     out: str = setting("", "folder for results, pictures and models (default: runs/NAME-OF-DATA)")
     device: str = setting("auto", "auto, cuda, mps or cpu")
-    ids: str = setting("mixed", "what the semantic IDs are made of: content (text alone) or mixed (text and co-occurrence)")
+    ids: str = setting("mixed", "semantic IDs from content (text alone, as TIGER) or mixed (with co-occurrence, as LETTER: the better ones)")
     codes: int = setting(512, "K, codes a level: large ones leave few items below a first code, and the later codes easy")
     window: int = setting(20, "items of the history that the policy reads: the last ones say most")
     width: int = setting(128, "hidden size: enough for 10^4 items, trains on two cores")
-    layers: int = setting(3, "transformer blocks")
+    layers: int = setting(3, "transformer blocks: enough to compare an item with those before it")
     dropout: float = setting(0.2, "less over-fits in ten epochs on 10^5 interactions")
     batch: int = setting(64, "rows a step: on two cores more and smaller steps learn more in the same minutes")
     rate: float = setting(1.5e-3, "peak learning rate of SFT, by AdamW with warm-up and cosine: small models like it high")
@@ -62,10 +65,10 @@ class Settings:
     epochs: int = setting(6, "passes of each fine-tuning, the same for every method")
     trajectories: int = setting(3, "N, augmented trajectories a context: the paper's best")
     positions: int = setting(3, "M, contexts a row that get trajectories: few enough to keep a step near twice that of SFT")
-    weights: str = setting("0.3,0.65,0.05", "w_a,w_ŷ,w_s of the reward: the shares of action, CM and ID similarity")
-    lam: float = setting(0.1, "λ, the GFlowNet's share of the loss")
-    beta: float = setting(0.1, "β of S-DPO")
-    beams: int = setting(20, "beam width when ranking")
+    weights: str = setting("0.3,0.65,0.05", "w_a,w_ŷ,w_s of the reward, its shares of action, CM and ID similarity: the CM says most about the unobserved")
+    lam: float = setting(0.1, "λ, the weight of the second loss beside L_GR: squared log-ratios are large, more drowns L_GR")
+    beta: float = setting(0.1, "β of S-DPO: the paper's")
+    beams: int = setting(20, "beam width when ranking: twice the ten that are shown; as many as items would be exact")
     validate_users: int = setting(2000, "users that choose the epoch: standard error .005 of NDCG, in seconds")
 
 
@@ -103,6 +106,7 @@ import numpy as np                                             # noqa: E402
 import torch                                                   # noqa: E402
 import torch.nn.functional as F                                # noqa: E402
 import transformers                                            # noqa: E402
+from safetensors import SafetensorError                        # noqa: E402
 from tqdm import tqdm                                          # noqa: E402
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel   # noqa: E402
 
@@ -145,10 +149,10 @@ class Policy(torch.nn.Module):
 
     @torch.no_grad()
     def start_from(self, features):
-        """Set the token embeddings from item features (n, d): an item's is its feature, a code's the mean residual below it.
+        """Set the token embeddings from item features (n, d): an item's token is its features, projected; a code's is
+        the mean over all items with that code at that level of what the levels before have left of them.
 
-        So a history starts out near the codes of similar items, which the same features made (LETTER and others start
-        from their codebooks likewise). Training begins where it would otherwise be after several epochs.
+        So a history starts out near the codes of similar items, which the same features made.
         """
         n, d = len(features), self.lm.config.n_embd
         K, wte = self.semantic_ids.num_codes, self.lm.transformer.wte.weight
@@ -192,21 +196,26 @@ class Policy(torch.nn.Module):
         (B, C), E, L, K = tokens.shape, ends.shape[1], self.semantic_ids.num_levels, self.semantic_ids.num_codes
         depth = torch.arange(L - 1, device=tokens.device)
         branches = (self.id_codes[items][..., :-1] + depth * K).reshape(B, -1)           # (B, E·(L-1)) tokens
-        visible = ends[..., None].expand(B, E, L - 1).reshape(B, -1)                     # history that each may see
+        branch_end = ends[..., None].expand(B, E, L - 1).reshape(B, -1)          # history that each may see
         place = torch.arange(C, device=tokens.device).expand(B, C)
-        position = torch.cat([place, visible + 1 + depth.repeat(E)], 1)                  # (B, C + E·(L-1))
-        # Who sees whom: the history up to one's own end; and, inside a branch, the codes before and oneself.
-        history = place[:, None, :] <= torch.cat([place, visible], 1)[:, :, None]        # (B, C + E·(L-1), C)
+        position = torch.cat([place, branch_end + 1 + depth.repeat(E)], 1)       # (B, C + E·(L-1))
+        # Who sees whom (1): history <user> a b; one branch c d that goes on from a, one e f that goes on from b
+        #          <user> a b  c d  e f
+        #     c       1   1 .  1 .  . .
+        #     d       1   1 .  1 1  . .
+        #     e       1   1 1  . .  1 .
+        #     f       1   1 1  . .  1 1
+        sees_history = place[:, None, :] <= torch.cat([place, branch_end], 1)[:, :, None]  # (B, C + E·(L-1), C)
         block = torch.ones(L - 1, L - 1, device=tokens.device).tril()
-        branch = F.pad(torch.block_diag(*[block] * E), (0, 0, C, 0)) > 0                 # (C + E·(L-1), E·(L-1))
-        mask = torch.cat([history, branch.expand(B, -1, -1)], 2)
+        sees_branch = F.pad(torch.block_diag(*[block] * E), (0, 0, C, 0)) > 0    # (C + E·(L-1), E·(L-1))
+        mask = torch.cat([sees_history, sees_branch.expand(B, -1, -1)], 2)
         mask = torch.zeros(mask.shape, device=tokens.device).masked_fill_(~mask, NEVER)[:, None]
         hidden = self.lm.transformer(torch.cat([tokens, branches], 1), attention_mask=mask, position_ids=position,
                                      use_cache=False).last_hidden_state                  # (B, C + E·(L-1), d)
         root = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1]))        # (B, E, d)
         prefixes = torch.cat([root[:, :, None], hidden[:, C:].reshape(B, E, L - 1, -1)], 2)   # (B, E, L, d)
         logits = torch.stack([self._logits(prefixes[:, :, level], level) for level in range(L)], 2)
-        legal = self.id_children[self.id_nodes[items][..., :-1]] >= 0                              # (B, E, L, K)
+        legal = self.id_children[self.id_nodes[items][..., :-1]] >= 0            # (B, E, L, K)
         log_probs = logits.masked_fill(~legal, NEVER).log_softmax(-1)
         return log_probs, self.flow_head(prefixes)[..., 0]
 
@@ -237,7 +246,7 @@ class Policy(torch.nn.Module):
         hidden = self.lm.transformer(tokens, cache, attention_mask=causal.expand(B, 1, C, C),
                                      position_ids=place.expand(B, C), use_cache=True).last_hidden_state
         hidden = hidden.gather(1, lengths[:, None, None].expand(-1, 1, hidden.shape[-1]))      # (B, 1, d)
-        visible = torch.zeros(B, 1, C, device=self.device).masked_fill_(place > lengths[:, None, None], NEVER)
+        beam_mask = torch.zeros(B, 1, C, device=self.device).masked_fill_(place > lengths[:, None, None], NEVER)
         score = torch.zeros(B, 1, device=self.device)          # (B, W) log P_F of each beam's prefix
         node = torch.zeros(B, 1, dtype=torch.long, device=self.device)
         for level in range(L):
@@ -251,18 +260,18 @@ class Policy(torch.nn.Module):
             node, parent, W = child.gather(1, best), best // K, best.shape[1]
             # A beam sees what its parent saw, and itself; the cache is never reordered.
             itself = torch.full((W, W), NEVER, device=self.device).fill_diagonal_(0).expand(B, W, W)
-            visible = torch.cat([visible.gather(1, parent[..., None].expand(-1, -1, visible.shape[2])), itself], 2)
-            hidden = self.lm.transformer(level * K + best % K, cache, attention_mask=visible[:, None],
+            beam_mask = torch.cat([beam_mask.gather(1, parent[..., None].expand(-1, -1, beam_mask.shape[2])), itself], 2)
+            hidden = self.lm.transformer(level * K + best % K, cache, attention_mask=beam_mask[:, None],
                                          position_ids=(lengths[:, None] + 1 + level).expand(B, W),
                                          use_cache=True).last_hidden_state                     # (B, W, d)
-        child = torch.where(child < 0, -1, child - self.semantic_ids.num_prefixes)
+        item = torch.where(child < 0, -1, child - self.semantic_ids.num_prefixes)
         owned = torch.zeros(B, len(self.id_codes), dtype=torch.bool)
         for b, history in enumerate(histories):
             owned[b, history] = True
-        total = total.masked_fill(owned.to(self.device).gather(1, child.clamp(min=0)), -math.inf)
-        total, child = F.pad(total, (0, k), value=-math.inf), F.pad(child, (0, k), value=-1)
+        total = total.masked_fill(owned.to(self.device).gather(1, item.clamp(min=0)), -math.inf)
+        total, item = F.pad(total, (0, k), value=-math.inf), F.pad(item, (0, k), value=-1)
         score, best = total.topk(k, 1)
-        return child.gather(1, best).masked_fill(score == -math.inf, -1), score
+        return item.gather(1, best).masked_fill(score == -math.inf, -1), score
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors (plain GPT-2) and semantic_ids.json (IDs, item ids, titles)."""
@@ -282,13 +291,15 @@ class Policy(torch.nn.Module):
             ids = json.loads((Path(folder) / "semantic_ids.json").read_text(encoding="utf-8"))
             semantic_ids = SemanticIDs(np.array(ids["codes"]), ids["num_codes"])
             lm = GPT2LMHeadModel.from_pretrained(folder)
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder} holds no saved model: {str(error).splitlines()[0]}") from None
         expected = semantic_ids.num_levels * semantic_ids.num_codes + 1 + len(semantic_ids.codes)
         if lm.config.vocab_size != expected:
             raise ValueError(f"{folder}: the IDs need {expected} tokens, the model has {lm.config.vocab_size}")
         policy = cls(semantic_ids, window=lm.config.n_positions - semantic_ids.num_levels, lm=lm)
         policy.catalogue = {name: ids[name] for name in ("item_ids", "titles") if name in ids}
+        if any(not isinstance(names, list) or len(names) != len(semantic_ids.codes) for names in policy.catalogue.values()):
+            raise ValueError(f"{folder}: semantic_ids.json needs one id and one title for each item")
         return policy.eval()
 
 
@@ -527,6 +538,8 @@ def run_row(method, seed, prepared, data, settings):
             policy.start_from(features)
         else:                                                  # every fine-tuned row starts from the same SFT model
             policy = Policy.from_pretrained(out / f"sft-{seed}")
+            if not policy.semantic_ids.codes.equal(ids.codes):
+                raise InputError(f"the IDs saved in {out}/sft-{seed} do not fit the data; delete {out} and run again")
         policy.catalogue = {"item_ids": data.item_ids, "titles": data.titles}
         policy.to(settings.device)
         reference = copy.deepcopy(policy).eval() if method == "sdpo" else None

@@ -629,7 +629,43 @@ def test_recommend_prints_ten_titles_for_titles_or_ids(finished):
     assert status == 2 and "no item has the id or title" in err and repr(data.titles[3]) in err
 
 
+def edited(ids, **changes):
+    return json.dumps({**json.loads(ids), **changes}).encode()
+
+
+@pytest.mark.parametrize("name, file, change", [
+    ("no weights", "model.safetensors", None),
+    ("half the weights", "model.safetensors", lambda old: old[:5000]),
+    ("no IDs", "semantic_ids.json", None),
+    ("IDs are no JSON", "semantic_ids.json", lambda old: old[:-20]),
+    ("IDs are text", "semantic_ids.json", lambda old: edited(old, codes="none")),
+    ("IDs are ragged", "semantic_ids.json", lambda old: edited(old, codes=[[0, 1, 2], [0, 1]])),
+    ("an ID twice", "semantic_ids.json", lambda old: edited(old, codes=[[0, 1, 2], [0, 1, 2]])),
+    ("fewer items than the model", "semantic_ids.json", lambda old: edited(old, codes=[[0, 1, 2], [0, 1, 3]])),
+    ("another K", "semantic_ids.json", lambda old: edited(old, num_codes=9)),
+    ("fewer titles than items", "semantic_ids.json", lambda old: edited(old, titles=["one"]))])
+def test_a_saved_model_that_is_broken_is_refused(finished, tmp_path, name, file, change):
+    path, settings, _ = finished
+    shutil.copytree(path / "out/tb-1", tmp_path / "m")
+    if change:
+        (tmp_path / "m" / file).write_bytes(change((tmp_path / "m" / file).read_bytes()))
+    else:
+        (tmp_path / "m" / file).unlink()
+    with pytest.raises(ValueError):
+        Policy.from_pretrained(tmp_path / "m")
+    status, _, err = run_cli("--recommend", "1", "--model", tmp_path / "m")
+    assert status == 2 and len(err.strip().splitlines()) == 1 and err.startswith("error: ")
+
+
+def test_a_world_of_one_user_and_three_items_works(tmp_path):
+    data = folder_of(tmp_path / "d", "item_id\na\nb\nc\n", "user_id,item_id,position\nu,a,0\nu,b,1\nu,c,2\n")
+    status, out, err = run_cli("--data", data, "--out", tmp_path / "out", "--quick", "--codes", "3", "--width", "32", "--device", "cpu")
+    assert status == 0 and "| GFlowGR-TB | 1.0000" in out, err      # one item is left to recommend: it is the target
+
+
 @pytest.mark.parametrize("args, message", [
+    (["--seeds", "-1"], "must not be negative"),
+    (["--codes", "1000000"], "at most 65536"),
     (["--methods", "sft,gpt"], "unknown method 'gpt'"),
     (["--nonsense", "1"], "unrecognized arguments"),
     (["--seeds", "one"], "--seeds"),

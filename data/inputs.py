@@ -183,6 +183,8 @@ def check(settings, methods, devices):
         weights = [float(w) for w in settings.weights.split(",")]
     except ValueError as error:
         raise InputError(f"--seeds and --weights take numbers with commas between them ({error})") from None
+    if min(seeds) < 0 or settings.codes > 65536:
+        raise InputError("--seeds must not be negative, and --codes is at most 65536")
     if len(weights) != 3 or not all(0 <= w < math.inf for w in weights):
         raise InputError(f"--weights {settings.weights}: give three numbers, none negative: w_a,w_ŷ,w_s")
     least = {"lam": 0, "trajectories": 0, "dropout": 0}
