@@ -4,6 +4,7 @@
 """
 import contextlib
 import copy
+import doctest
 import io
 import itertools
 import json
@@ -688,6 +689,11 @@ def test_bad_arguments_get_one_line_and_status_2(args, message, tmp_path):
 def test_the_script_itself_exits_with_status_2_and_no_traceback():
     done = subprocess.run([sys.executable, str(ROOT / "gflowgr.py"), "--data", "nowhere"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: nowhere is not a folder") and done.stdout == ""
+
+
+@pytest.mark.parametrize("module", [tokenizer, gflowgr])
+def test_examples_in_docstrings(module):
+    assert doctest.testmod(module).failed == 0
 
 
 def test_help_answers_before_torch_is_loaded():
