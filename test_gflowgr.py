@@ -619,6 +619,18 @@ def test_resume_keeps_finished_rows_and_other_settings_are_refused(finished):
     assert status == 2 and f"holds a run with --lam {settings.lam}, not 7.0" in err
 
 
+def test_without_resume_every_row_is_made_anew(finished, tmp_path):
+    """No old row may stand beside the model of a new, unfinished run."""
+    path, settings, _ = finished
+    shutil.copytree(path / "out", tmp_path / "out")
+    flags = [tmp_path / "out" if flag == settings.out else flag for flag in tiny_flags(settings)]
+    old = (tmp_path / "out/pop-1/row.json").read_text()
+    (tmp_path / "out/pop-1/row.json").write_text("{}")
+    status, _, err = run_cli(*flags, "--seeds", "1", "--methods", "pop")
+    assert status == 0, err
+    assert json.loads((tmp_path / "out/pop-1/row.json").read_text())["ranks"] == json.loads(old)["ranks"]
+
+
 def test_recommend_prints_ten_titles_for_titles_or_ids(finished):
     path, settings, _ = finished
     data = read_folder(settings.data)
