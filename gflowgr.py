@@ -48,7 +48,7 @@ class Settings:
     data: str = setting("toy", "toy, ml-100k, or a folder with interactions.csv and items.csv")
     methods: str = setting("pop,cm,sft,sft-continued,tb", "rows of the table, of: " + ", ".join(METHODS))
     seeds: str = setting("42", "comma-separated; every method runs once with each")
-    out: str = setting("", "folder for results, pictures and models (default: runs/NAME-OF-DATA)")
+    out: str = setting("", "folder for results, picture and models (default: runs/NAME-OF-DATA)")
     device: str = setting("auto", "auto, cuda, mps or cpu")
     ids: str = setting("mixed", "semantic IDs from content (text alone, as TIGER) or mixed (with training co-occurrence, as LETTER)")
     codes: int = setting(512, "K, codes a level: large ones leave few items below a first code, and the later codes easy")
@@ -81,8 +81,9 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.error = lambda message: parser.exit(2, f"error: {message}; --help lists what there is\n")
     for f in fields(Settings):
+        presets = "".join(f"; {data}: {preset[f.name]}" for data, preset in PRESETS.items() if f.name in preset)
         parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), metavar=type(f.default).__name__.upper(),
-                            help=f"{f.metadata['help']} (default: {f.default})")
+                            help=f.metadata["help"] + (f" (default: {f.default}{presets})" if f.default != "" else ""))
     parser.add_argument("--quick", action="store_true", help="a smoke run in seconds: one epoch of everything")
     parser.add_argument("--resume", action="store_true", help="keep the finished rows in --out and go on")
     parser.add_argument("--recommend", nargs="+", metavar="TITLE_OR_ID", help="print ten titles for this history, and stop")
@@ -115,6 +116,7 @@ from data.report import plot_curves, results_of, table_of, write_json          #
 from reward import CollaborativeModel, Reward                  # noqa: E402
 from tokenizer import SemanticIDs, item_features               # noqa: E402
 
+transformers.utils.logging.disable_progress_bar()              # these models load in no time
 NEVER = -1e9                                                   # log-probability of what cannot be; finite, so 0 · NEVER is 0
 
 
@@ -304,7 +306,7 @@ class Policy(torch.nn.Module):
             semantic_ids = SemanticIDs(np.array(ids["codes"]), ids["num_codes"])
             lm = GPT2LMHeadModel.from_pretrained(folder)
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{folder} holds no saved model: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"{folder} holds no saved model (pop and cm have none): {str(error).splitlines()[0]}") from None
         expected = semantic_ids.num_levels * semantic_ids.num_codes + 1 + len(semantic_ids.codes)
         if lm.config.vocab_size != expected:
             raise ValueError(f"{folder}: the IDs need {expected} tokens, the model has {lm.config.vocab_size}")
@@ -524,6 +526,8 @@ def prepare(seed, data, settings):
     cm = CollaborativeModel.fit(data.train, len(data.item_ids))
     reward = Reward(ids, cm, [float(w) for w in settings.weights.split(",")])
     print(f"seed {seed}: {ids.health()} ({time.time() - started:.1f} s with the CM)", flush=True)
+    if settings.codes >= len(data.item_ids):
+        print(f"  the first code alone tells all items apart, and the tree is no tree: --codes {settings.codes} is large for them")
     return features, ids, reward
 
 
@@ -594,7 +598,9 @@ def run(settings, resume=False):
             write_json(out / "results.json", results)
     (out / "results.md").write_text(table_of(results, METHODS) + "\n", encoding="utf-8")
     plot_curves(results, METHODS, out / "curves.png")
-    print("\n" + table_of(results, METHODS) + f"\n\nResults, pictures and models are in {out}/")
+    print("\n" + table_of(results, METHODS) + "\n\nAn interval that holds 0 is no difference"
+          + (", and one epoch is a smoke test, not a result" if settings.epochs == 1 else "")
+          + f". results.json, results.md, curves.png and the models are in {out}/")
 
 
 def print_recommendations(folder, names):
@@ -614,7 +620,6 @@ def print_recommendations(folder, names):
 
 def main(settings, arguments):
     """Run what was asked for → the exit status; one line on stderr where it cannot be done."""
-    transformers.utils.logging.disable_progress_bar()
     try:
         if arguments.recommend:
             print_recommendations(arguments.model, arguments.recommend)

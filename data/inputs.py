@@ -182,7 +182,7 @@ def check(settings, methods, devices):
         seeds = list(dict.fromkeys(int(seed) for seed in settings.seeds.split(",")))
         weights = [float(w) for w in settings.weights.split(",")]
     except ValueError as error:
-        raise InputError(f"--seeds and --weights take numbers with commas between them ({error})") from None
+        raise InputError(f"--seeds takes whole numbers and --weights numbers, with commas between them: {error}") from None
     if min(seeds) < 0 or settings.codes > 65536:
         raise InputError("--seeds must not be negative, and --codes is at most 65536")
     if len(weights) != 3 or not all(0 <= w < math.inf for w in weights):

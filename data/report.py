@@ -47,33 +47,45 @@ def results_of(rows, data, settings):
     return out
 
 
+def _percent(results, key, base, method):
+    """The gain in NDCG@10 over a base row as text: percent of the base's mean, with its interval."""
+    gain = results[key].get(method, {}).get("ndcg@10")
+    scale = results["summary"].get(base, {}).get("ndcg@10", {}).get("mean", 0) / 100
+    return f"{gain['gain'] / scale:+.1f} [{gain['low'] / scale:+.1f}, {gain['high'] / scale:+.1f}]" if gain and scale else ""
+
+
 def table_of(results, names):
-    """The Markdown table: mean ± standard deviation over seeds, and the gain in NDCG@10 over SFT with its interval."""
+    """The Markdown table: mean ± standard deviation over seeds, and the gains in NDCG@10 with their intervals."""
     columns = ["recall@5", "ndcg@5", "recall@10", "ndcg@10", "coverage@10"]
-    lines = ["| method | " + " | ".join(columns) + " | NDCG@10 over SFT [95 %] | train s |", "|---" * (len(columns) + 3) + "|"]
+    head = ["method", *columns, "NDCG@10 over SFT, % [95 %]", "over SFT (continued), %", "train s"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for method, row in results["summary"].items():
-        cells = [f"{row[c]['mean']:.4f} ± {row[c]['std']:.4f}" for c in columns]
-        gain = results["paired"].get(method, {}).get("ndcg@10")
-        base = results["summary"].get("sft", {}).get("ndcg@10", {}).get("mean", 0)
-        percent = f"{100 * gain['gain'] / base:+.1f} % [{100 * gain['low'] / base:+.1f}, {100 * gain['high'] / base:+.1f}]" if gain and base else ""
-        seconds = np.mean([r["seconds"]["train"] for r in results["runs"] if r["method"] == method])
-        lines.append(f"| {names[method]} | " + " | ".join(cells) + f" | {percent} | {seconds:.0f} |")
+        runs = [run for run in results["runs"] if run["method"] == method]
+        cells = [f"{row[c]['mean']:.4f}" + (f" ± {row[c]['std']:.4f}" if len(runs) > 1 else "") for c in columns]
+        cells += [_percent(results, "paired", "sft", method), _percent(results, "paired_continued", "sft-continued", method)]
+        lines.append(f"| {names[method]} | " + " | ".join(cells) + f" | {np.mean([r['seconds']['train'] for r in runs]):.0f} |")
     return "\n".join(lines)
 
 
 def plot_curves(results, names, path):
-    """curves.png: validation NDCG@10 against epochs, a line per method and seed."""
+    """curves.png: validation NDCG@10 of every method and seed; SFT's epochs end at 0, where the fine-tunings begin."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for run in results["runs"]:
-        if run["curve"]:
-            first = run["seed"] == results["runs"][0]["seed"]
-            axis.plot([p["epoch"] for p in run["curve"]], [p["ndcg@10"] for p in run["curve"]],
-                      color=f"C{list(names).index(run['method'])}", label=names[run["method"]] if first else None)
-    axis.set_xlabel("epoch"), axis.set_ylabel("validation NDCG@10"), axis.legend()
+    from matplotlib.ticker import MaxNLocator
+    figure, axis = plt.subplots(figsize=(7, 4))
+    trained = [run for run in results["runs"] if run["curve"]]
+    for color, method in enumerate(dict.fromkeys(run["method"] for run in trained)):
+        for run in (run for run in trained if run["method"] == method):
+            start = run["curve"][-1]["epoch"] if method == "sft" else 0
+            axis.plot([p["epoch"] - start for p in run["curve"]], [p["ndcg@10"] for p in run["curve"]], color=f"C{color}",
+                      marker=".", label=names[method] if run["seed"] == trained[0]["seed"] else None)
+    if trained:
+        best = max(p["ndcg@10"] for run in trained for p in run["curve"])
+        axis.set_ylim(0.6 * best, 1.03 * best)                 # what happens far below is only SFT's first epoch
+        axis.legend()
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_title(results["data"]["name"]), axis.set_ylabel("validation NDCG@10")
+    axis.set_xlabel("epoch of fine-tuning; SFT ends at 0")
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
-
-
