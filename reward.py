@@ -45,7 +45,7 @@ class CollaborativeModel:
 
         following: B lists of the items that come next in the same training histories. What those very histories added
         to the counts in T is then taken out (leave one user out): else the CM has seen the answer, and teaches it by
-        heart. Without it, the CM ranks the next item of a training context of Beauty at NDCG@10 .69; with it, .07.
+        heart: at random training contexts its NDCG@10 is .19 with and .12 without them (ml-100k; Beauty: .66 and .08).
         """
         rows = [b for b, history in enumerate(histories) for _ in history[-self.length:]]
         recent = [item for history in histories for item in history[-self.length:]]
