@@ -22,15 +22,16 @@ Where this departs from the paper, or had to guess (the formulas are known secon
 
 The order below is that of the story: settings, policy, losses, sampler, training, evaluation, experiment, command line.
 """
-import argparse
 import copy
 import json
 import math
 import os
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from data.inputs import InputError, check, check_out, find_item, load_data, parse_arguments
 
 # --- Settings --------------------------------------------------------------------------------------------------------
 METHODS = {"pop": "Popularity", "cm": "CM alone", "sft": "SFT", "sft-continued": "SFT (continued)",
@@ -76,30 +77,8 @@ PRESETS = {"toy": dict(codes=16, width=64, layers=2, sft_epochs=8, epochs=8, rat
 QUICK = dict(sft_epochs=1, epochs=1)
 
 
-def parse_arguments(argv):
-    """Flags to (Settings, the other arguments); runs before torch is imported, so that --help answers at once."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.error = lambda message: parser.exit(2, f"error: {message}; --help lists what there is\n")
-    for f in fields(Settings):
-        presets = "".join(f"; {data}: {preset[f.name]}" for data, preset in PRESETS.items() if f.name in preset)
-        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), metavar=type(f.default).__name__.upper(),
-                            help=f.metadata["help"] + (f" (default: {f.default}{presets})" if f.default != "" else ""))
-    parser.add_argument("--quick", action="store_true", help="a smoke run in seconds: one epoch of everything")
-    parser.add_argument("--resume", action="store_true", help="keep the finished rows in --out and go on")
-    parser.add_argument("--recommend", nargs="+", metavar="TITLE_OR_ID", help="print ten titles for this history, and stop")
-    parser.add_argument("--model", metavar="DIR", help="the saved model for --recommend, such as runs/toy/tb-42")
-    args = parser.parse_args(argv)
-    chosen = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name) is not None}
-    preset = PRESETS.get(chosen.get("data", Settings.data), {})
-    settings = Settings(**{**preset, **(QUICK if args.quick else {}), **chosen})
-    settings.out = settings.out or f"runs/{Path(settings.data).resolve().name}{'-quick' if args.quick else ''}"
-    if bool(args.recommend) != bool(args.model):
-        parser.error("--recommend and --model go together")
-    return settings, args
-
-
 if __name__ == "__main__":
-    SETTINGS, ARGUMENTS = parse_arguments(sys.argv[1:])        # before the slow imports
+    SETTINGS, ARGUMENTS = parse_arguments(sys.argv[1:], Settings, PRESETS, QUICK)   # before torch, so --help answers at once
 
 import numpy as np                                             # noqa: E402
 import torch                                                   # noqa: E402
@@ -109,10 +88,8 @@ from safetensors import SafetensorError                        # noqa: E402
 from tqdm import tqdm                                          # noqa: E402
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel   # noqa: E402
 
-from data import ml_100k                                       # noqa: E402
-from data.batches import batches, pick_contexts, training_rows                   # noqa: E402
-from data.inputs import InputError, check, check_out, find_item, read_folder   # noqa: E402
-from data.report import plot_curves, results_of, table_of, write_json          # noqa: E402
+from data.batches import batches, pick_contexts, training_rows # noqa: E402
+from data.report import plot_curves, results_of, table_of, write_json   # noqa: E402
 from reward import CollaborativeModel, Reward                  # noqa: E402
 from tokenizer import SemanticIDs, item_features               # noqa: E402
 
@@ -563,17 +540,6 @@ def run_row(method, seed, prepared, data, settings):
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
-def load_data(name):
-    """The Dataset that --data names; ml-100k is fetched the first time."""
-    here = Path(__file__).parent / "data"
-    if name == "ml-100k":
-        ml_100k.fetch()
-    data = read_folder({"toy": here / "toy", "ml-100k": ml_100k.FOLDER}.get(name, name))
-    print(f"{data.name}: {len(data.histories)} users, {len(data.item_ids)} items, {sum(map(len, data.histories))} interactions "
-          f"(dropped: {data.dropped_repeats} repeats of an item, {data.dropped_users} users with fewer than three items)")
-    return data
-
-
 def run(settings, resume=False):
     """The whole job. Every finished row is written at once, so an interruption loses only the row that it hits."""
     devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]

@@ -22,7 +22,7 @@ from transformers import GPT2LMHeadModel
 import gflowgr
 import tokenizer
 from data import batches, make_toy, ml_100k
-from data.inputs import InputError, read_folder
+from data.inputs import InputError, parse_arguments, read_folder
 from gflowgr import Policy, Settings
 from reward import CollaborativeModel, Reward
 from tokenizer import SemanticIDs
@@ -49,7 +49,7 @@ def run_cli(*args):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            status = gflowgr.main(*gflowgr.parse_arguments([str(a) for a in args]))
+            status = gflowgr.main(*parse_arguments([str(a) for a in args], Settings, gflowgr.PRESETS, gflowgr.QUICK))
         except SystemExit as stop:
             status = stop.code
     return status, out.getvalue(), err.getvalue()

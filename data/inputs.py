@@ -10,6 +10,7 @@ rows changes nothing. Equal positions are ordered by a checksum of the ids. Half
 time as the one before; there, an order by item id (low ones are popular) would move NDCG@10 of the CM from .12 to .09,
 its reverse to .15: the split would measure the tie-break.
 """
+import argparse
 import csv
 import difflib
 import json
@@ -17,6 +18,8 @@ import math
 import zlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+
+from data import ml_100k
 
 TEXT_COLUMNS = ("title", "keywords", "genres", "category")
 
@@ -165,6 +168,42 @@ def _read_truth(path, item_ids, user_ids):
         return {c: [{index[i] for i in rows[u][c].split()} for u in user_ids] for c in ("liked", "shown")}
     except KeyError as missing:
         raise InputError(f"{path}: user or item {missing} is missing; write it again with data/make_toy.py") from None
+
+
+def load_data(name):
+    """The Dataset that --data names; ml-100k is fetched the first time."""
+    here = Path(__file__).parent
+    if name == "ml-100k":
+        ml_100k.fetch()
+    data = read_folder({"toy": here / "toy", "ml-100k": ml_100k.FOLDER}.get(name, name))
+    print(f"{data.name}: {len(data.histories)} users, {len(data.item_ids)} items, {sum(map(len, data.histories))} interactions "
+          f"(dropped: {data.dropped_repeats} repeats of an item, {data.dropped_users} users with fewer than three items)")
+    return data
+
+
+def parse_arguments(argv, Settings, presets, quick):
+    """Flags to (Settings, the other arguments): one flag for each field of Settings, and the few that are no settings.
+
+    presets: {name of a data set: settings that differ there}; quick: what --quick sets.
+    """
+    parser = argparse.ArgumentParser(description="GFlowGR: fine-tune a generative recommender with a GFlowNet")
+    parser.error = lambda message: parser.exit(2, f"error: {message}; --help lists what there is\n")
+    for f in fields(Settings):
+        special = "".join(f"; {data}: {preset[f.name]}" for data, preset in presets.items() if f.name in preset)
+        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), metavar=type(f.default).__name__.upper(),
+                            help=f.metadata["help"] + (f" (default: {f.default}{special})" if f.default != "" else ""))
+    parser.add_argument("--quick", action="store_true", help="a smoke run in seconds: one epoch of everything")
+    parser.add_argument("--resume", action="store_true", help="keep the finished rows in --out and go on")
+    parser.add_argument("--recommend", nargs="+", metavar="TITLE_OR_ID", help="print ten titles for this history, and stop")
+    parser.add_argument("--model", metavar="DIR", help="the saved model for --recommend, such as runs/toy/tb-42")
+    args = parser.parse_args(argv)
+    chosen = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name) is not None}
+    preset = presets.get(chosen.get("data", Settings.data), {})
+    settings = Settings(**{**preset, **(quick if args.quick else {}), **chosen})
+    settings.out = settings.out or f"runs/{Path(settings.data).resolve().name}{'-quick' if args.quick else ''}"
+    if bool(args.recommend) != bool(args.model):
+        parser.error("--recommend and --model go together")
+    return settings, args
 
 
 def check(settings, methods, devices):
