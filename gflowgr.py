@@ -88,7 +88,7 @@ from safetensors import SafetensorError                        # noqa: E402
 from tqdm import tqdm                                          # noqa: E402
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel   # noqa: E402
 
-from data.batches import batches, pick_contexts, training_rows # noqa: E402
+from data.batches import batches, pick_contexts, training_rows  # noqa: E402
 from data.report import plot_curves, results_of, table_of, write_json   # noqa: E402
 from reward import CollaborativeModel, Reward                  # noqa: E402
 from tokenizer import SemanticIDs, item_features               # noqa: E402
@@ -289,7 +289,8 @@ class Policy(torch.nn.Module):
             raise ValueError(f"{folder}: the IDs need {expected} tokens, the model has {lm.config.vocab_size}")
         policy = cls(semantic_ids, window=lm.config.n_positions - semantic_ids.num_levels, lm=lm)
         policy.catalogue = {name: ids[name] for name in ("item_ids", "titles") if name in ids}
-        if any(not isinstance(names, list) or len(names) != len(semantic_ids.codes) for names in policy.catalogue.values()):
+        if any(not isinstance(names, list) or len(names) != len(semantic_ids.codes) or not all(isinstance(x, str) for x in names)
+               for names in policy.catalogue.values()):
             raise ValueError(f"{folder}: semantic_ids.json needs one id and one title for each item")
         return policy.eval()
 
@@ -407,7 +408,7 @@ def train(method, policy, reward, data, settings, epochs, seed, folder, referenc
     rows = training_rows(data.train, settings.window)
     steps = epochs * math.ceil(len(rows) / settings.batch)
     rate = settings.rate if method == "sft" else settings.fine_rate
-    optimizer = torch.optim.AdamW([{"params": policy.lm.parameters()},          # log Z has far to go: 10 times the rate
+    optimizer = torch.optim.AdamW([{"params": policy.lm.parameters()},          # one number to learn: 10 times the rate
                                    {"params": policy.flow_head.parameters(), "lr": 10 * rate}],
                                   lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     warm = min(200, steps // 10 + 1)
@@ -475,11 +476,10 @@ def validate(policy, data, settings):
     return ndcg_at(ranked, torch.tensor([data.histories[u][-2] for u in users]), 10).item()
 
 
-def metrics_of(ranked, data):
-    """All figures of one row of the table, from the top ten (B, 10) of every user; the targets are the last items."""
-    target = torch.tensor([history[-1] for history in data.histories])
+def metrics_of(ranked, target, num_items):
+    """All figures of one row of the table, from the top ten (B, 10) and the target (B,) of every user."""
     out = {f"{name}@{k}": f(ranked, target, k).item() for k in (5, 10) for name, f in (("recall", recall_at), ("ndcg", ndcg_at))}
-    out["coverage@10"] = len(set(ranked.flatten().tolist()) - {-1}) / len(data.item_ids)
+    out["coverage@10"] = len(set(ranked.flatten().tolist()) - {-1}) / num_items
     return out
 
 
@@ -532,11 +532,11 @@ def run_row(method, seed, prepared, data, settings):
         ranker = policy_ranker(Policy.from_pretrained(folder).to(settings.device), settings)
     trained = time.time()
     ranked = rank_all(ranker, [history[:-1] for history in data.histories])
-    target = torch.tensor([history[-1] for history in data.histories])[:, None]
-    return {"method": method, "seed": seed, "metrics": metrics_of(ranked, data),
+    target = torch.tensor([history[-1] for history in data.histories])
+    return {"method": method, "seed": seed, "metrics": metrics_of(ranked, target, len(data.item_ids)),
             "seconds": {"train": trained - started, "eval": time.time() - trained},
             "train_examples": max(0, len(curve) - 1) * sum(map(len, data.train)), "curve": curve,
-            "ranks": ((ranked == target) * torch.arange(1, ranked.shape[1] + 1)).sum(1).tolist()}   # 0: not among the ten
+            "ranks": ((ranked == target[:, None]) * torch.arange(1, ranked.shape[1] + 1)).sum(1).tolist()}   # 0: not among the ten
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -575,8 +575,8 @@ def print_recommendations(folder, names):
         policy = Policy.from_pretrained(folder)
     except ValueError as error:
         raise InputError(str(error)) from None
-    if not policy.catalogue:
-        raise InputError(f"{folder} was saved without titles")
+    if len(policy.catalogue) < 2:
+        raise InputError(f"{folder} was saved without item ids and titles")
     ids, titles = policy.catalogue["item_ids"], policy.catalogue["titles"]
     items, log_probs = policy.recommend([[find_item(name, ids, titles) for name in names]])
     for item, log_prob in zip(items[0].tolist(), log_probs[0].tolist()):

@@ -656,6 +656,8 @@ def edited(ids, **changes):
     ("an ID twice", "semantic_ids.json", lambda old: edited(old, codes=[[0, 1, 2], [0, 1, 2]])),
     ("fewer items than the model", "semantic_ids.json", lambda old: edited(old, codes=[[0, 1, 2], [0, 1, 3]])),
     ("another K", "semantic_ids.json", lambda old: edited(old, num_codes=9)),
+    ("no titles", "semantic_ids.json", lambda old: edited(old, titles=None)),
+    ("titles are numbers", "semantic_ids.json", lambda old: edited(old, titles=[1] * 48)),
     ("fewer titles than items", "semantic_ids.json", lambda old: edited(old, titles=["one"]))])
 def test_a_saved_model_that_is_broken_is_refused(finished, tmp_path, name, file, change):
     path, settings, _ = finished
@@ -668,6 +670,15 @@ def test_a_saved_model_that_is_broken_is_refused(finished, tmp_path, name, file,
         Policy.from_pretrained(tmp_path / "m")
     status, _, err = run_cli("--recommend", "1", "--model", tmp_path / "m")
     assert status == 2 and len(err.strip().splitlines()) == 1 and err.startswith("error: ")
+
+
+def test_recommend_needs_ids_and_titles(finished, tmp_path):
+    path, _, _ = finished
+    policy = Policy.from_pretrained(path / "out/tb-1")
+    del policy.catalogue["titles"]
+    policy.save_pretrained(tmp_path / "m")
+    status, _, err = run_cli("--recommend", "1", "--model", tmp_path / "m")
+    assert status == 2 and "saved without item ids and titles" in err
 
 
 def test_a_world_of_one_user_and_three_items_works(tmp_path):

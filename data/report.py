@@ -15,18 +15,24 @@ def write_json(path, value):
     os.replace(part, path)
 
 
-def paired_gain(rows, method, base, metric, seed=0, samples=1000):
-    """Gain of a method over a base in recall@k or ndcg@k: mean over users and seeds, and a 95 % bootstrap interval over users."""
+def _per_user(rows, method, metric):
+    """recall@k or ndcg@k of each user (B,), averaged over a method's seeds."""
     name, k = metric.split("@")
+    ranks = np.array([row["ranks"] for row in rows if row["method"] == method])          # (seeds, users), 0: not found
+    hit = (ranks > 0) & (ranks <= int(k))
+    return (hit if name == "recall" else hit / np.log2(ranks + 1, where=ranks > 0, out=np.ones(ranks.shape))).mean(0)
 
-    def per_user(method):
-        ranks = np.array([row["ranks"] for row in rows if row["method"] == method])      # (seeds, users)
-        hit = (ranks > 0) & (ranks <= int(k))
-        return (hit if name == "recall" else hit / np.log2(ranks + 1, where=ranks > 0, out=np.ones(ranks.shape))).mean(0)
-    gain = per_user(method) - per_user(base)
-    rng = np.random.default_rng(seed)
-    means = [gain[rng.integers(len(gain), size=len(gain))].mean() for _ in range(samples)]
-    return {"gain": gain.mean(), "low": np.quantile(means, 0.025), "high": np.quantile(means, 0.975)}
+
+def paired_gains(rows, methods, base, metrics, seed=0, samples=1000):
+    """{method: {metric: gain over the base, with a 95 % bootstrap interval over users}}; users are drawn once for all."""
+    pairs = [(method, metric) for method in methods for metric in metrics]
+    gains = np.array([_per_user(rows, method, metric) - _per_user(rows, base, metric) for method, metric in pairs])
+    rng, users = np.random.default_rng(seed), gains.shape[-1]
+    means = [gains @ np.bincount(rng.integers(users, size=users), minlength=users) / users for _ in range(samples)]
+    out = {method: {} for method in methods}
+    for (method, metric), gain, (low, high) in zip(pairs, gains, np.quantile(means, [0.025, 0.975], axis=0).T):
+        out[method][metric] = {"gain": gain.mean(), "low": low, "high": high}
+    return out
 
 
 def results_of(rows, data, settings):
@@ -42,8 +48,8 @@ def results_of(rows, data, settings):
            "versions": {"python": sys.version.split()[0], **{m: sys.modules[m].__version__ for m in ("torch", "transformers", "numpy")}},
            "runs": [{k: v for k, v in row.items() if k != "ranks"} for row in rows], "summary": summary}
     for key, base in (("paired", "sft"), ("paired_continued", "sft-continued")):
-        out[key] = {m: {k: paired_gain(rows, m, base, k) for k in ranking}
-                    for m in methods if base in of and m != base and len(of[m]) == len(of[base])}
+        others = [m for m in methods if base in of and m != base and len(of[m]) == len(of[base])]
+        out[key] = paired_gains(rows, others, base, ranking) if others else {}
     return out
 
 
