@@ -52,10 +52,13 @@ class CollaborativeModel:
         weights = [self.decay ** age for h in histories for age in reversed(range(min(len(h), self.length)))]
         shape = (len(histories), self.num_items)
         scores = torch.sparse.mm(_sparse(rows, recent, weights, shape), self.transitions).to_dense()
-        for b, (history, after) in enumerate(zip(histories, following or [])):
-            for age, j in enumerate(reversed(history[-self.length:])):
-                for ahead, item in enumerate(after[:max(0, self.window - age)]):   # 1 + age + ahead places apart
-                    scores[b, item] -= self.decay ** age * self.nearness ** (age + ahead) * self.scale[j]
+        own = [(b, item, self.decay ** age * self.nearness ** (age + ahead) * self.scale[j])     # 1 + age + ahead places apart
+               for b, (history, after) in enumerate(zip(histories, following or []))
+               for age, j in enumerate(reversed(history[-self.length:]))
+               for ahead, item in enumerate(after[:max(0, self.window - age)])]
+        if own:
+            b, item, count = zip(*own)
+            scores.index_put_((torch.tensor(b), torch.tensor(item)), -torch.tensor(count, dtype=torch.float32), accumulate=True)
         scores = scores * (scores > 1e-6)                      # what rounding left of a difference is nothing
         popular = self.popularity.repeat(len(histories), 1)
         owners = [b for b, history in enumerate(histories) for _ in history]
