@@ -35,7 +35,8 @@ from data.inputs import InputError, check, check_out, find_item, load_data, pars
 
 # --- Settings --------------------------------------------------------------------------------------------------------
 METHODS = {"pop": "Popularity", "cm": "CM alone", "sft": "SFT", "sft-continued": "SFT (continued)",
-           "sdpo": "S-DPO", "db": "GFlowGR-DB", "vargrad": "GFlowGR-VarGrad", "tb": "GFlowGR-TB", "fm": "GFlowGR-FM"}
+           "sdpo": "S-DPO", "db": "GFlowGR-DB", "vargrad": "GFlowGR-VarGrad", "tb": "GFlowGR-TB", "fm": "GFlowGR-FM",
+           "sft+cm": "SFT, guided", "tb+cm": "GFlowGR-TB, guided", "fm+cm": "GFlowGR-FM, guided"}   # guided: needs the CM when serving
 
 
 def setting(default, help):
@@ -62,11 +63,13 @@ class Settings:
     fine_rate: float = setting(5e-4, "peak learning rate of every fine-tuning: a fresh high rate first undoes what SFT learned")
     sft_epochs: int = setting(8, "passes of SFT over the training rows: validation stops rising there")
     epochs: int = setting(6, "passes of each fine-tuning, the same for every method")
+    sampler: str = setting("curriculum", "who picks the augmented trajectories: session, random, curriculum, policy or mixture")
     trajectories: int = setting(3, "N, augmented trajectories a context: the paper's best")
     positions: int = setting(3, "M, contexts a row that get trajectories: few enough to keep a step near twice that of SFT")
     weights: str = setting("0.3,0.65,0.05", "w_a,w_ŷ,w_s of the reward, its shares of action, CM and ID similarity: the CM says most about the unobserved")
     lam: float = setting(0.1, "λ, the weight of the second loss beside L_GR: squared log-ratios are large, more drowns L_GR")
     beta: float = setting(0.1, "β of S-DPO: the paper's")
+    gamma: float = setting(2.0, "γ, power of the CM's scores that guide the rows NAME+cm: best of 1/4 … 4 on validation")
     beams: int = setting(20, "beam width when ranking: twice the ten that are shown; as many as items would be exact")
     validate_users: int = setting(2000, "users that choose the epoch: standard error about .004 in NDCG, in seconds")
 
@@ -89,7 +92,10 @@ from tqdm import tqdm                                          # noqa: E402
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel   # noqa: E402
 
 from data.batches import batches, pick_contexts, training_rows  # noqa: E402
+from data.checkpoint import load_checkpoint, save_checkpoint    # noqa: E402
+from data.metrics import beyond_accuracy, exposure_bias, ndcg_at, recall_at   # noqa: E402
 from data.report import plot_curves, results_of, table_of, write_json   # noqa: E402
+from data.sweep import sweep                                   # noqa: E402
 from reward import CollaborativeModel, Reward                  # noqa: E402
 from tokenizer import SemanticIDs, item_features               # noqa: E402
 
@@ -133,8 +139,10 @@ class Policy(torch.nn.Module):
             activation_function="gelu_pytorch_tanh",           # gelu_new's values, faster on CPU
             resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,   # attention dropout would double the time of a step
             bos_token_id=L * K, eos_token_id=L * K))
-        self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)   # log F(s) of a prefix; of the root: log Z(U)
-        torch.nn.init.zeros_(self.flow_head.weight)
+        # log F(s) of a prefix, of the root log Z(U), over what an even reward would send through s: its share of the items
+        self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)
+        torch.nn.init.zeros_(self.flow_head.weight), torch.nn.init.zeros_(self.flow_head.bias)
+        self.register_buffer("even_flow", semantic_ids.flows(torch.full((1, n), 1 / n))[0].log(), persistent=False)   # (P + n,)
         for name in ("codes", "nodes", "children"):            # buffers move with .to(device); not saved
             self.register_buffer("id_" + name, getattr(semantic_ids, name), persistent=False)
 
@@ -208,7 +216,7 @@ class Policy(torch.nn.Module):
         logits = torch.stack([self._logits(prefixes[:, :, level], level) for level in range(L)], 2)
         legal = self.id_children[self.id_nodes[items][..., :-1]] >= 0            # (B, E, L, K)
         log_probs = logits.masked_fill(~legal, NEVER).log_softmax(-1)
-        return log_probs, self.flow_head(prefixes)[..., 0]
+        return log_probs, self.flow_head(prefixes)[..., 0] + self.even_flow[self.id_nodes[items][..., :-1]]
 
     def steps(self, log_probs, items):
         """log P_F of the codes that were taken: (B, E, L, K), items (B, E) → (B, E, L)."""
@@ -222,11 +230,14 @@ class Policy(torch.nn.Module):
         return self.steps(log_probs, items)
 
     @torch.no_grad()
-    def recommend(self, histories, k=10, beams=20):
+    def recommend(self, histories, k=10, beams=20, guide=None):
         """The k best items after each history: (items (B, k), log_probs (B, k)), best first; −1 and −inf where none is left.
 
         Beam search over legal codes, all beams of a user as extra positions of one row under a tree mask. Never an
         item of the history, never a duplicate; with enough beams it is exact. log_probs are log P_F of the whole path.
+
+        guide: (B, n) ≥ 0, such as CM^γ: then beams are kept by log P_F(s) + log F_guide(s), F_guide(s) being the guide's
+        sum over the items below the prefix s, its exact flow; at the end by log P_F(v) + log guide(v), which is returned.
         """
         beams, (L, K) = max(beams, k), (self.semantic_ids.num_levels, self.semantic_ids.num_codes)
         tokens, lengths = (x.to(self.device) for x in self.tokens(histories))
@@ -238,6 +249,7 @@ class Policy(torch.nn.Module):
                                      position_ids=place.expand(B, C), use_cache=True).last_hidden_state
         hidden = hidden.gather(1, lengths[:, None, None].expand(-1, 1, hidden.shape[-1]))      # (B, 1, d)
         beam_mask = torch.zeros(B, 1, C, device=self.device).masked_fill_(place > lengths[:, None, None], NEVER)
+        flow = None if guide is None else self.semantic_ids.flows(guide).clamp(min=1e-30).log().to(self.device)   # (B, P + n)
         score = torch.zeros(B, 1, device=self.device)          # (B, W) log P_F of each beam's prefix
         node = torch.zeros(B, 1, dtype=torch.long, device=self.device)
         for level in range(L):
@@ -245,9 +257,11 @@ class Policy(torch.nn.Module):
             log_probs = self._logits(hidden, level).masked_fill(child < 0, NEVER).log_softmax(-1)
             total = (score[..., None] + log_probs).masked_fill(child < 0, -math.inf).flatten(1)   # (B, W·K)
             child = child.flatten(1)
+            value = total if flow is None else total + flow.gather(1, child.clamp(min=0))
             if level == L - 1:
                 break                                          # the children are items now
-            score, best = total.topk(min(beams, total.shape[1]), 1)                            # (B, W)
+            best = value.topk(min(beams, value.shape[1]), 1).indices                           # (B, W)
+            score = total.gather(1, best)
             node, parent, W = child.gather(1, best), best // K, best.shape[1]
             # A beam sees what its parent saw, and itself; the cache is never reordered.
             itself = torch.full((W, W), NEVER, device=self.device).fill_diagonal_(0).expand(B, W, W)
@@ -259,10 +273,24 @@ class Policy(torch.nn.Module):
         owned = torch.zeros(B, len(self.id_codes), dtype=torch.bool)
         for b, history in enumerate(histories):
             owned[b, history] = True
-        total = total.masked_fill(owned.to(self.device).gather(1, item.clamp(min=0)), -math.inf)
-        total, item = F.pad(total, (0, k), value=-math.inf), F.pad(item, (0, k), value=-1)
-        score, best = total.topk(k, 1)
+        value = value.masked_fill(owned.to(self.device).gather(1, item.clamp(min=0)), -math.inf)
+        value, item = F.pad(value, (0, k), value=-math.inf), F.pad(item, (0, k), value=-1)
+        score, best = value.topk(k, 1)
         return item.gather(1, best).masked_fill(score == -math.inf, -1), score
+
+    @torch.no_grad()
+    def sample(self, histories, count):
+        """Items (B, count) drawn from P_F, code by code, and their log-probabilities (B, count)."""
+        tokens, lengths = self.tokens(histories)
+        ends = lengths[:, None].expand(-1, count).to(self.device)
+        children, below = self.id_children, self.id_nodes.new_zeros(int(self.id_nodes.max()) + 1)
+        below[self.id_nodes] = torch.arange(len(self.id_nodes), device=self.device)[:, None]   # some item below each node
+        node = torch.zeros_like(ends)
+        for level in range(self.semantic_ids.num_levels):      # any item below a prefix will do to ask for its next code
+            log_probs, _ = self(tokens, ends, below[node])
+            code = torch.distributions.Categorical(logits=log_probs[:, :, level]).sample()
+            node = children[node, code]
+        return below[node], self.steps(log_probs, below[node]).sum(-1)
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors (plain GPT-2) and semantic_ids.json (IDs, item ids, titles)."""
@@ -329,7 +357,19 @@ def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
     return -F.logsigmoid(-margin.logsumexp(1)).mean()
 
 
-# --- The adaptive trajectory sampler: which unobserved items to learn from -------------------------------------------
+# --- The adaptive trajectory sampler: which items to learn from beside the logged one ---------------------------------
+SAMPLERS = ("session", "random", "curriculum", "policy", "mixture")
+
+
+def draw(weight, logged, count):
+    """Items (B, count) drawn with replacement in proportion to weight (B, n), none of the B lists `logged`."""
+    if count < 1:
+        return torch.empty(len(weight), 0, dtype=torch.long)
+    weight = weight.clone()
+    weight[[b for b, items in enumerate(logged) for _ in items], [item for items in logged for item in items]] = 0
+    return torch.multinomial(weight + 1e-12, count, replacement=True)
+
+
 def curriculum(scores, logged, count, progress):
     """N unobserved items a context, easy (low CM score) early in training, hard (high) late.
 
@@ -338,14 +378,32 @@ def curriculum(scores, logged, count, progress):
     scores, since of a catalogue of thousands an even draw finds next to nothing that the CM likes; and half evenly:
     with likely items alone, a large log Z could hide that the policy finds all of them too unlikely.
     """
-    if count == 0:
-        return torch.empty(len(scores), 0, dtype=torch.long)
-    weight = 0.5 * scores + 0.5 / scores.shape[1]
-    weight[[b for b, items in enumerate(logged) for _ in items], [item for items in logged for item in items]] = 0
-    pool = torch.multinomial(weight + 1e-12, 2 * count - 1, replacement=True)            # (B, 2N-1)
+    pool = draw(0.5 * scores + 0.5 / scores.shape[1], logged, 2 * count - 1)             # (B, 2N-1)
     ranked = pool.gather(1, scores.gather(1, pool).argsort(1))                           # low scores first
     start = round(progress * (count - 1))
     return ranked[:, start:start + count]
+
+
+def augmented(sampler, count, scores, logged, positives, histories, policy, progress):
+    """The N augmented items (B, count) of each context, by one of the paper's four samplers or a mixture of two.
+
+    session: others of the user's own items; random: any unobserved ones; curriculum: see there; policy: the policy's
+    own beam, what it would recommend now; mixture: one of the policy's for each two of the curriculum's.
+    """
+    if sampler == "session":
+        own = torch.zeros_like(scores)
+        own[[b for b, items in enumerate(logged) for _ in items], [item for items in logged for item in items]] = 1
+        return draw(own, positives[:, None].tolist(), count)
+    if sampler == "random":
+        return draw(torch.ones_like(scores), logged, count)
+    if sampler == "curriculum":
+        return curriculum(scores, logged, count, progress)
+    own_share = count if sampler == "policy" else count // 3
+    policy.eval()                                              # what it would do, not what dropout makes of it
+    items = policy.recommend(histories, own_share, beams=max(1, own_share))[0].cpu()
+    policy.train()
+    items = items.where(items >= 0, positives[:, None])        # a catalogue with nothing left
+    return torch.cat([items, augmented("curriculum", count - own_share, scores, logged, positives, histories, policy, progress)], 1)
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -369,9 +427,9 @@ def loss_of(method, policy, reference, batch, reward, data, settings, progress):
     scores = reward.collaborative(histories, following)                                              # (B·M, n)
     r = reward(histories, positives, liked, scores)                                                  # (B·M, n)
     logged = [past + future for past, future in zip(histories, following)]
-    augmented = curriculum(scores, logged, N, progress)                                              # (B·M, N)
+    others = augmented(settings.sampler, N, scores, logged, positives, histories, policy, progress)  # (B·M, N)
     # One packed row: a branch for each target (for L_GR, and τ_1), and N for each of the M contexts (τ_2 … τ_{N+1})
-    items = torch.cat([batch.targets, augmented.reshape(B, M * N)], 1)                               # (B, T + M·N)
+    items = torch.cat([batch.targets, others.reshape(B, M * N)], 1)                               # (B, T + M·N)
     ends = torch.cat([batch.ends, context_ends.repeat_interleave(N, 1)], 1)
     log_probs, log_flow = policy(batch.tokens, ends, items)                                          # (..., L, K), (..., L)
     step = policy.steps(log_probs, items)                                                            # (..., L)
@@ -401,7 +459,8 @@ def train(method, policy, reward, data, settings, epochs, seed, folder, referenc
     """The one training loop; the best epoch on validation is saved in `folder`, at once, so that a crash leaves it.
 
     Returns the curve, a list of {"epoch", "loss", "ndcg@10"} with the start as epoch 0 (which is never the one that is
-    saved: a row is what its training does); raises FloatingPointError when the loss is not finite.
+    saved: a row is what its training does); raises FloatingPointError when the loss is not finite. Goes on from
+    folder/checkpoint.safetensors where that is left from a training that was interrupted.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -412,15 +471,17 @@ def train(method, policy, reward, data, settings, epochs, seed, folder, referenc
                                    {"params": policy.flow_head.parameters(), "lr": 10 * rate}],
                                   lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     warm = min(200, steps // 10 + 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps)))
-    curve, best = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, data, settings)}], -1
-    step = 0                                                   # tqdm's own count stands still where there is no terminal
-    with tqdm(total=steps, desc=method, disable=None, leave=False) as bar:
-        for epoch in range(1, epochs + 1):
+    checkpoint, full_rates = Path(folder) / "checkpoint.safetensors", [group["lr"] for group in optimizer.param_groups]
+    curve = load_checkpoint(checkpoint, policy, optimizer, rng)
+    curve = curve or [{"epoch": 0, "loss": None, "ndcg@10": validate(policy_ranker(policy, settings), data, settings)}]
+    step = (len(curve) - 1) * steps // epochs
+    with tqdm(total=steps, initial=step, desc=method, disable=None, leave=False) as bar:
+        for epoch in range(len(curve), epochs + 1):
             losses = []
             policy.train()
             for batch in batches(rows, data.train, settings.batch, policy, rng):
+                for group, full in zip(optimizer.param_groups, full_rates):     # warm-up, then cosine
+                    group["lr"] = full * min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
                 loss = loss_of(method, policy, reference, batch, reward, data, settings, step / steps)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"{method}: the loss became {loss.item()} at step {step + 1} "
@@ -428,31 +489,20 @@ def train(method, policy, reward, data, settings, epochs, seed, folder, referenc
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-                optimizer.step(), schedule.step(), bar.update()
-                step += 1
+                optimizer.step()
+                bar.update()
+                step += 1                                      # tqdm's own count stands still where there is no terminal
                 losses.append(loss.item())
-            curve.append({"epoch": epoch, "loss": float(np.mean(losses)), "ndcg@10": validate(policy, data, settings)})
+            curve.append({"epoch": epoch, "loss": float(np.mean(losses)),
+                          "ndcg@10": validate(policy_ranker(policy, settings), data, settings)})
             tqdm.write(f"  {method}: epoch {epoch}/{epochs}, loss {curve[-1]['loss']:.3f}, validation NDCG@10 {curve[-1]['ndcg@10']:.4f}")
-            if curve[-1]["ndcg@10"] > best:
-                best = curve[-1]["ndcg@10"]
+            if curve[-1]["ndcg@10"] > max((point["ndcg@10"] for point in curve[1:-1]), default=-1):
                 policy.save_pretrained(folder)
+            save_checkpoint(checkpoint, policy, optimizer, rng, curve)
     return curve
 
 
 # --- Evaluation ------------------------------------------------------------------------------------------------------
-def recall_at(ranked, target, k):
-    """Share of users whose target (B,) is among the first k of ranked (B, ≥ k); −1 in ranked is an empty place."""
-    return (ranked[:, :k] == target[:, None]).any(1).float().mean()
-
-
-def ndcg_at(ranked, target, k):
-    """Mean of 1/log2(rank + 1) of the target (B,) in ranked (B, ≥ k), rank from 1; 0 for a user where it is not in the first k."""
-    # With one target the ideal DCG is 1, so NDCG = DCG = Σ_r 1[ranked_r = target] / log2(r + 1)
-    ranked = ranked[:, :k]
-    discount = 1 / torch.log2(torch.arange(2, ranked.shape[1] + 2, device=ranked.device))
-    return ((ranked == target[:, None]) * discount).sum(1).mean()
-
-
 def rank_all(recommend, histories, k=10, size=256):
     """Top-k items (B, k) of recommend(histories, k) for all users, in batches of users with like histories."""
     order = sorted(range(len(histories)), key=lambda u: len(histories[u]))
@@ -463,24 +513,18 @@ def rank_all(recommend, histories, k=10, size=256):
     return ranked
 
 
-def policy_ranker(policy, settings):
-    """recommend(histories, k) for rank_all from a policy."""
+def policy_ranker(policy, settings, cm=None):
+    """recommend(histories, k) for rank_all from a policy, guided by CM^γ where a CM is given."""
     policy.eval()
-    return lambda histories, k: policy.recommend(histories, k, settings.beams)[0]
+    guide = (lambda histories: cm.scores(histories) ** settings.gamma) if cm else lambda histories: None
+    return lambda histories, k: policy.recommend(histories, k, settings.beams, guide(histories))[0]
 
 
-def validate(policy, data, settings):
+def validate(ranker, data, settings):
     """NDCG@10 on the validation items of at most `validate_users` users, evenly spread."""
     users = range(0, len(data.train), math.ceil(len(data.train) / settings.validate_users))
-    ranked = rank_all(policy_ranker(policy, settings), [data.train[u] for u in users])
+    ranked = rank_all(ranker, [data.train[u] for u in users])
     return ndcg_at(ranked, torch.tensor([data.histories[u][-2] for u in users]), 10).item()
-
-
-def metrics_of(ranked, target, num_items):
-    """All figures of one row of the table, from the top ten (B, 10) and the target (B,) of every user."""
-    out = {f"{name}@{k}": f(ranked, target, k).item() for k in (5, 10) for name, f in (("recall", recall_at), ("ndcg", ndcg_at))}
-    out["coverage@10"] = len(set(ranked.flatten().tolist()) - {-1}) / num_items
-    return out
 
 
 # --- The experiment: data → IDs, CM → SFT → fine-tuned policies → table ----------------------------------------------
@@ -508,50 +552,68 @@ def prepare(seed, data, settings):
     return features, ids, reward
 
 
+def trained_policy(method, seed, prepared, data, settings):
+    """Train one method with one seed → its best epoch, saved in OUT/METHOD-SEED and read back from there; and its curve."""
+    features, ids, reward = prepared
+    out = Path(settings.out)
+    torch.manual_seed(seed)
+    if method == "sft":
+        policy = Policy(ids, settings.window, settings.width, settings.layers, settings.dropout)
+        policy.start_from(features)
+    else:                                                      # every fine-tuned row starts from the same SFT model
+        policy = Policy.from_pretrained(out / f"sft-{seed}")
+        if not policy.semantic_ids.codes.equal(ids.codes):
+            raise InputError(f"the IDs saved in {out}/sft-{seed} do not fit the data; delete {out} and run again")
+    policy.catalogue = {"item_ids": data.item_ids, "titles": data.titles}
+    policy.to(settings.device)
+    reference = copy.deepcopy(policy).eval() if method == "sdpo" else None
+    epochs = settings.sft_epochs if method == "sft" else settings.epochs
+    curve = train(method, policy, reward, data, settings, epochs, seed, out / f"{method}-{seed}", reference)
+    return Policy.from_pretrained(out / f"{method}-{seed}").to(settings.device), curve
+
+
 def run_row(method, seed, prepared, data, settings):
     """Train, save and test one method with one seed → its entry of results.json, with "curve" and "ranks" beside it."""
-    features, ids, reward = prepared
-    out, curve, started = Path(settings.out), [], time.time()
-    if method in ("pop", "cm"):
-        ranker = baseline_ranker(method, reward.cm)
-    else:
-        torch.manual_seed(seed)
-        if method == "sft":
-            policy = Policy(ids, settings.window, settings.width, settings.layers, settings.dropout)
-            policy.start_from(features)
-        else:                                                  # every fine-tuned row starts from the same SFT model
-            policy = Policy.from_pretrained(out / f"sft-{seed}")
-            if not policy.semantic_ids.codes.equal(ids.codes):
-                raise InputError(f"the IDs saved in {out}/sft-{seed} do not fit the data; delete {out} and run again")
-        policy.catalogue = {"item_ids": data.item_ids, "titles": data.titles}
-        policy.to(settings.device)
-        reference = copy.deepcopy(policy).eval() if method == "sdpo" else None
-        epochs = settings.sft_epochs if method == "sft" else settings.epochs
-        folder = out / f"{method}-{seed}"
-        curve = train(method, policy, reward, data, settings, epochs, seed, folder, reference)
-        ranker = policy_ranker(Policy.from_pretrained(folder).to(settings.device), settings)
+    _, ids, reward = prepared
+    curve, started, cm = [], time.time(), reward.cm
+    base, guided = method.split("+")[0], "+" in method
+    if guided:                                                 # nothing to train: the model of row `base`, decoded otherwise
+        policy = Policy.from_pretrained(Path(settings.out) / f"{base}-{seed}").to(settings.device)
+    elif base not in ("pop", "cm"):
+        policy, curve = trained_policy(method, seed, prepared, data, settings)
     trained = time.time()
-    ranked = rank_all(ranker, [history[:-1] for history in data.histories])
-    target = torch.tensor([history[-1] for history in data.histories])
-    return {"method": method, "seed": seed, "metrics": metrics_of(ranked, target, len(data.item_ids)),
+    ranker = baseline_ranker(base, cm) if base in ("pop", "cm") else policy_ranker(policy, settings, cm if guided else None)
+    histories = [history[:-1] for history in data.histories]
+    ranked, target = rank_all(ranker, histories), torch.tensor([history[-1] for history in data.histories])
+    metrics = {f"{name}@{k}": f(ranked, target, k).item() for k in (5, 10) for name, f in (("recall", recall_at), ("ndcg", ndcg_at))}
+    metrics |= beyond_accuracy(ranked, ids.codes, cm.count)
+    if data.truth:
+        metrics |= exposure_bias(ranked, data.truth, histories, cm.count)
+    if not guided and base not in ("pop", "cm"):
+        # H(P_F) = −E log P(v) in nats, by one draw from the policy for each of at most `validate_users` users
+        torch.manual_seed(seed)
+        some = histories[::math.ceil(len(histories) / settings.validate_users)]
+        metrics["entropy"] = -torch.cat([policy.sample(some[i:i + 256], 1)[1] for i in range(0, len(some), 256)]).mean().item()
+    return {"method": method, "seed": seed, "metrics": metrics,
             "seconds": {"train": trained - started, "eval": time.time() - trained},
             "train_examples": max(0, len(curve) - 1) * sum(map(len, data.train)), "curve": curve,
-            "ranks": ((ranked == target[:, None]) * torch.arange(1, ranked.shape[1] + 1)).sum(1).tolist()}   # 0: not among the ten
+            "validation": validate(ranker, data, settings), "ranks": ((ranked == target[:, None]) * torch.arange(1, ranked.shape[1] + 1)).sum(1).tolist()}   # 0: not among the ten
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
 def run(settings, resume=False):
-    """The whole job. Every finished row is written at once, so an interruption loses only the row that it hits."""
+    """The whole job → results. Every finished row is written at once, so an interruption loses only the row that it hits."""
     devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    methods, seeds = check(settings, METHODS, devices)
+    methods, seeds = check(settings, METHODS, SAMPLERS, devices)
     check_out(settings)
     settings.device = devices[0] if settings.device == "auto" else settings.device
     data, out, rows = load_data(settings.data), Path(settings.out), []
     if len(data.item_ids) > settings.codes ** 3:
         raise InputError(f"{len(data.item_ids)} items do not fit into {settings.codes}^3 semantic IDs; raise --codes")
     if not resume:                                             # a row must never stand beside a model of another run
-        for path in (out / f"{method}-{seed}" / "row.json" for seed in seeds for method in methods):
-            path.unlink(missing_ok=True)
+        for folder in (out / f"{method}-{seed}" for seed in seeds for method in methods):
+            for name in ("row.json", "checkpoint.safetensors"):
+                (folder / name).unlink(missing_ok=True)
     for seed in seeds:
         prepared = None
         for method in methods:
@@ -559,14 +621,13 @@ def run(settings, resume=False):
             if not path.exists():
                 prepared = prepared or prepare(seed, data, settings)
                 write_json(path, run_row(method, seed, prepared, data, settings))
+                path.with_name("checkpoint.safetensors").unlink(missing_ok=True)   # the row is whole
             rows.append(json.loads(path.read_text(encoding="utf-8")))
             results = results_of(rows, data, settings)
             write_json(out / "results.json", results)
     (out / "results.md").write_text(table_of(results, METHODS) + "\n", encoding="utf-8")
     plot_curves(results, METHODS, out / "curves.png")
-    print("\n" + table_of(results, METHODS) + "\n\nAn interval that holds 0 is no difference"
-          + (", and one epoch is a smoke test, not a result" if settings.epochs == 1 else "")
-          + f". results.json, results.md, curves.png and the models are in {out}/")
+    return results
 
 
 def print_recommendations(folder, names):
@@ -589,8 +650,13 @@ def main(settings, arguments):
     try:
         if arguments.recommend:
             print_recommendations(arguments.model, arguments.recommend)
+        elif arguments.sweep:
+            print("\n" + sweep(arguments.sweep, settings, run))
         else:
-            run(settings, arguments.resume)
+            results = run(settings, arguments.resume)
+            print("\n" + table_of(results, METHODS) + "\n\nAn interval that holds 0 is no difference"
+                  + (", and one epoch is a smoke test, not a result" if settings.epochs == 1 else "")
+                  + f". results.json, results.md, curves.png and the models are in {settings.out}/")
         return 0
     except (InputError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)

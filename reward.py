@@ -35,6 +35,7 @@ class CollaborativeModel:
         # T[a, b] = (forward(a, b) + backward · forward(b, a)) / count(a)^power
         a, b, w = cooccurrence(histories, num_items, window, nearness, backward)
         count = np.bincount(np.fromiter((i for h in histories for i in h), np.int64), minlength=num_items)
+        self.count = torch.tensor(count)                        # (n,) how often each item stands in training
         self.scale = 1 / np.maximum(count, 1) ** power
         self.transitions = _sparse(a, b, w * self.scale[a], (num_items, num_items)).coalesce()
         self.popularity = torch.tensor((count + 1) / (count + 1).sum(), dtype=torch.float32)   # (n,), never 0

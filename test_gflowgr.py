@@ -21,7 +21,7 @@ from transformers import GPT2LMHeadModel
 
 import gflowgr
 import tokenizer
-from data import batches, make_toy, ml_100k
+from data import batches, make_toy, metrics, ml_100k
 from data.inputs import InputError, parse_arguments, read_folder
 from gflowgr import Policy, Settings
 from reward import CollaborativeModel, Reward
@@ -264,6 +264,25 @@ def test_metrics_against_loops():
         assert gflowgr.ndcg_at(ranked, target, k).item() == pytest.approx(ndcg)
 
 
+def test_beyond_accuracy_against_loops():
+    codes = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0], [1, 1, 1]])
+    counts = torch.tensor([9, 1, 5, 3, 5])                     # the less popular half, two of five: items 1 and 3
+    ranked = torch.tensor([[0, 1, 4], [1, 3, -1], [2, -1, -1]])
+    found = metrics.beyond_accuracy(ranked, codes, counts)
+    pairs = [(0, 1), (0, 4), (1, 4), (1, 3)]                   # within a list, empty places left out
+    assert found["diversity@10"] == pytest.approx(np.mean([(codes[a] != codes[b]).float().mean().item() for a, b in pairs]))
+    assert found["coverage@10"] == pytest.approx(5 / 5) and found["tail@10"] == pytest.approx(3 / 6)
+
+
+def test_exposure_bias_by_hand():
+    truth = {"liked": [{0, 1, 2, 3}, {4}], "shown": [{0, 1, 5}, {4}]}
+    counts = torch.tensor([10, 4, 2, 2, 8, 6])
+    found = metrics.exposure_bias(torch.tensor([[1, 2, 5], [4, -1, -1]]), truth, [[0], [5]], counts)
+    assert found["hidden@10"] == pytest.approx(1 / 2)          # of 2 and 3 the first user gets 2; the second has none hidden
+    assert found["liked@10"] == pytest.approx((2 / 3 + 1) / 2)
+    assert found["lift@10"] == pytest.approx(((4 + 2 + 6) / 3 + 8) / ((4 + 2 + 2) / 3 + 8))
+
+
 # --- the policy ------------------------------------------------------------------------------------------------------
 def path_by_plain_gpt2(policy, history, item):
     """log P_F of each step, one prefix at a time, no packing, no padding, no mask of ours."""
@@ -318,6 +337,35 @@ def test_beam_search_equals_ranking_the_catalogue(small):
     torch.testing.assert_close(found, expected.values, atol=1e-5, rtol=1e-5)
 
 
+def test_guided_beams_rank_by_the_product_of_policy_and_guide(small):
+    guide = torch.rand(len(HISTORIES), 60, generator=torch.Generator().manual_seed(4)) ** 8
+    guide[:, 7] = 0                                            # a guide that rules an item out
+    with torch.no_grad():
+        value = small.path_log_probs(HISTORIES, torch.arange(60).expand(len(HISTORIES), 60)).sum(-1) + guide.clamp(min=1e-30).log()
+    for row, history in zip(value, HISTORIES):
+        row[history] = -math.inf
+    expected = value.topk(10, 1)
+    items, found = small.recommend(HISTORIES, k=10, beams=60, guide=guide)
+    assert items.tolist() == expected.indices.tolist()
+    torch.testing.assert_close(found, expected.values, atol=1e-4, rtol=1e-5)
+    # The exact flows steer the beam as well: with ten beams the guide's own top items are not lost on the way.
+    sharp = guide ** 4
+    narrow = small.recommend(HISTORIES, k=10, beams=10, guide=sharp)[0][:, 0]
+    wide = small.recommend(HISTORIES, k=10, beams=60, guide=sharp)[0][:, 0]
+    assert narrow.tolist() == wide.tolist()
+
+
+def test_samples_follow_the_policy(small):
+    torch.manual_seed(0)
+    items, log_p = small.sample([[3], [5, 0, 7]], 4000)
+    with torch.no_grad():
+        exact = small.path_log_probs([[3], [5, 0, 7]], torch.arange(60).expand(2, 60)).sum(-1)
+    torch.testing.assert_close(log_p, exact.gather(1, items), atol=1e-4, rtol=1e-4)
+    for drawn, p in zip(items, exact.exp()):
+        assert (torch.bincount(drawn, minlength=60) / 4000 - p).abs().sum() < 0.15
+    assert -log_p[0].mean().item() == pytest.approx(-(exact[0].exp() * exact[0]).sum().item(), abs=0.1)   # the entropy
+
+
 def test_recommendations_do_not_depend_on_the_batch(small):
     together, log_p = small.recommend(HISTORIES, k=10)
     for row, values, history in zip(together, log_p, HISTORIES):
@@ -363,6 +411,28 @@ def test_curriculum_goes_from_easy_to_hard_and_skips_what_was_logged():
         mean.append(scores.gather(1, items).mean().item())
     assert mean[0] < mean[1] < mean[2]
     assert gflowgr.curriculum(scores, logged, 0, 0.5).shape == (200, 0)
+
+
+def test_samplers_draw_from_where_they_say(small):
+    torch.manual_seed(0)
+    histories, positives = [[3], [5, 0, 7], [9, 1]], torch.tensor([4, 8, 2])
+    logged = [[3, 4, 11], [5, 0, 7, 8, 20], [9, 1, 2, 30]]
+    scores = torch.rand(3, 60).softmax(1)
+    small.train()
+    drawn = {name: gflowgr.augmented(name, 6, scores, logged, positives, histories, small, 0.5) for name in gflowgr.SAMPLERS}
+    assert small.training
+    small.eval()
+    for name, items in drawn.items():
+        assert items.shape == (3, 6), name
+        for row, own, positive in zip(items.tolist(), logged, positives.tolist()):
+            if name == "session":
+                assert set(row) <= set(own) - {positive}
+            elif name in ("random", "curriculum"):
+                assert not set(row) & set(own)
+    assert drawn["policy"].equal(small.recommend(histories, 6, beams=6)[0])
+    assert drawn["mixture"][:, :2].equal(small.recommend(histories, 2, beams=2)[0])
+    assert all(gflowgr.augmented(name, 0, scores, logged, positives, histories, small, 0.5).shape == (3, 0)
+               for name in gflowgr.SAMPLERS)
 
 
 def test_training_walks_through_the_whole_curriculum(tmp_path, monkeypatch):
@@ -413,7 +483,7 @@ def test_training_lowers_its_own_loss(method, tmp_path):
     losses = [point["loss"] for point in curve[1:]]
     assert losses[-1] < 0.95 * losses[0]
     saved = Policy.from_pretrained(tmp_path / "model")
-    assert gflowgr.validate(saved, data, settings) == max(point["ndcg@10"] for point in curve[1:])
+    assert gflowgr.validate(gflowgr.policy_ranker(saved, settings), data, settings) == max(point["ndcg@10"] for point in curve[1:])
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_users(tmp_path, monkeypatch):
@@ -617,6 +687,66 @@ def test_resume_keeps_finished_rows_and_other_settings_are_refused(finished):
     assert [r["metrics"] for r in before["runs"]] == [r["metrics"] for r in after["runs"]]
     status, _, err = run_cli(*tiny_flags(settings), "--lam", "7")
     assert status == 2 and f"holds a run with --lam {settings.lam}, not 7.0" in err
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_training_that_was_killed_goes_on_to_the_same_figures(epoch, tmp_path, monkeypatch):
+    """Killed in the middle of an epoch, after `epoch` whole ones: weights, optimiser, random numbers, rates come back."""
+    settings = tiny_settings(tmp_path)
+    data = gflowgr.load_data(settings.data)
+    _, ids, reward = gflowgr.prepare(0, data, settings)
+    torch.manual_seed(0)
+    start = Policy(ids, settings.window, settings.width, settings.layers)
+
+    def train(folder):
+        policy = copy.deepcopy(start)
+        return gflowgr.train("tb", policy, reward, data, settings, 3, 0, tmp_path / folder), policy.state_dict()
+    (whole, weights), calls = train("whole"), []
+    loss_of = gflowgr.loss_of
+
+    def power_cut(*args):
+        calls.append(args)
+        if args[-1] > (epoch + 0.5) / 3:
+            raise KeyboardInterrupt
+        return loss_of(*args)
+    monkeypatch.setattr(gflowgr, "loss_of", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        train("cut")
+    monkeypatch.setattr(gflowgr, "loss_of", loss_of)
+    resumed, resumed_weights = train("cut")
+    assert resumed == whole and all(resumed_weights[name].equal(value) for name, value in weights.items())
+
+
+def test_a_damaged_checkpoint_is_named(finished, tmp_path):
+    path, settings, _ = finished
+    shutil.copytree(path / "out", tmp_path / "out")
+    (tmp_path / "out/tb-2/row.json").unlink()
+    (tmp_path / "out/tb-2/checkpoint.safetensors").write_bytes(b"\x00" * 40)
+    flags = [tmp_path / "out" if flag == settings.out else flag for flag in tiny_flags(settings)]
+    status, _, err = run_cli(*flags, "--seeds", "1,2", "--resume")
+    assert status == 2 and "tb-2/checkpoint.safetensors is damaged" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("study, methods, labels", [
+    ("reward", "tb,fm", ["all three signals", "no action", "no CM in the reward", "no similarity", "no augmentation", "no CM at all"]),
+    ("gamma", "sft+cm", ["γ = 0.5", "γ = 1.0", "γ = 2.0", "γ = 4.0"])])
+def test_sweep_compares_settings_on_validation(finished, tmp_path, study, methods, labels):
+    path, settings, _ = finished
+    shutil.copytree(path / "out", tmp_path / "out")
+    before = (tmp_path / "out/results.json").read_bytes()
+    flags = [tmp_path / "out" if flag == settings.out else flag for flag in tiny_flags(settings)]
+    status, out, err = run_cli(*flags, "--seeds", "1", "--methods", "pop," + methods, "--sweep", study)
+    assert status == 0, err
+    lines = (tmp_path / f"out/sweep-{study}.md").read_text().splitlines()
+    assert lines[0] == f"| {study} | {methods.replace(',', ' | ')} |" and [line.split(" | ")[0][2:] for line in lines[2:]] == labels
+    assert (tmp_path / f"out/sweep-{study}.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "out/results.json").read_bytes() == before     # the main table stays what it was
+    rows = [json.loads(p.read_text()) for p in sorted((tmp_path / f"out/sweep-{study}").glob("*/*/row.json"))]
+    tuned = [row for row in rows if row["method"] in methods.split(",")]
+    assert len(tuned) == len(labels) * len(methods.split(",")) and len({row["validation"] for row in tuned}) > 1
+    assert all(f"{row['validation']:.4f}" in "".join(lines) for row in tuned)
+    status, _, err = run_cli(*flags, "--methods", "pop", "--sweep", study)
+    assert status == 2 and "needs a row such as" in err
 
 
 def test_without_resume_every_row_is_made_anew(finished, tmp_path):

@@ -194,6 +194,7 @@ def parse_arguments(argv, Settings, presets, quick):
                             help=f.metadata["help"] + (f" (default: {f.default}{special})" if f.default != "" else ""))
     parser.add_argument("--quick", action="store_true", help="a smoke run in seconds: one epoch of everything")
     parser.add_argument("--resume", action="store_true", help="keep the finished rows in --out and go on")
+    parser.add_argument("--sweep", metavar="STUDY", help="run one of the paper's studies: lam, trajectories, positions, reward, sampler, gamma")
     parser.add_argument("--recommend", nargs="+", metavar="TITLE_OR_ID", help="print ten titles for this history, and stop")
     parser.add_argument("--model", metavar="DIR", help="the saved model for --recommend, such as runs/toy/tb-42")
     args = parser.parse_args(argv)
@@ -206,15 +207,18 @@ def parse_arguments(argv, Settings, presets, quick):
     return settings, args
 
 
-def check(settings, methods, devices):
+def check(settings, methods, samplers, devices):
     """Methods and seeds as lists; InputError for a setting that makes no sense, before anything is written.
 
-    methods: all there are, in the table's order; devices: those of this machine.
+    methods, samplers: all there are, methods in the table's order; devices: those of this machine.
     """
     asked = settings.methods.split(",")
     for method in asked:
         if method not in methods:
             raise InputError(f"--methods: unknown method {method!r}; choose of {', '.join(methods)}")
+    asked += [method.split("+")[0] for method in asked]        # tb+cm is the model of tb
+    if settings.sampler not in samplers:
+        raise InputError(f"--sampler: unknown sampler {settings.sampler!r}; choose of {', '.join(samplers)}")
     if set(asked) - {"pop", "cm"}:
         asked.append("sft")                                    # all the others start from it
     try:

@@ -60,17 +60,29 @@ def _percent(results, key, base, method):
     return f"{gain['gain'] / scale:+.1f} [{gain['low'] / scale:+.1f}, {gain['high'] / scale:+.1f}]" if gain and scale else ""
 
 
+def _cells(results, method, columns):
+    """mean ± standard deviation over seeds; empty where the row has no such figure."""
+    row, seeds = results["summary"][method], sum(run["method"] == method for run in results["runs"])
+    return [f"{row[c]['mean']:.4f}" + (f" ± {row[c]['std']:.4f}" if seeds > 1 else "") if c in row else "" for c in columns]
+
+
+def _markdown(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def table_of(results, names):
-    """The Markdown table: mean ± standard deviation over seeds, and the gains in NDCG@10 with their intervals."""
-    columns = ["recall@5", "ndcg@5", "recall@10", "ndcg@10", "coverage@10"]
-    head = ["method", *columns, "NDCG@10 over SFT, % [95 %]", "over SFT (continued), %", "train s"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for method, row in results["summary"].items():
-        runs = [run for run in results["runs"] if run["method"] == method]
-        cells = [f"{row[c]['mean']:.4f}" + (f" ± {row[c]['std']:.4f}" if len(runs) > 1 else "") for c in columns]
-        cells += [_percent(results, "paired", "sft", method), _percent(results, "paired_continued", "sft-continued", method)]
-        lines.append(f"| {names[method]} | " + " | ".join(cells) + f" | {np.mean([r['seconds']['train'] for r in runs]):.0f} |")
-    return "\n".join(lines)
+    """The Markdown tables: ranking, with the gains in NDCG@10 and their intervals and seconds; then what the lists are like."""
+    ranking = ["recall@5", "ndcg@5", "recall@10", "ndcg@10"]
+    every = dict.fromkeys(metric for row in results["summary"].values() for metric in row)
+    beyond = [metric for metric in every if metric not in ranking]
+
+    def seconds(method):
+        return f"{np.mean([run['seconds']['train'] for run in results['runs'] if run['method'] == method]):.0f}"
+    return _markdown(["method", *ranking, "NDCG@10 over SFT, % [95 %]", "over SFT (continued), %", "train s"],
+                     [[names[m], *_cells(results, m, ranking), _percent(results, "paired", "sft", m),
+                       _percent(results, "paired_continued", "sft-continued", m), seconds(m)] for m in results["summary"]]
+                     ) + "\n\n" + _markdown(["method", *beyond], [[names[m], *_cells(results, m, beyond)] for m in results["summary"]])
 
 
 def plot_curves(results, names, path):

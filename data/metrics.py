@@ -1,0 +1,53 @@
+"""Figures of a table's row, from the ten items that each user is recommended."""
+import torch
+
+
+def recall_at(ranked, target, k):
+    """Share of users whose target (B,) is among the first k of ranked (B, ≥ k); −1 in ranked is an empty place."""
+    return (ranked[:, :k] == target[:, None]).any(1).float().mean()
+
+
+def ndcg_at(ranked, target, k):
+    """Mean of 1/log2(rank + 1) of the target (B,) in ranked (B, ≥ k), rank from 1; 0 for a user where it is not in the first k."""
+    # With one target the ideal DCG is 1, so NDCG = DCG = Σ_r 1[ranked_r = target] / log2(r + 1)
+    ranked = ranked[:, :k]
+    discount = 1 / torch.log2(torch.arange(2, ranked.shape[1] + 2, device=ranked.device))
+    return ((ranked == target[:, None]) * discount).sum(1).mean()
+
+
+def beyond_accuracy(ranked, codes, counts):
+    """What the lists ranked (B, k) are like, whoever is right: {"coverage@10", "tail@10", "diversity@10"}.
+
+    codes (n, L) semantic IDs; counts (n,) of the items in training.
+    """
+    n, filled = len(codes), ranked >= 0
+    # tail: share of the recommendations that go to the less popular half of the catalogue (ties: the later item)
+    tail = torch.zeros(n, dtype=torch.bool)
+    tail[counts.argsort(descending=True, stable=True)[n - n // 2:]] = True
+    # diversity: share of the codes in which two items of a list differ, 1 − Σ_l 1[t_l = t'_l] / L, mean over all pairs
+    first, second = torch.combinations(torch.arange(ranked.shape[1])).T
+    both = filled[:, first] & filled[:, second]
+    differ = (codes[ranked[:, first]] != codes[ranked[:, second]]).float().mean(-1)
+    return {"coverage@10": len(ranked[filled].unique()) / n,
+            "tail@10": tail[ranked[filled]].float().mean().item(),
+            "diversity@10": ((differ * both).sum() / both.sum().clamp(min=1)).item()}
+
+
+def exposure_bias(ranked, truth, histories, counts):
+    """What the lists ranked (B, k) do about exposure bias where the true preferences are known: the toy world.
+
+    truth: {"liked": B sets, "shown": B sets} of items; histories: what the recommender read, B lists. Returns means
+    over users: "hidden@10", the share of the items that a user likes but was never shown that are in the list;
+    "liked@10", the share of the list that is truly liked; "lift@10", how often the list's items stand in the log,
+    over how often those stand there that the user likes and has not had: 1 is fair, more is popularity bias.
+    """
+    hidden, right, popular, fair = [], [], [], []
+    for items, liked, shown, history in zip(ranked.tolist(), truth["liked"], truth["shown"], histories):
+        items, new = {i for i in items if i >= 0}, liked - set(history)
+        if items and new:
+            hidden += [len((liked - shown) & items) / len(liked - shown)] if liked - shown else []
+            right.append(len(new & items) / len(items))
+            popular.append(counts[list(items)].float().mean())
+            fair.append(counts[list(new)].float().mean())
+    mean = lambda values: float(sum(values)) / max(1, len(values))   # noqa: E731
+    return {"hidden@10": mean(hidden), "liked@10": mean(right), "lift@10": mean(popular) / max(1e-9, mean(fair))}

@@ -1,0 +1,77 @@
+"""The paper's studies: fine-tune again and again from one SFT model, with one thing changed; a table and a picture."""
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data.inputs import InputError
+
+
+def studies(settings):
+    """{study: {label: the settings that differ}}; in each study the first label is what the others are compared with."""
+    w_a, w_y, w_s = settings.weights.split(",")
+    return {
+        "lam": {f"λ = {v}": {"lam": v} for v in (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)},
+        "trajectories": {f"N = {v}": {"trajectories": v} for v in (0, 1, 3, 5, 8)},
+        "positions": {f"M = {v}": {"positions": v} for v in (1, 3, 6, 10)},
+        "reward": {"all three signals": {},
+                   "no action": {"weights": f"0,{w_y},{w_s}"},
+                   "no CM in the reward": {"weights": f"{w_a},0,{w_s}"},
+                   "no similarity": {"weights": f"{w_a},{w_y},0"},
+                   "no augmentation": {"trajectories": 0},
+                   "no CM at all": {"weights": f"{w_a},0,{w_s}", "sampler": "random"}},
+        "sampler": {v: {"sampler": v} for v in ("curriculum", "random", "session", "policy", "mixture")},
+        "gamma": {f"γ = {v}": {"gamma": v} for v in (0.5, 1.0, 2.0, 4.0)},
+    }
+
+
+def sweep(name, settings, run):
+    """Run one study for every GFlowNet row of --methods; OUT/sweep-NAME.md and .png. Finished runs are kept.
+
+    The figure is the validation NDCG@10 of the best epoch, mean ± standard deviation over seeds: a study is there to
+    choose by, and what is chosen by test figures is no test.
+    """
+    known = studies(settings)
+    if name not in known:
+        raise InputError(f"--sweep: unknown study {name!r}; choose of {', '.join(known)}")
+    guided = name == "gamma"                                   # nothing is trained there, only decoded
+    methods = [m for m in settings.methods.split(",") if ("+" in m) == guided and m not in ("pop", "cm", "sft", "sft-continued")]
+    if not methods:
+        raise InputError(f"--sweep {name} needs a row such as {'tb+cm' if guided else 'tb'} in --methods")
+    start = ["sft"] + [m.split("+")[0] for m in methods if guided]
+    if not all((Path(settings.out) / f"{m}-{seed}" / "row.json").exists() for m in start for seed in settings.seeds.split(",")):
+        run(replace(settings, methods=",".join(start)), resume=True)
+    figures = {}
+    for label, changes in tqdm(known[name].items(), desc=f"sweep {name}", disable=None):
+        out = Path(settings.out) / f"sweep-{name}" / label.replace(" ", "")
+        for folder in Path(settings.out).glob("*-[0-9]*" if guided else "sft-[0-9]*"):   # all start from the same models
+            if "+" not in folder.name and not (out / folder.name).exists():
+                shutil.copytree(folder, out / folder.name)
+        results = run(replace(settings, methods=",".join(methods), out=str(out), **changes), resume=True)
+        for method in methods:
+            figures.setdefault(method, {})[label] = [row["validation"] for row in results["runs"] if row["method"] == method]
+    table = ["| " + name + " | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    for label in known[name]:
+        cells = [f"{np.mean(figures[m][label]):.4f} ± {np.std(figures[m][label], ddof=len(figures[m][label]) > 1):.4f}" for m in methods]
+        table.append(f"| {label} | " + " | ".join(cells) + " |")
+    path = Path(settings.out) / f"sweep-{name}.md"
+    path.write_text("\n".join(table) + "\n", encoding="utf-8")
+    _plot(name, figures, path.with_suffix(".png"))
+    return "\n".join(table) + f"\n\nvalidation NDCG@10, {len(settings.seeds.split(','))} seeds; also in {path} and {path.with_suffix('.png')}"
+
+
+def _plot(name, figures, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(7, 3.5))
+    for i, (method, by_label) in enumerate(figures.items()):
+        place = np.arange(len(by_label)) + 0.1 * i
+        axis.errorbar(place, [np.mean(v) for v in by_label.values()], [np.std(v) for v in by_label.values()],
+                      fmt="o", capsize=3, label=method)
+    axis.set_xticks(range(len(by_label)), by_label, rotation=20)
+    axis.set_ylabel("validation NDCG@10"), axis.set_title(f"study: {name}"), axis.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
