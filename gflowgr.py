@@ -98,6 +98,36 @@ NEVER = -1e9                                                   # log-probability
 
 
 # --- The policy: P_F(next code | user, codes so far) -----------------------------------------------------------------
+def tree_mask(ends, C, L):
+    """Who sees whom in a packed row: floats (B, S, S), S = C + E·(L−1); 0 where place i may look at place j, else NEVER.
+
+    A row holds the C tokens of a history, <user> first, and behind them E branches of L−1 codes, one after the other.
+    ends (B, E): branch e of row b goes on from the first ends[b, e] items, so it may look at the places 0 … ends[b, e] of
+    the history. A place of the history looks at itself and at those before it, never at a branch; a code looks at its
+    own branch up to itself, and never at another branch.
+
+    Example: the history <user> a b, one branch c d that goes on from a, and one e f that goes on from b; L = 3.
+
+    >>> for place, row in zip("uabcdef", tree_mask(torch.tensor([[1, 2]]), C=3, L=3)[0]):
+    ...     print(place, "", *["1" if x == 0 else "." for x in row])
+    u  1 . . . . . .
+    a  1 1 . . . . .
+    b  1 1 1 . . . .
+    c  1 1 . 1 . . .
+    d  1 1 . 1 1 . .
+    e  1 1 1 . . 1 .
+    f  1 1 1 . . 1 1
+    """
+    (B, E), device = ends.shape, ends.device
+    place = torch.arange(C, device=device)
+    last = torch.cat([place.expand(B, C), ends.repeat_interleave(L - 1, 1)], 1)  # (B, S) history that each may see
+    sees_history = place <= last[..., None]                                      # (B, S, C)
+    block = torch.ones(L - 1, L - 1, device=device).tril()
+    sees_branch = F.pad(torch.block_diag(*[block] * E), (0, 0, C, 0)) > 0        # (S, E·(L-1))
+    seen = torch.cat([sees_history, sees_branch.expand(B, -1, -1)], 2)
+    return torch.zeros(seen.shape, device=device).masked_fill_(~seen, NEVER)
+
+
 class Policy(torch.nn.Module):
     """A small GPT-2 that reads a history and writes a semantic ID, plus the table of IDs.
 
@@ -190,17 +220,7 @@ class Policy(torch.nn.Module):
         branch_end = ends[..., None].expand(B, E, L - 1).reshape(B, -1)          # history that each may see
         place = torch.arange(C, device=tokens.device).expand(B, C)
         position = torch.cat([place, branch_end + 1 + depth.repeat(E)], 1)       # (B, C + E·(L-1))
-        # Who sees whom (1): history <user> a b; one branch c d that goes on from a, one e f that goes on from b
-        #          <user> a b  c d  e f
-        #     c       1   1 .  1 .  . .
-        #     d       1   1 .  1 1  . .
-        #     e       1   1 1  . .  1 .
-        #     f       1   1 1  . .  1 1
-        sees_history = place[:, None, :] <= torch.cat([place, branch_end], 1)[:, :, None]  # (B, C + E·(L-1), C)
-        block = torch.ones(L - 1, L - 1, device=tokens.device).tril()
-        sees_branch = F.pad(torch.block_diag(*[block] * E), (0, 0, C, 0)) > 0    # (C + E·(L-1), E·(L-1))
-        mask = torch.cat([sees_history, sees_branch.expand(B, -1, -1)], 2)
-        mask = torch.zeros(mask.shape, device=tokens.device).masked_fill_(~mask, NEVER)[:, None]
+        mask = tree_mask(ends, C, L)[:, None]                                    # (B, 1, S, S), S = C + E·(L-1)
         hidden = self.lm.transformer(torch.cat([tokens, branches], 1), attention_mask=mask, position_ids=position,
                                      use_cache=False).last_hidden_state                  # (B, C + E·(L-1), d)
         root = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1]))        # (B, E, d)
