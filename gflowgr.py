@@ -247,6 +247,22 @@ class Policy(torch.nn.Module):
 
         Beam search over legal codes, all beams of a user as extra positions of one row under a tree mask. Never an
         item of the history, never a duplicate; with enough beams it is exact. log_probs are log P_F of the whole path.
+
+        Start from the empty prefix with score 0. At each level l = 0 … L−1 give every beam all its legal next codes c:
+        score(prefix + c) = score(prefix) + log P_F(c | history, prefix), natural logs, P_F a softmax over the legal codes
+        alone. Before the last level keep the max(beams, k) best of each user; after it leave out the items of the
+        history and give the k best of all. The model reads <user>, the last `window` items (self.tokens), then the
+        prefix (code c of level l is token l·K + c, at the position behind what it follows); self._logits(hidden, l)
+        scores the codes of level l. One prefix at a time and without a cache is slow, and as right.
+
+        Example: a model of zeros, so all legal codes are equally likely. The first code is 0 or 2, the second after 0 is
+        1 or 2: items 0, 1, 2 have 1/4, 1/4, 1/2. Item 1 is in the history, and there are two others.
+
+        >>> policy = Policy(SemanticIDs([[0, 1, 1], [0, 2, 0], [2, 0, 0]], num_codes=3), width=32, layers=1).eval()
+        >>> _ = policy.lm.transformer.wte.weight.data.zero_()
+        >>> items, log_probs = policy.recommend([[1]], k=3)
+        >>> items.tolist(), log_probs.exp().tolist()
+        ([[2, 0, -1]], [[0.5, 0.25, 0.0]])
         """
         beams, (L, K) = max(beams, k), (self.semantic_ids.num_levels, self.semantic_ids.num_codes)
         tokens, lengths = (x.to(self.device) for x in self.tokens(histories))
@@ -317,13 +333,35 @@ class Policy(torch.nn.Module):
 
 # --- Losses: pure functions of tensors, all in natural logs ----------------------------------------------------------
 def trajectory_balance(log_z, log_pf, log_r):
-    """TB (METHOD.md, "Losses"): log_z (B,), log_pf (B, J) of whole paths, log_r (B, J) → scalar, mean of squares."""
+    """Trajectory balance, TB: mean over b, j of (log_z[b] + log_pf[b, j] − log_r[b, j])² → scalar tensor, natural logs.
+
+    log_z (B,) is log Z of each user (context); log_pf (B, J) is log P_F of whole paths, J of them a user, already summed
+    over their steps; log_r (B, J) is log R of the items they end in. It is 0 where P_F(path) = R/Z for all of them.
+
+    Example: Z = 1; the first path has P = R = 1/2, which costs 0; the second P = 1/4, R = 1/2, which costs (log 1/2)² =
+    0.4805; the mean is 0.2402.
+
+    >>> log_pf, log_r = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    >>> round(trajectory_balance(torch.zeros(1), log_pf, log_r).item(), 4)
+    0.2402
+    """
     # (log Z(U) + Σ_l log P_F(s_{l+1} | s_l) − log R(s_L))²; P_B is 1 on a tree
     return (log_z[:, None] + log_pf - log_r).square().mean()
 
 
 def detailed_balance(log_flow, log_pf):
-    """DB (METHOD.md, "Losses"): log_flow (B, J, L+1), the last column log R, log_pf (B, J, L) → scalar, summed over steps."""
+    """Detailed balance, DB: squares of the flow's imbalance, summed over a path's steps, mean over paths → scalar tensor.
+
+    log_flow (B, J, L+1) is log F(s_0) … log F(s_L) along each of J paths a user, so the last column is log R; log_pf
+    (B, J, L) is log P_F(s_{l+1} | s_l) of each step; natural logs. Loss = mean over b, j of
+    Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))². It is 0 where each step passes on its share of the flow.
+
+    Example: flows 1 → 1/2 → 1/4 on one path. Steps of 1/2 and 1/2 fit; for 1/2 and 1/4, the second is off by log 1/2.
+
+    >>> log_flow = torch.tensor([[[1.0, 0.5, 0.25]]]).log()
+    >>> [round(detailed_balance(log_flow, torch.tensor([[[0.5, p]]]).log()).item(), 4) for p in (0.5, 0.25)]
+    [0.0, 0.4805]
+    """
     # Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))²
     return (log_flow[..., :-1] + log_pf - log_flow[..., 1:]).square().sum(-1).mean()
 
@@ -343,7 +381,18 @@ def flow_matching(flow, log_pf):
 
 
 def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
-    """S-DPO (METHOD.md, "Losses"): path log-probabilities (B,) of positives, (B, J) of negatives; DPO when J = 1 → scalar."""
+    """S-DPO: prefer one positive item to J negatives, more than the reference does; with J = 1 it is DPO → scalar tensor.
+
+    policy_pos, ref_pos (B,) and policy_neg, ref_neg (B, J) are log-probabilities of whole paths (natural logs) by the
+    policy and by the frozen reference. With Δ = log P_policy − log P_reference,
+    loss = mean over b of −log σ(−log Σ_d exp(β[Δ_d − Δ_p])), d the negatives, p the positive, σ(x) = 1/(1 + e^−x).
+
+    Example: policy = reference, 3 negatives: log(1 + 3) = 1.3863. The positive raised by 1, β = 0.1: log(1 + 3·e^−0.1).
+
+    >>> pos, neg = torch.tensor([-2.0]), torch.tensor([[-3.0, -4.0, -5.0]])
+    >>> [round(sdpo(pos + up, neg, pos, neg, beta=0.1).item(), 4) for up in (0, 1)]
+    [1.3863, 1.3122]
+    """
     # −log σ(−log Σ_d exp(β[Δ_d − Δ_p])), Δ = log P_policy − log P_reference
     margin = beta * ((policy_neg - ref_neg) - (policy_pos - ref_pos)[:, None])
     return -F.logsigmoid(-margin.logsumexp(1)).mean()
@@ -357,6 +406,19 @@ def curriculum(scores, logged, count, progress):
     ranks a pool of about 2N−1 unobserved items by the CM. This pool is drawn, with replacement, half from the CM's
     scores, since of a catalogue of thousands an even draw finds next to nothing that the CM likes; and half evenly:
     with likely items alone, a large log Z could hide that the policy finds all of them too unlikely.
+
+    For each context draw 2N−1 items (N = count), item i with a chance ∝ scores[i]/2 + 1/(2n), 0 if it is logged; sort them
+    from low to high score; keep N neighbours, from place round(progress · (N−1)) on, places from 0.
+
+    Example: N = 3, a pool of 5. Progress 0 keeps places 0–2, one half 1–3, and 1 keeps 2–4. Of items with scores .7, .2,
+    .1, the first unlogged, chances are .52, .27, .22; where two of them are logged, the third is all that can be drawn.
+
+    >>> scores = torch.tensor([[0.7, 0.2, 0.1]])
+    >>> curriculum(scores, [[0, 2]], count=3, progress=0.5).tolist()
+    [[1, 1, 1]]
+    >>> easy, hard = (curriculum(scores.expand(99, 3), [[]] * 99, 3, p) for p in (0.0, 1.0))
+    >>> bool(scores[0, easy].mean() < scores[0, hard].mean())
+    True
     """
     if count == 0:
         return torch.empty(len(scores), 0, dtype=torch.long)
@@ -461,12 +523,32 @@ def train(method, policy, reward, data, settings, epochs, seed, folder, referenc
 
 # --- Evaluation ------------------------------------------------------------------------------------------------------
 def recall_at(ranked, target, k):
-    """Share of users whose target (B,) is among the first k of ranked (B, ≥ k); −1 in ranked is an empty place."""
+    """Recall@k: the share of users whose target is among the first k places of their list → scalar tensor in [0, 1].
+
+    ranked (B, ≥ k) are item indices, best first, −1 for an empty place; target (B,) is the one held-out item of each user.
+    Recall@k = 1/B · Σ_b 1[target_b is one of ranked_b,1 … ranked_b,k].
+
+    Example: the first user's target stands on place 3, the second's nowhere.
+
+    >>> ranked, target = torch.tensor([[4, 2, 7], [1, 3, -1]]), torch.tensor([7, 9])
+    >>> [recall_at(ranked, target, k).item() for k in (2, 3)]
+    [0.0, 0.5]
+    """
     return (ranked[:, :k] == target[:, None]).any(1).float().mean()
 
 
 def ndcg_at(ranked, target, k):
-    """Mean of 1/log2(rank + 1) of the target (B,) in ranked (B, ≥ k), rank from 1; 0 for a user where it is not in the first k."""
+    """NDCG@k: the mean over users of 1/log2(rank + 1) of the target, 0 where it is not in the first k → scalar tensor.
+
+    ranked (B, ≥ k) are item indices, best first, −1 for an empty place; target (B,) is the one held-out item of each user;
+    rank counts from 1.
+
+    Example: targets on places 1 and 3 give 1/log2(2) = 1 and 1/log2(4) = 1/2.
+
+    >>> ranked, target = torch.tensor([[4, 2, 7], [1, 3, 5]]), torch.tensor([4, 5])
+    >>> [ndcg_at(ranked, target, k).item() for k in (2, 3)]
+    [0.5, 0.75]
+    """
     # With one target the ideal DCG is 1, so NDCG = DCG = Σ_r 1[ranked_r = target] / log2(r + 1)
     ranked = ranked[:, :k]
     discount = 1 / torch.log2(torch.arange(2, ranked.shape[1] + 2, device=ranked.device))

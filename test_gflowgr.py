@@ -20,6 +20,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 import gflowgr
+import reward
 import tokenizer
 from data import batches, make_toy, ml_100k
 from data.inputs import InputError, parse_arguments, read_folder
@@ -714,7 +715,7 @@ def test_the_script_itself_exits_with_status_2_and_no_traceback():
     assert done.returncode == 2 and done.stderr.startswith("error: nowhere is not a folder") and done.stdout == ""
 
 
-@pytest.mark.parametrize("module", [tokenizer, gflowgr])
+@pytest.mark.parametrize("module", [tokenizer, reward, gflowgr])
 def test_examples_in_docstrings(module):
     assert doctest.testmod(module).failed == 0
 
