@@ -104,6 +104,36 @@ NEVER = -1e9                                                   # log-probability
 
 
 # --- The policy: P_F(next code | user, codes so far) -----------------------------------------------------------------
+def tree_mask(ends, C, L):
+    """Who sees whom in a packed row: floats (B, S, S), S = C + E·(L−1); 0 where place i may look at place j, else NEVER.
+
+    A row holds the C tokens of a history, <user> first, and behind them E branches of L−1 codes, one after the other.
+    ends (B, E): branch e of row b goes on from the first ends[b, e] items, so it may look at the places 0 … ends[b, e] of
+    the history. A place of the history looks at itself and at those before it, never at a branch; a code looks at its
+    own branch up to itself, and never at another branch.
+
+    Example: the history <user> a b, one branch c d that goes on from a, and one e f that goes on from b; L = 3.
+
+    >>> for place, row in zip("uabcdef", tree_mask(torch.tensor([[1, 2]]), C=3, L=3)[0]):
+    ...     print(place, "", *["1" if x == 0 else "." for x in row])
+    u  1 . . . . . .
+    a  1 1 . . . . .
+    b  1 1 1 . . . .
+    c  1 1 . 1 . . .
+    d  1 1 . 1 1 . .
+    e  1 1 1 . . 1 .
+    f  1 1 1 . . 1 1
+    """
+    (B, E), device = ends.shape, ends.device
+    place = torch.arange(C, device=device)
+    last = torch.cat([place.expand(B, C), ends.repeat_interleave(L - 1, 1)], 1)  # (B, S) history that each may see
+    sees_history = place <= last[..., None]                                      # (B, S, C)
+    block = torch.ones(L - 1, L - 1, device=device).tril()
+    sees_branch = F.pad(torch.block_diag(*[block] * E), (0, 0, C, 0)) > 0        # (S, E·(L-1))
+    seen = torch.cat([sees_history, sees_branch.expand(B, -1, -1)], 2)
+    return torch.zeros(seen.shape, device=device).masked_fill_(~seen, NEVER)
+
+
 class Policy(torch.nn.Module):
     """A small GPT-2 that reads a history and writes a semantic ID, plus the table of IDs.
 
@@ -198,17 +228,7 @@ class Policy(torch.nn.Module):
         branch_end = ends[..., None].expand(B, E, L - 1).reshape(B, -1)          # history that each may see
         place = torch.arange(C, device=tokens.device).expand(B, C)
         position = torch.cat([place, branch_end + 1 + depth.repeat(E)], 1)       # (B, C + E·(L-1))
-        # Who sees whom (1): history <user> a b; one branch c d that goes on from a, one e f that goes on from b
-        #          <user> a b  c d  e f
-        #     c       1   1 .  1 .  . .
-        #     d       1   1 .  1 1  . .
-        #     e       1   1 1  . .  1 .
-        #     f       1   1 1  . .  1 1
-        sees_history = place[:, None, :] <= torch.cat([place, branch_end], 1)[:, :, None]  # (B, C + E·(L-1), C)
-        block = torch.ones(L - 1, L - 1, device=tokens.device).tril()
-        sees_branch = F.pad(torch.block_diag(*[block] * E), (0, 0, C, 0)) > 0    # (C + E·(L-1), E·(L-1))
-        mask = torch.cat([sees_history, sees_branch.expand(B, -1, -1)], 2)
-        mask = torch.zeros(mask.shape, device=tokens.device).masked_fill_(~mask, NEVER)[:, None]
+        mask = tree_mask(ends, C, L)[:, None]                                    # (B, 1, S, S), S = C + E·(L-1)
         hidden = self.lm.transformer(torch.cat([tokens, branches], 1), attention_mask=mask, position_ids=position,
                                      use_cache=False).last_hidden_state                  # (B, C + E·(L-1), d)
         root = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1]))        # (B, E, d)
@@ -238,6 +258,22 @@ class Policy(torch.nn.Module):
 
         guide: (B, n) ≥ 0, such as CM^γ: then beams are kept by log P_F(s) + log F_guide(s), F_guide(s) being the guide's
         sum over the items below the prefix s, its exact flow; at the end by log P_F(v) + log guide(v), which is returned.
+
+        Start from the empty prefix with score 0. At each level l = 0 … L−1 give every beam all its legal next codes c:
+        score(prefix + c) = score(prefix) + log P_F(c | history, prefix), natural logs, P_F a softmax over the legal codes
+        alone. Before the last level keep the max(beams, k) best of each user; after it leave out the items of the
+        history and give the k best of all. The model reads <user>, the last `window` items (self.tokens), then the
+        prefix (code c of level l is token l·K + c, at the position behind what it follows); self._logits(hidden, l)
+        scores the codes of level l. One prefix at a time and without a cache is slow, and as right.
+
+        Example: a model of zeros, so all legal codes are equally likely. The first code is 0 or 2, the second after 0 is
+        1 or 2: items 0, 1, 2 have 1/4, 1/4, 1/2. Item 1 is in the history, and there are two others.
+
+        >>> policy = Policy(SemanticIDs([[0, 1, 1], [0, 2, 0], [2, 0, 0]], num_codes=3), width=32, layers=1).eval()
+        >>> _ = policy.lm.transformer.wte.weight.data.zero_()
+        >>> items, log_probs = policy.recommend([[1]], k=3)
+        >>> items.tolist(), log_probs.exp().tolist()
+        ([[2, 0, -1]], [[0.5, 0.25, 0.0]])
         """
         beams, (L, K) = max(beams, k), (self.semantic_ids.num_levels, self.semantic_ids.num_codes)
         tokens, lengths = (x.to(self.device) for x in self.tokens(histories))
@@ -325,13 +361,35 @@ class Policy(torch.nn.Module):
 
 # --- Losses: pure functions of tensors, all in natural logs ----------------------------------------------------------
 def trajectory_balance(log_z, log_pf, log_r):
-    """TB (METHOD.md, "Losses"): log_z (B,), log_pf (B, J) of whole paths, log_r (B, J) → scalar, mean of squares."""
+    """Trajectory balance, TB: mean over b, j of (log_z[b] + log_pf[b, j] − log_r[b, j])² → scalar tensor, natural logs.
+
+    log_z (B,) is log Z of each user (context); log_pf (B, J) is log P_F of whole paths, J of them a user, already summed
+    over their steps; log_r (B, J) is log R of the items they end in. It is 0 where P_F(path) = R/Z for all of them.
+
+    Example: Z = 1; the first path has P = R = 1/2, which costs 0; the second P = 1/4, R = 1/2, which costs (log 1/2)² =
+    0.4805; the mean is 0.2402.
+
+    >>> log_pf, log_r = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    >>> round(trajectory_balance(torch.zeros(1), log_pf, log_r).item(), 4)
+    0.2402
+    """
     # (log Z(U) + Σ_l log P_F(s_{l+1} | s_l) − log R(s_L))²; P_B is 1 on a tree
     return (log_z[:, None] + log_pf - log_r).square().mean()
 
 
 def detailed_balance(log_flow, log_pf):
-    """DB (METHOD.md, "Losses"): log_flow (B, J, L+1), the last column log R, log_pf (B, J, L) → scalar, summed over steps."""
+    """Detailed balance, DB: squares of the flow's imbalance, summed over a path's steps, mean over paths → scalar tensor.
+
+    log_flow (B, J, L+1) is log F(s_0) … log F(s_L) along each of J paths a user, so the last column is log R; log_pf
+    (B, J, L) is log P_F(s_{l+1} | s_l) of each step; natural logs. Loss = mean over b, j of
+    Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))². It is 0 where each step passes on its share of the flow.
+
+    Example: flows 1 → 1/2 → 1/4 on one path. Steps of 1/2 and 1/2 fit; for 1/2 and 1/4, the second is off by log 1/2.
+
+    >>> log_flow = torch.tensor([[[1.0, 0.5, 0.25]]]).log()
+    >>> [round(detailed_balance(log_flow, torch.tensor([[[0.5, p]]]).log()).item(), 4) for p in (0.5, 0.25)]
+    [0.0, 0.4805]
+    """
     # Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))²
     return (log_flow[..., :-1] + log_pf - log_flow[..., 1:]).square().sum(-1).mean()
 
@@ -351,7 +409,18 @@ def flow_matching(flow, log_pf):
 
 
 def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
-    """S-DPO (METHOD.md, "Losses"): path log-probabilities (B,) of positives, (B, J) of negatives; DPO when J = 1 → scalar."""
+    """S-DPO: prefer one positive item to J negatives, more than the reference does; with J = 1 it is DPO → scalar tensor.
+
+    policy_pos, ref_pos (B,) and policy_neg, ref_neg (B, J) are log-probabilities of whole paths (natural logs) by the
+    policy and by the frozen reference. With Δ = log P_policy − log P_reference,
+    loss = mean over b of −log σ(−log Σ_d exp(β[Δ_d − Δ_p])), d the negatives, p the positive, σ(x) = 1/(1 + e^−x).
+
+    Example: policy = reference, 3 negatives: log(1 + 3) = 1.3863. The positive raised by 1, β = 0.1: log(1 + 3·e^−0.1).
+
+    >>> pos, neg = torch.tensor([-2.0]), torch.tensor([[-3.0, -4.0, -5.0]])
+    >>> [round(sdpo(pos + up, neg, pos, neg, beta=0.1).item(), 4) for up in (0, 1)]
+    [1.3863, 1.3122]
+    """
     # −log σ(−log Σ_d exp(β[Δ_d − Δ_p])), Δ = log P_policy − log P_reference
     margin = beta * ((policy_neg - ref_neg) - (policy_pos - ref_pos)[:, None])
     return -F.logsigmoid(-margin.logsumexp(1)).mean()
@@ -377,6 +446,19 @@ def curriculum(scores, logged, count, progress):
     ranks a pool of about 2N−1 unobserved items by the CM. This pool is drawn, with replacement, half from the CM's
     scores, since of a catalogue of thousands an even draw finds next to nothing that the CM likes; and half evenly:
     with likely items alone, a large log Z could hide that the policy finds all of them too unlikely.
+
+    For each context draw 2N−1 items (N = count), item i with a chance ∝ scores[i]/2 + 1/(2n), 0 if it is logged; sort them
+    from low to high score; keep N neighbours, from place round(progress · (N−1)) on, places from 0.
+
+    Example: N = 3, a pool of 5. Progress 0 keeps places 0–2, one half 1–3, and 1 keeps 2–4. Of items with scores .7, .2,
+    .1, the first unlogged, chances are .52, .27, .22; where two of them are logged, the third is all that can be drawn.
+
+    >>> scores = torch.tensor([[0.7, 0.2, 0.1]])
+    >>> curriculum(scores, [[0, 2]], count=3, progress=0.5).tolist()
+    [[1, 1, 1]]
+    >>> easy, hard = (curriculum(scores.expand(99, 3), [[]] * 99, 3, p) for p in (0.0, 1.0))
+    >>> bool(scores[0, easy].mean() < scores[0, hard].mean())
+    True
     """
     pool = draw(0.5 * scores + 0.5 / scores.shape[1], logged, 2 * count - 1)             # (B, 2N-1)
     ranked = pool.gather(1, scores.gather(1, pool).argsort(1))                           # low scores first

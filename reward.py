@@ -42,11 +42,26 @@ class CollaborativeModel:
         return self
 
     def scores(self, histories, following=None):
-        """r_ŷ: (B, n), ≥ 0, rows sum to 1; 0 for items of the history, since these data sets hold no repeats.
+        """r_ŷ of histories (B lists of items, oldest first): (B, n), ≥ 0, rows sum to 1; 0 for items of the history, since
+        these data sets hold no repeats.
+
+        score(v) = Σ_j decay^age(j) · T[j, v] over the last `length` items j of the history, age 0 for the newest; T is
+        self.transitions (n, n, sparse). Items of the history get 0, then the row is divided by its sum. popular(v) is
+        self.popularity (n,), treated in the same way. Result: (1 − s) · score + s · popular, s = self.popularity_share;
+        popular alone where no score is left (an empty history, unseen items).
 
         following: B lists of the items that come next in the same training histories. What those very histories added
         to the counts in T is then taken out (leave one user out): else the CM has seen the answer, and teaches it by
         heart: at random training contexts its NDCG@10 is .19 with and .12 without them (ml-100k; Beauty: .66 and .08).
+        If v stands d ≤ window places after j in that history, T[j, v] holds nearness^(d−1) · self.scale[j] of it.
+        Scores of at most 1e-6 after that are rounding, and count as 0.
+
+        Example: all counts plain, T[0, 2] = 1, T[1, 2] = 2, T[1, 3] = 1. After 0, 1 item 2 has 2 + ½ · 1 and item 3 has 1,
+        2.5 : 1. Without the first user's own 1 + ½ · 1 for item 2 it is 1 : 1.
+
+        >>> cm = CollaborativeModel.fit([[0, 1, 2], [1, 2, 3]], 4, nearness=1, backward=0, power=0, decay=0.5, popularity=0)
+        >>> [[round(x, 4) for x in cm.scores([[0, 1]], following)[0].tolist()] for following in (None, [[2]])]
+        [[0.0, 0.0, 0.7143, 0.2857], [0.0, 0.0, 0.5, 0.5]]
         """
         rows = [b for b, history in enumerate(histories) for _ in history[-self.length:]]
         recent = [item for history in histories for item in history[-self.length:]]
@@ -74,7 +89,7 @@ class CollaborativeModel:
 
 
 class Reward:
-    """The comprehensive reward R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/n of METHOD.md, "Reward".
+    """The comprehensive reward R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/n.
 
     Each signal sums to one over the catalogue (r_a to 1/10 where v was only clicked), so that the heuristic weights
     are shares of the total flow Z. With the paper's raw signals (10, a score, up to L each for thousands of items)
@@ -99,7 +114,19 @@ class Reward:
         return self.cm.scores(histories, following)
 
     def similarity(self, positives):
-        """r_s: (B, n), codes shared with the positive's ID, Σ_l 1[t_l = t'_l], as a share of the sum over the catalogue."""
+        """r_s of every item: codes shared with the positive's ID, as a share of the sum over the catalogue → (B, n) floats.
+
+        positives (B,) item indices, −1 where there is none: then all n items are equally similar. self.ids.codes (n, L)
+        holds the IDs. With m(v) = Σ_l 1[t_l = t'_l] for the codes t of v and t' of the positive, level by level,
+        whatever stands before: r_s(v) = m(v) / Σ_u m(u).
+
+        Example: the IDs (0, 1, 1), (0, 2, 0), (2, 0, 0) share 3, 1 and 0 codes with the first of them.
+
+        >>> from tokenizer import SemanticIDs
+        >>> reward = Reward(SemanticIDs([[0, 1, 1], [0, 2, 0], [2, 0, 0]], num_codes=3), cm=None)
+        >>> reward.similarity(torch.tensor([0])).tolist()
+        [[0.75, 0.25, 0.0]]
+        """
         codes = self.ids.codes
         shared = sum((codes[positives, level, None] == codes[None, :, level]).float() for level in range(codes.shape[1]))
         shared[positives < 0] = 1                              # no positive: nothing to be similar to
@@ -108,7 +135,19 @@ class Reward:
     def __call__(self, histories, positives, liked, scores=None):
         """R: (B, n) > 0 for every item of the catalogue; histories B lists, positives (B,), liked (B,) bool.
 
-        scores: r_ŷ, if it is there already; in training it has to be collaborative(histories, following).
+        scores: r_ŷ (B, n), if it is there already, and it is left as it was; in training it has to be
+        collaborative(histories, following). Else it is self.collaborative(histories).
+        R = w_a · self.action(positives, liked) + w_ŷ · r_ŷ + w_s · self.similarity(positives) + ε/n, with
+        (w_a, w_ŷ, w_s) = self.weights, ε = self.epsilon, n items in self.ids.codes.
+
+        Example: item 0 is liked, r_a = (1, 0, 0), r_s = (.75, .25, 0), weights .5, .3, .2, ε/n = .01. Item 0 has
+        .5 + 0 + .15 + .01 = .66.
+
+        >>> from tokenizer import SemanticIDs
+        >>> reward = Reward(SemanticIDs([[0, 1, 1], [0, 2, 0], [2, 0, 0]], num_codes=3), None, (0.5, 0.3, 0.2), epsilon=0.03)
+        >>> r = reward([[2]], torch.tensor([0]), torch.tensor([True]), scores=torch.tensor([[0.0, 0.5, 0.5]]))
+        >>> [round(x, 4) for x in r[0].tolist()]
+        [0.66, 0.21, 0.16]
         """
         w_a, w_y, w_s = self.weights
         total = w_a * self.action(positives, liked) + self.epsilon / len(self.ids.codes)

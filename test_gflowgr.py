@@ -1,17 +1,24 @@
 """Tests: each checks the code against an independent reference (enumeration, plain loops), none against a stored number.
 
     python -m pytest -q test_gflowgr.py
+    python test_gflowgr.py --list                       # exercises that the tests grade
 """
+import argparse
+import ast
 import contextlib
 import copy
 import doctest
+import inspect
 import io
 import itertools
 import json
 import math
+import os
+import runpy
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +27,9 @@ import torch
 from transformers import GPT2LMHeadModel
 
 import gflowgr
+import reward
 import tokenizer
-from data import batches, make_toy, metrics, ml_100k
+from data import batches, exercises, grading, make_toy, metrics, ml_100k    # noqa: F401 (exercises fills grading.EXERCISES)
 from data.inputs import InputError, parse_arguments, read_folder
 from gflowgr import Policy, Settings
 from reward import CollaborativeModel, Reward
@@ -844,7 +852,7 @@ def test_the_script_itself_exits_with_status_2_and_no_traceback():
     assert done.returncode == 2 and done.stderr.startswith("error: nowhere is not a folder") and done.stdout == ""
 
 
-@pytest.mark.parametrize("module", [tokenizer, gflowgr])
+@pytest.mark.parametrize("module", [tokenizer, reward, metrics, gflowgr])
 def test_examples_in_docstrings(module):
     assert doctest.testmod(module).failed == 0
 
@@ -852,3 +860,94 @@ def test_examples_in_docstrings(module):
 def test_help_answers_before_torch_is_loaded():
     done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "gflowgr.py"), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--recommend" in done.stdout and " torch" not in done.stderr
+
+
+# --- exercises -------------------------------------------------------------------------------------------------------
+MINE = os.environ.get("MINE")                                  # a student's file
+
+
+@pytest.mark.parametrize("name", grading.EXERCISES)
+def test_exercise(name):
+    """Grades the function in the file MINE, where that is set, else the reference."""
+    message = None
+    try:
+        grading.grade(name, MINE)
+    except (grading.Wrong, grading.Broken) as error:
+        message = str(error)
+    if message:                                                # not in the except, which would print it twice
+        pytest.fail(message, pytrace=False)
+
+
+@pytest.mark.parametrize("name, label", [(name, label) for name, e in grading.EXERCISES.items() for label in e.wrong])
+def test_wrong_answer_is_caught(name, label):
+    with pytest.raises(grading.Wrong, match="is not right yet"):   # Broken, an accident, would not do
+        grading.grade(name, grading.EXERCISES[name].wrong[label])
+
+
+@pytest.mark.parametrize("name", grading.EXERCISES)
+def test_stub_is_the_statement_and_its_imports_are_enough(name, tmp_path):
+    e, mine, stub = grading.EXERCISES[name], tmp_path / "mine.py", grading.stub(name)
+    mine.write_text(stub, encoding="utf-8")
+    function = inspect.unwrap(grading.load(mine, e.attribute))
+    assert inspect.signature(function) == inspect.signature(e.reference) and ">>> " in inspect.getdoc(function)
+    assert inspect.getdoc(function) == inspect.getdoc(e.reference)
+    assert len(ast.parse(stub).body[-1].body) == 2             # the docstring and "your turn"
+    with pytest.raises(grading.Broken, match="is not yet written"):
+        grading.grade(name, mine)
+    source = textwrap.dedent(inspect.getsource(e.reference))
+    mine.write_text(stub[:stub.index(source.splitlines()[0])] + source, encoding="utf-8")
+    grading.grade(name, mine)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("def recall_at(ranked, target, k):\n    while True:\n        pass", "had not ended after 0.2 seconds"),
+    ("while True:\n    pass", "had not ended after 0.2 seconds"),
+    ("def recall_at(ranked, target, k):\n    return ranked[99]", r"raised IndexError: .*mine\.py, line 2"),
+    ("def recall_at(ranked, target, k):\n    raise SystemExit", "raised SystemExit"),
+    ("def recall_at(ranked, target):\n    return ranked", "raised TypeError: .* 2 positional arguments but 3"),
+    ("import gflowgr\ndef recall_at(*a):\n    return gflowgr.recall_at(*a)", "raised RecursionError"),
+    ("from gflowgr import recall_at", "defines no function recall_at"),
+    ("def ndcg_at(ranked, target, k):\n    return ranked", "defines no function recall_at"),
+    ("recall_at = 0.5", "defines no function recall_at"),
+    ("def recall_at(ranked, target, k)\n    return 0", r"mine\.py, line 1: expected ':'"),
+    ("import no_such_module", "cannot be loaded: ModuleNotFoundError"),
+    (None, "cannot be loaded: FileNotFoundError"),
+    ("def recall_at(ranked, target, k):\n    return 0.5", r"must be a torch tensor of float, shape \(\), not a float"),
+    ("def recall_at(ranked, target, k):\n    return ranked", "not a torch tensor of int, shape"),
+    ("def recall_at(ranked, target, k):\n    pass", "not a NoneType")])
+def test_an_answer_that_cannot_be_graded_says_why(text, message, tmp_path):
+    mine, reference = tmp_path / "mine.py", gflowgr.recall_at
+    if text:
+        mine.write_text(text)
+    with pytest.raises((grading.Broken, grading.Wrong), match=message):
+        grading.grade("recall_at", mine, seconds=0.2 if "while" in str(text) else 5)
+    assert gflowgr.recall_at is reference
+
+
+def test_a_student_sees_only_the_result_of_their_own_file(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("import torch\ndef recall_at(ranked, target, k):\n    return torch.tensor(0.0)")
+    monkeypatch.setenv("MINE", str(tmp_path / "mine.py"))
+    tests = {name: value for name, value in runpy.run_path(__file__).items() if name.startswith("test_")}
+    assert list(tests) == ["test_exercise"]
+    with pytest.raises(pytest.fail.Exception, match="Found 0.0, expected 1.0\nCase: one user, target on the first place"):
+        tests["test_exercise"]("recall_at")
+
+
+@pytest.mark.parametrize("args, printed", [(["--list"], "Policy.recommend            ***         60       gflowgr.py\n"),
+                                           (["--stub", "ndcg_at"], "def ndcg_at(ranked, target, k):\n")])
+def test_this_file_lists_exercises_and_writes_stubs(args, printed, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["test_gflowgr.py", *args])
+    runpy.run_path(__file__, run_name="__main__")
+    assert printed in capsys.readouterr().out
+
+
+if MINE:                                                       # a student sees the result of their own function alone
+    for name in [name for name in globals() if name.startswith("test_") and name != "test_exercise"]:
+        del globals()[name]
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="The exercises: list them, or write the stub of one.")
+    parser.add_argument("--list", action="store_true", help="names, difficulty and minutes")
+    parser.add_argument("--stub", metavar="NAME", choices=grading.EXERCISES, help="imports, signature and statement of one")
+    name = parser.parse_args().stub
+    print(grading.stub(name) if name else grading.listing(), end="")

@@ -104,8 +104,15 @@ def assign_with_capacity(cost, parent, capacity):
     Like school admission (deferred acceptance): all items ask for their cheapest code that has not refused them; a
     cell that is asked too often keeps the cheapest `capacity` of them and refuses the others for good; until none is.
 
-    cost (n, K), parent (n,) the cell that each item is already in → (n,) codes. A parent of at most
-    capacity·K items always suffices.
+    cost (n, K) floats, parent (n,) integers, the cell that each item is already in → (n,) integers, the codes; cost is
+    left as it was. A parent of at most capacity·K items always suffices. It is what makes semantic IDs unique: with
+    room for K^(L-l) items below a prefix of l codes, the last level has room for one.
+
+    Example: three of four items find code 0 cheapest, and it takes two; item 1 loses the most there, and goes to code 1.
+
+    >>> cost = np.array([[0.0, 5.0], [1.0, 2.0], [0.5, 9.0], [3.0, 0.0]])
+    >>> assign_with_capacity(cost, np.array([0, 0, 0, 0]), capacity=2).tolist()
+    [0, 1, 0, 1]
     """
     cost = cost.copy()
     items = np.arange(len(cost))
@@ -195,7 +202,17 @@ class SemanticIDs:
         return node
 
     def legal(self, prefix):
-        """bool (..., K): the codes that lead from a prefix (..., l), l < L, on to a catalogue item."""
+        """The codes that lead from a prefix of l codes, 0 ≤ l < L, on to an item: (..., l) integers → (..., K) bool.
+
+        Entry c is True where some item's ID, a row of self.codes (n, L), begins with the prefix and then c. A prefix
+        that no item has, or with a number that is no code at all, leads nowhere: all False.
+
+        Example: IDs begin with 0 or 2; behind (0,) stands 1 or 2, behind (2,) only 0, and (1,) leads nowhere.
+
+        >>> ids = SemanticIDs([[0, 1, 1], [0, 2, 0], [2, 0, 0]], num_codes=3)
+        >>> ids.legal([]).int().tolist(), ids.legal(torch.tensor([[0], [2], [1]])).int().tolist()
+        ([1, 0, 1], [[0, 1, 1], [1, 0, 0], [0, 0, 0]])
+        """
         return self.children[self.node(prefix)] >= 0
 
     def lookup(self, codes):
@@ -206,7 +223,20 @@ class SemanticIDs:
         return (self.node(codes) - self.num_prefixes).clamp(min=-1)
 
     def flows(self, values):
-        """F*(s) of every node: the sum of values (C, n), such as R, over the items below it → (C, P + n), items last."""
+        """Exact flows F*(s): for each node of the tree the sum of values over the items below it: (C, n) → (C, P + n).
+
+        values are of C users (contexts) and n items, such as R. Node 0 is the root, whose flow is Z; 1 … P−1 are the
+        other prefixes, P = self.num_prefixes; P + i is item i. self.nodes (n, L + 1) holds the nodes on the way to each
+        item, root first. F*(s) = Σ of values[i] over the items i whose way leads through s.
+
+        Example: root, prefixes (0,) (2,) (0, 1) (0, 2) (2, 0), and the three items: 9 flows.
+
+        >>> ids = SemanticIDs([[0, 1, 1], [0, 2, 0], [2, 0, 0]], num_codes=3)
+        >>> ids.nodes[1].tolist()                               # to item 1: root, (0,), (0, 2), item
+        [0, 1, 4, 7]
+        >>> ids.flows(torch.tensor([[4.0, 3.0, 2.0]])).tolist()
+        [[9.0, 7.0, 2.0, 4.0, 3.0, 2.0, 4.0, 3.0, 2.0]]
+        """
         flow = values.new_zeros(self.num_prefixes, len(values))
         below = values.T.contiguous()                           # adding whole rows is 6 times as fast as columns
         for level in range(self.num_levels):

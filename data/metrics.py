@@ -3,12 +3,32 @@ import torch
 
 
 def recall_at(ranked, target, k):
-    """Share of users whose target (B,) is among the first k of ranked (B, ≥ k); −1 in ranked is an empty place."""
+    """Recall@k: the share of users whose target is among the first k places of their list → scalar tensor in [0, 1].
+
+    ranked (B, ≥ k) are item indices, best first, −1 for an empty place; target (B,) is the one held-out item of each user.
+    Recall@k = 1/B · Σ_b 1[target_b is one of ranked_b,1 … ranked_b,k].
+
+    Example: the first user's target stands on place 3, the second's nowhere.
+
+    >>> ranked, target = torch.tensor([[4, 2, 7], [1, 3, -1]]), torch.tensor([7, 9])
+    >>> [recall_at(ranked, target, k).item() for k in (2, 3)]
+    [0.0, 0.5]
+    """
     return (ranked[:, :k] == target[:, None]).any(1).float().mean()
 
 
 def ndcg_at(ranked, target, k):
-    """Mean of 1/log2(rank + 1) of the target (B,) in ranked (B, ≥ k), rank from 1; 0 for a user where it is not in the first k."""
+    """NDCG@k: the mean over users of 1/log2(rank + 1) of the target, 0 where it is not in the first k → scalar tensor.
+
+    ranked (B, ≥ k) are item indices, best first, −1 for an empty place; target (B,) is the one held-out item of each user;
+    rank counts from 1.
+
+    Example: targets on places 1 and 3 give 1/log2(2) = 1 and 1/log2(4) = 1/2.
+
+    >>> ranked, target = torch.tensor([[4, 2, 7], [1, 3, 5]]), torch.tensor([4, 5])
+    >>> [ndcg_at(ranked, target, k).item() for k in (2, 3)]
+    [0.5, 0.75]
+    """
     # With one target the ideal DCG is 1, so NDCG = DCG = Σ_r 1[ranked_r = target] / log2(r + 1)
     ranked = ranked[:, :k]
     discount = 1 / torch.log2(torch.arange(2, ranked.shape[1] + 2, device=ranked.device))
