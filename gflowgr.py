@@ -39,6 +39,11 @@ METHODS = {"pop": "Popularity", "cm": "CM alone", "sft": "SFT", "sft-continued":
            "sft+cm": "SFT, guided", "tb+cm": "GFlowGR-TB, guided", "fm+cm": "GFlowGR-FM, guided"}   # guided: needs the CM when serving
 
 
+# λ of each row's own loss beside L_GR, where --lam does not say otherwise: the best of .03, .1, .3 and 1 on validation.
+# Squared log-ratios are large, and more of them drowns L_GR; a divergence (FM) or a preference (S-DPO) is small.
+LAM = {"sdpo": 1.0, "db": 0.1, "vargrad": 0.1, "tb": 0.1, "fm": 1.0}
+
+
 def setting(default, help):
     """A field of Settings whose flag has this help text."""
     return field(default=default, metadata={"help": help})
@@ -67,7 +72,7 @@ class Settings:
     trajectories: int = setting(3, "N, augmented trajectories a context: the paper's best")
     positions: int = setting(3, "M, contexts a row that get trajectories: few enough to keep a step near twice that of SFT")
     weights: str = setting("0.3,0.65,0.05", "w_a,w_ŷ,w_s of the reward, its shares of action, CM and ID similarity: the CM says most about the unobserved")
-    lam: float = setting(0.1, "λ, the weight of the second loss beside L_GR: squared log-ratios are large, more drowns L_GR")
+    lam: float = setting(-1.0, f"λ, the weight of the second loss beside L_GR; negative: each loss's own, {LAM}")
     beta: float = setting(0.1, "β of S-DPO: the paper's")
     gamma: float = setting(2.0, "γ, power of the CM's scores that guide the rows NAME+cm: best of 1/4 … 4 on validation")
     beams: int = setting(20, "beam width when ranking: twice the ten that are shown; as many as items would be exact")
@@ -94,7 +99,8 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel   # noqa: E40
 from data.batches import batches, pick_contexts, training_rows  # noqa: E402
 from data.checkpoint import load_checkpoint, save_checkpoint    # noqa: E402
 from data.metrics import beyond_accuracy, exposure_bias, ndcg_at, recall_at   # noqa: E402
-from data.report import plot_curves, results_of, table_of, write_json   # noqa: E402
+from data.oracle import distribution, exact, plot_flows, train_to_the_oracle   # noqa: E402
+from data.report import plot_curves, plot_exposure, results_of, table_of, write_json   # noqa: E402
 from data.sweep import sweep                                   # noqa: E402
 from reward import CollaborativeModel, Reward                  # noqa: E402
 from tokenizer import SemanticIDs, item_features               # noqa: E402
@@ -534,7 +540,7 @@ def loss_of(method, policy, reference, batch, reward, data, settings, progress):
             reference_pf = by_context(reference.steps(reference(batch.tokens, ends, items)[0], items)).sum(-1)
         log_pf = log_pf.sum(-1)
         gfn = sdpo(log_pf[:, 0], log_pf[:, 1:], reference_pf[:, 0], reference_pf[:, 1:], settings.beta)
-    return next_token_loss(step[:, :T], batch.valid) + settings.lam * gfn
+    return next_token_loss(step[:, :T], batch.valid) + (settings.lam if settings.lam >= 0 else LAM[method]) * gfn
 
 
 def train(method, policy, reward, data, settings, epochs, seed, folder, reference=None):
@@ -655,7 +661,7 @@ def trained_policy(method, seed, prepared, data, settings):
 
 
 def run_row(method, seed, prepared, data, settings):
-    """Train, save and test one method with one seed → its entry of results.json, with "curve" and "ranks" beside it."""
+    """Train, save and test one method with one seed → its entry of results.json, with curve, ranks and by_user beside it."""
     _, ids, reward = prepared
     curve, started, cm = [], time.time(), reward.cm
     base, guided = method.split("+")[0], "+" in method
@@ -664,13 +670,17 @@ def run_row(method, seed, prepared, data, settings):
     elif base not in ("pop", "cm"):
         policy, curve = trained_policy(method, seed, prepared, data, settings)
     trained = time.time()
+    if method == "tb":                                         # where the flow goes for the first user's held-out item
+        context, positive = [data.histories[0][:-1]], torch.tensor([data.histories[0][-1]])
+        plot_flows(Path(settings.out) / "flow.png", ids, exact(reward, context, positive)[2][0],
+                   distribution(policy, context)[0][0].cpu(), data.titles)
     ranker = baseline_ranker(base, cm) if base in ("pop", "cm") else policy_ranker(policy, settings, cm if guided else None)
     histories = [history[:-1] for history in data.histories]
     ranked, target = rank_all(ranker, histories), torch.tensor([history[-1] for history in data.histories])
     metrics = {f"{name}@{k}": f(ranked, target, k).item() for k in (5, 10) for name, f in (("recall", recall_at), ("ndcg", ndcg_at))}
     metrics |= beyond_accuracy(ranked, ids.codes, cm.count)
-    if data.truth:
-        metrics |= exposure_bias(ranked, data.truth, histories, cm.count)
+    bias = exposure_bias(ranked, data.truth, histories, cm.count) if data.truth else {}
+    metrics |= {name: float(np.mean(values)) for name, values in bias.items()}
     if not guided and base not in ("pop", "cm"):
         # H(P_F) = −E log P(v) in nats, by one draw from the policy for each of at most `validate_users` users
         torch.manual_seed(seed)
@@ -679,7 +689,8 @@ def run_row(method, seed, prepared, data, settings):
     return {"method": method, "seed": seed, "metrics": metrics,
             "seconds": {"train": trained - started, "eval": time.time() - trained},
             "train_examples": max(0, len(curve) - 1) * sum(map(len, data.train)), "curve": curve,
-            "validation": validate(ranker, data, settings), "ranks": ((ranked == target[:, None]) * torch.arange(1, ranked.shape[1] + 1)).sum(1).tolist()}   # 0: not among the ten
+            "validation": validate(ranker, data, settings), "by_user": bias, "example": ranked[0].tolist(),
+            "ranks": ((ranked == target[:, None]) * torch.arange(1, ranked.shape[1] + 1)).sum(1).tolist()}   # 0: not among the ten
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -709,7 +720,26 @@ def run(settings, resume=False):
             write_json(out / "results.json", results)
     (out / "results.md").write_text(table_of(results, METHODS) + "\n", encoding="utf-8")
     plot_curves(results, METHODS, out / "curves.png")
+    if data.truth:
+        plot_exposure(rows, data, METHODS, out / "exposure.png")
     return results
+
+
+def run_oracle(settings, users=4):
+    """GFlowNet training alone, on a few users' contexts, until P = R/Z: prints the distances, draws OUT/flow.png."""
+    check(settings, METHODS, SAMPLERS, ["cpu"])
+    data, seed = load_data(settings.data), int(settings.seeds.split(",")[0])
+    _, ids, reward = prepare(seed, data, settings)
+    histories, positives = data.train[:users], torch.tensor([history[-2] for history in data.histories[:users]])
+    torch.manual_seed(seed)
+    policy = Policy(ids, settings.window, settings.width, settings.layers, dropout=0.0)
+    curve = train_to_the_oracle(policy, trajectory_balance, reward, histories, positives, seed=seed)
+    for step, distance, log_z in curve[::4]:
+        print(f"  step {step:4d}: mean L1(P, R/Z) {distance:.4f}, largest |log Z head − log Z*| {log_z:.4f}")
+    Path(settings.out).mkdir(parents=True, exist_ok=True)
+    plot_flows(Path(settings.out) / "flow.png", ids, exact(reward, histories, positives)[2][0],
+               distribution(policy, histories)[0][0], data.titles, curve)
+    print(f"the learned tree beside the exact one: {settings.out}/flow.png")
 
 
 def print_recommendations(folder, names):
@@ -732,6 +762,8 @@ def main(settings, arguments):
     try:
         if arguments.recommend:
             print_recommendations(arguments.model, arguments.recommend)
+        elif arguments.oracle:
+            run_oracle(settings)
         elif arguments.sweep:
             print("\n" + sweep(arguments.sweep, settings, run))
         else:

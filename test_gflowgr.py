@@ -286,9 +286,9 @@ def test_exposure_bias_by_hand():
     truth = {"liked": [{0, 1, 2, 3}, {4}], "shown": [{0, 1, 5}, {4}]}
     counts = torch.tensor([10, 4, 2, 2, 8, 6])
     found = metrics.exposure_bias(torch.tensor([[1, 2, 5], [4, -1, -1]]), truth, [[0], [5]], counts)
-    assert found["hidden@10"] == pytest.approx(1 / 2)          # of 2 and 3 the first user gets 2; the second has none hidden
-    assert found["liked@10"] == pytest.approx((2 / 3 + 1) / 2)
-    assert found["lift@10"] == pytest.approx(((4 + 2 + 6) / 3 + 8) / ((4 + 2 + 2) / 3 + 8))
+    assert found["hidden@10"] == pytest.approx([1 / 2, 0])     # of 2 and 3 the first user gets 2; the second has none hidden
+    assert found["liked@10"] == pytest.approx([2 / 3, 1])      # 1 and 2 of three; 4
+    assert found["lift@10"] == pytest.approx([((4 + 2 + 6) / 3) / ((4 + 2 + 2) / 3), 1])
 
 
 # --- the policy ------------------------------------------------------------------------------------------------------

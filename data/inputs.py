@@ -195,6 +195,7 @@ def parse_arguments(argv, Settings, presets, quick):
     parser.add_argument("--quick", action="store_true", help="a smoke run in seconds: one epoch of everything")
     parser.add_argument("--resume", action="store_true", help="keep the finished rows in --out and go on")
     parser.add_argument("--sweep", metavar="STUDY", help="run one of the paper's studies: lam, trajectories, positions, reward, sampler, gamma")
+    parser.add_argument("--oracle", action="store_true", help="train on four users with TB alone until P = R/Z, and draw it")
     parser.add_argument("--recommend", nargs="+", metavar="TITLE_OR_ID", help="print ten titles for this history, and stop")
     parser.add_argument("--model", metavar="DIR", help="the saved model for --recommend, such as runs/toy/tb-42")
     args = parser.parse_args(argv)
@@ -230,7 +231,7 @@ def check(settings, methods, samplers, devices):
         raise InputError("--seeds must not be negative, and --codes is at most 65536")
     if len(weights) != 3 or not all(0 <= w < math.inf for w in weights):
         raise InputError(f"--weights {settings.weights}: give three numbers, none negative: w_a,w_ŷ,w_s")
-    least = {"lam": 0, "trajectories": 0, "dropout": 0}
+    least = {"lam": -1, "trajectories": 0, "dropout": 0}
     for f in fields(settings):
         value = getattr(settings, f.name)
         if not isinstance(value, str) and not least.get(f.name, 1 if isinstance(value, int) else 1e-12) <= value < math.inf:

@@ -54,20 +54,19 @@ def beyond_accuracy(ranked, codes, counts):
 
 
 def exposure_bias(ranked, truth, histories, counts):
-    """What the lists ranked (B, k) do about exposure bias where the true preferences are known: the toy world.
+    """What the lists ranked (B, k) do about exposure bias where the true preferences are known (the toy world), by user.
 
-    truth: {"liked": B sets, "shown": B sets} of items; histories: what the recommender read, B lists. Returns means
-    over users: "hidden@10", the share of the items that a user likes but was never shown that are in the list;
-    "liked@10", the share of the list that is truly liked; "lift@10", how often the list's items stand in the log,
-    over how often those stand there that the user likes and has not had: 1 is fair, more is popularity bias.
+    truth: {"liked": B sets, "shown": B sets} of items; histories: what the recommender read, B lists; counts (n,) of the
+    items in the log. Returns three lists of B numbers: "hidden@10", the share of the items that the user likes but was
+    never shown that are in the list (0 if there are none); "liked@10", the share of the list that is truly liked;
+    "lift@10", how often the list's items stand in the log, over how often those stand there that the user likes and has
+    not had: 1 is fair, more is popularity bias.
     """
-    hidden, right, popular, fair = [], [], [], []
+    out = {"hidden@10": [], "liked@10": [], "lift@10": []}
     for items, liked, shown, history in zip(ranked.tolist(), truth["liked"], truth["shown"], histories):
-        items, new = {i for i in items if i >= 0}, liked - set(history)
-        if items and new:
-            hidden += [len((liked - shown) & items) / len(liked - shown)] if liked - shown else []
-            right.append(len(new & items) / len(items))
-            popular.append(counts[list(items)].float().mean())
-            fair.append(counts[list(new)].float().mean())
-    mean = lambda values: float(sum(values)) / max(1, len(values))   # noqa: E731
-    return {"hidden@10": mean(hidden), "liked@10": mean(right), "lift@10": mean(popular) / max(1e-9, mean(fair))}
+        items, new, hidden = {i for i in items if i >= 0}, liked - set(history), liked - shown
+        out["hidden@10"].append(len(hidden & items) / max(1, len(hidden)))
+        out["liked@10"].append(len(new & items) / max(1, len(items)))
+        popular, fair = (counts[list(group)].float().mean().item() if group else 1.0 for group in (items, new))
+        out["lift@10"].append(popular / max(1.0, fair))
+    return out

@@ -16,7 +16,9 @@ def write_json(path, value):
 
 
 def _per_user(rows, method, metric):
-    """recall@k or ndcg@k of each user (B,), averaged over a method's seeds."""
+    """recall@k, ndcg@k, or a figure of "by_user", of each user (B,), averaged over a method's seeds."""
+    if "by_user" in rows[0] and metric in rows[0]["by_user"]:
+        return np.mean([row["by_user"][metric] for row in rows if row["method"] == method], axis=0)
     name, k = metric.split("@")
     ranks = np.array([row["ranks"] for row in rows if row["method"] == method])          # (seeds, users), 0: not found
     hit = (ranks > 0) & (ranks <= int(k))
@@ -46,17 +48,17 @@ def results_of(rows, data, settings):
                     "interactions": sum(map(len, data.histories))},
            "settings": asdict(settings),
            "versions": {"python": sys.version.split()[0], **{m: sys.modules[m].__version__ for m in ("torch", "transformers", "numpy")}},
-           "runs": [{k: v for k, v in row.items() if k != "ranks"} for row in rows], "summary": summary}
+           "runs": [{k: v for k, v in row.items() if k not in ("ranks", "by_user", "example")} for row in rows], "summary": summary}
     for key, base in (("paired", "sft"), ("paired_continued", "sft-continued")):
         others = [m for m in methods if base in of and m != base and len(of[m]) == len(of[base])]
-        out[key] = paired_gains(rows, others, base, ranking) if others else {}
+        out[key] = paired_gains(rows, others, base, [*ranking, *rows[0]["by_user"]]) if others else {}
     return out
 
 
-def _percent(results, key, base, method):
-    """The gain in NDCG@10 over a base row as text: percent of the base's mean, with its interval."""
-    gain = results[key].get(method, {}).get("ndcg@10")
-    scale = results["summary"].get(base, {}).get("ndcg@10", {}).get("mean", 0) / 100
+def _percent(results, key, base, method, metric="ndcg@10"):
+    """The gain in a figure over a base row as text: percent of the base's mean, with its interval."""
+    gain = results[key].get(method, {}).get(metric)
+    scale = results["summary"].get(base, {}).get(metric, {}).get("mean", 0) / 100
     return f"{gain['gain'] / scale:+.1f} [{gain['low'] / scale:+.1f}, {gain['high'] / scale:+.1f}]" if gain and scale else ""
 
 
@@ -74,15 +76,20 @@ def _markdown(head, rows):
 def table_of(results, names):
     """The Markdown tables: ranking, with the gains in NDCG@10 and their intervals and seconds; then what the lists are like."""
     ranking = ["recall@5", "ndcg@5", "recall@10", "ndcg@10"]
-    every = dict.fromkeys(metric for row in results["summary"].values() for metric in row)
-    beyond = [metric for metric in every if metric not in ranking]
+    beyond = ["coverage@10", "tail@10", "diversity@10", "entropy"]
+    bias = [metric for metric in ("hidden@10", "liked@10", "lift@10") if all(metric in row for row in results["summary"].values())]
 
     def seconds(method):
         return f"{np.mean([run['seconds']['train'] for run in results['runs'] if run['method'] == method]):.0f}"
-    return _markdown(["method", *ranking, "NDCG@10 over SFT, % [95 %]", "over SFT (continued), %", "train s"],
-                     [[names[m], *_cells(results, m, ranking), _percent(results, "paired", "sft", m),
-                       _percent(results, "paired_continued", "sft-continued", m), seconds(m)] for m in results["summary"]]
-                     ) + "\n\n" + _markdown(["method", *beyond], [[names[m], *_cells(results, m, beyond)] for m in results["summary"]])
+    tables = [_markdown(["method", *ranking, "NDCG@10 over SFT, % [95 %]", "over SFT (continued), %", "train s"],
+                        [[names[m], *_cells(results, m, ranking), _percent(results, "paired", "sft", m),
+                          _percent(results, "paired_continued", "sft-continued", m), seconds(m)] for m in results["summary"]]),
+              _markdown(["method", *beyond], [[names[m], *_cells(results, m, beyond)] for m in results["summary"]])]
+    if bias:
+        tables.append(_markdown(["method", *bias, "hidden@10 over SFT, % [95 %]"],
+                                [[names[m], *_cells(results, m, bias), _percent(results, "paired", "sft", m, "hidden@10")]
+                                 for m in results["summary"]]))
+    return "\n\n".join(tables)
 
 
 def plot_curves(results, names, path):
@@ -105,5 +112,35 @@ def plot_curves(results, names, path):
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_title(results["data"]["name"]), axis.set_ylabel("validation NDCG@10")
     axis.set_xlabel("epoch of fine-tuning; SFT ends at 0")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def plot_exposure(rows, data, names, path):
+    """exposure.png: for the first user, what was logged, what was shown, what is truly liked, what each row recommends.
+
+    One column an item, the catalogue sorted by genre and, within it, by how often it stands in the log.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    counts = np.bincount(np.concatenate(data.train), minlength=len(data.item_ids))
+    genre = [text.removeprefix(title).strip() for text, title in zip(data.texts, data.titles)]
+    place = {item: x for x, item in enumerate(sorted(range(len(counts)), key=lambda i: (genre[i], -counts[i], i)))}
+    liked, shown, logged = data.truth["liked"][0], data.truth["shown"][0], set(data.histories[0])
+    first = {row["method"]: row["example"] for row in reversed(rows)}
+    lines = {"logged": logged, "shown": shown, "truly liked": liked,
+             **{names[m]: [i for i in items if i >= 0] for m, items in reversed(first.items())}}
+    figure, axis = plt.subplots(figsize=(12, 0.5 + 0.32 * len(lines)))
+    for y, items in enumerate(lines.values()):
+        for item in items:
+            color = "C2" if item in liked - shown else "C0" if item in liked else "0.75"
+            axis.plot([place[item]] * 2, [-y - 0.4, -y + 0.4], color=color, linewidth=2)
+    edges = [x for x in range(1, len(counts)) if genre[sorted(place, key=place.get)[x]] != genre[sorted(place, key=place.get)[x - 1]]]
+    for x in edges:
+        axis.axvline(x - 0.5, color="0.9", zorder=0)
+    axis.set_yticks([-y for y in range(len(lines))], list(lines)), axis.set_xlim(-1, len(counts))
+    axis.set_xlabel("items, by genre, the most logged first; green: liked but never shown, blue: liked, grey: not liked")
+    axis.set_xticks([])
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
