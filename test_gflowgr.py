@@ -9,6 +9,8 @@ import io
 import itertools
 import json
 import math
+import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -472,8 +474,34 @@ BAD = {  # name: (items.csv, interactions.csv, what the message must name)
     "position is nan": (ITEMS, EVENTS + "w,a,nan\n", "line 8: position 'nan'"),
     "position is infinite": (ITEMS, EVENTS + "w,a,1e999\n", "line 8: position '1e999'"),
     "rating is text": (ITEMS, "user_id,item_id,position,rating\nu,a,0,good\n", "line 2: rating 'good'"),
-    "not utf-8": (ITEMS, EVENTS.encode() + b"\xff\xfe,a,0\n", "not UTF-8"),
-    "gzip": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00", EVENTS, "not UTF-8|unpack"),
+    "not utf-8": (ITEMS, EVENTS.encode() + b"\xff\xfe,a,0\n", "line 8: not UTF-8"),
+    "latin-1": (ITEMS.encode() + "e,Été\n".encode("latin-1"), EVENTS, r"items\.csv, line 6: not UTF-8"),
+    "half a surrogate pair": (ITEMS, EVENTS.encode() + b"w\xed\xa0\x80,a,0\n", "line 8: not UTF-8"),
+    "utf-16": (ITEMS, EVENTS.encode("utf-16"), "line 1: not UTF-8"),
+    "utf-16 without a mark": (ITEMS, EVENTS.encode("utf-16-le"), "line 1: (not UTF-8|.*NUL)"),   # NUL: Python 3.10's word
+    "null character": (ITEMS, EVENTS + "w\0,a,0\n", "line 8: (not UTF-8|.*NUL)"),
+    "gzip": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00", EVENTS, "line 1: not UTF-8.*unpack"),
+    "zip": (b"PK\x03\x04\x14\x00\x00\x00", EVENTS, "line 1: (not UTF-8|.*NUL)"),
+    "web page": ("<html><body>Not found</body></html>\n", EVENTS, "no column 'item_id' in the first line.*'<html>"),
+    "semicolons": (ITEMS, EVENTS.replace(",", ";"), "no column 'user_id'.*commas"),
+    "no header": (ITEMS, EVENTS.split("\n", 1)[1], "which reads 'u,a,0'"),
+    "item twice but for spaces": (ITEMS + " a ,Again\n", EVENTS, "line 6: item 'a' stands twice"),
+    "long item twice": (ITEMS + 2 * ("y" * 10 ** 5 + ",Y\n"), EVENTS, "line 7: item 'yyy"),
+    "item in another form of Unicode": (ITEMS + "\u00e9,E\n", EVENTS + "w,e\u0301,0\n", "line 8: item"),
+    "field too long": (ITEMS + "e," + "x" * 140000 + "\n", EVENTS, "line 6: field larger"),
+    "position is empty": (ITEMS, EVENTS + "w,a,\n", "line 8: position ''"),
+    "position is a date": (ITEMS, EVENTS + "w,a,2024-02-30\n", "line 8: position '2024-02-30'.*seconds"),
+    "position in sixteens": (ITEMS, EVENTS + "w,a,0x10\n", "line 8: position '0x10'"),
+    "position with underscores": (ITEMS, EVENTS + "w,a,1_0.5\n", "line 8: position '1_0.5'"),
+    "position of 5000 digits": (ITEMS, EVENTS + f"w,a,{'1' * 5000}\n", "line 8: position '1111"),
+    "rating of 400 digits": (ITEMS, f"user_id,item_id,position,rating\nu,a,0,{'9' * 400}\n", "line 2: rating '9999"),
+    "ratings all negative": (ITEMS, "user_id,item_id,position,rating\nu,a,0,-1\nu,b,1,-2\n", "ratings are negative"),
+    "line ends in a bad row": (ITEMS, EVENTS + '"w\n\nw",x,0\n', "line 8: item 'x'"),
+    "line ends before a bad row": (ITEMS, EVENTS + '"w\n\nw",a,0\nw,x,0\n', "line 11: item 'x'"),
+    "quote left open": (ITEMS, EVENTS + 'w,"a,0\n' + 9 * "w,b,1\n", "line 8: unexpected end"),
+    "quotes inside quotes": ('item_id,title\na,"Say "Hi" twice"\n', EVENTS, r"items\.csv, line 2.*double"),
+    "a space before the quote": ('item_id,title\na, "Hi, you"\n', EVENTS, "line 2: 3 fields"),
+    "one item": ("item_id\na\n", "user_id,item_id,position\nu,a,0\nv,a,1\n", "no user has three"),
     "three of nobody": (ITEMS, "user_id,item_id,position\nu,a,0\nu,b,1\nv,a,0\n", "no user has three"),
     "repeats only": (ITEMS, "user_id,item_id,position\nu,a,0\nu,a,1\nu,a,2\n", "no user has three"),
     "open quote": (ITEMS, EVENTS + 'w,"a,0\n', "line 8"),
@@ -483,8 +511,85 @@ BAD = {  # name: (items.csv, interactions.csv, what the message must name)
 @pytest.mark.parametrize("name", BAD)
 def test_bad_folders_are_refused_with_file_line_and_cure(name, tmp_path):
     items, events, message = BAD[name]
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as refused:
         read_folder(folder_of(tmp_path / "d", items, events))
+    assert len(str(refused.value).splitlines()) == 1 and len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize("obstacle", ["a folder in its place", "no rights", "a link to itself"])
+def test_what_cannot_be_opened_is_refused(obstacle, tmp_path, monkeypatch):
+    path = folder_of(tmp_path / "d") / "items.csv"
+    def refuse(*args, **kw):
+        raise PermissionError(13, "Permission denied")
+    if obstacle == "no rights":                                # tests may run as root, to whom chmod means nothing
+        monkeypatch.setattr("data.inputs.open", refuse, raising=False)
+    else:
+        path.unlink()
+        path.mkdir() if obstacle == "a folder in its place" else path.symlink_to(path)
+    with pytest.raises(InputError, match=r"cannot read .*items\.csv: "):
+        read_folder(tmp_path / "d")
+    with pytest.raises(InputError, match="is not a folder"):
+        read_folder(tmp_path / "d/interactions.csv")
+
+
+def times(*values):
+    """Interactions of one user with items a, b, c … at these times."""
+    return "user_id,item_id,timestamp\n" + "".join(f"u,{item},{time}\n" for item, time in zip("abcd", values))
+
+
+TWO, HUGE = [[0, 1, 2], [1, 2, 3]], "y" * 10 ** 5                # the histories of EVENTS; an id of 100,000 characters
+HARMLESS = {  # name: (items.csv, interactions.csv, the histories they mean)
+    "Windows line ends": (ITEMS.replace("\n", "\r\n"), EVENTS.replace("\n", "\r\n"), TWO),
+    "old Mac line ends": (ITEMS.replace("\n", "\r"), EVENTS.replace("\n", "\r"), TWO),
+    "no line end at the end": (ITEMS[:-1], EVENTS[:-1], TWO),
+    "byte order marks": ("\ufeff" + ITEMS, "\ufeff" + EVENTS, TWO),
+    "spaces and capitals in headers": (ITEMS.replace("item_id", " ITEM_ID "), EVENTS.replace("item_id,", "Item_id ,\t"),
+                                       TWO),
+    "quotes around everything": (ITEMS, '"' + EVENTS.strip().replace(",", '","').replace("\n", '"\n"') + '"\n', TWO),
+    "columns without a name": (ITEMS, EVENTS.replace("\n", ",,\n"), TWO),
+    "blank lines and rows of commas": (ITEMS + "\n , \n", EVENTS.replace("v,b", "\n,,\nv,b"), TWO),
+    "spaces around ids": (ITEMS, EVENTS.replace("u,", " u ,\u00a0"), TWO),
+    "line ends, quotes and commas in ids": ('item_id\n"a\nb"\n"a,b"\n"""a"""\n',
+                                            times() + 'u,"a,b",1\nu,"""a""",2\nu,"a\nb",3\n', [[1, 2, 0]]),
+    "ids that are nearly the same": ("item_id\n1\n01\n1.0\nA\na\n", times() + "u,1.0,1\nu,01,2\nu,1,3\nu,a,4\nu,A,5\n",
+                                     [[2, 1, 0, 4, 3]]),
+    "huge ids and other scripts": (f"item_id\n{HUGE}\n🎬\nفيلم\n", times() + f"用户,🎬,1\n用户,فيلم,2\n用户,{HUGE},3\n",
+                                   [[1, 2, 0]]),
+    "all titles alike": ("item_id,title\na,Same\nb,Same\nc,Same\n", times(1, 2, 3), [[0, 1, 2]]),
+    "no text at all": ("item_id\na\nb\nc\n", times(1, 2, 3), [[0, 1, 2]]),
+    "a position and a timestamp": (ITEMS, "user_id,item_id,timestamp,position\nu,a,1,3\nu,b,2,2\nu,c,3,1\n", [[2, 1, 0]]),
+    "negative and floating times": (ITEMS, times(1.5, -2, "-1e3", "+.25"), [[2, 1, 3, 0]]),
+    "times beyond 2^53": (ITEMS, times(2 ** 53 + 1, 2 ** 53, 2 ** 53 + 3, 2 ** 53 + 2), [[1, 0, 3, 2]]),
+    "floating times beyond 2^53": (ITEMS, times(f"{2 ** 53 + 1}.0", f"{2 ** 53}.0", 2 ** 53 + 3, f"{2 ** 53 + 2}.5"),
+                                   [[1, 0, 3, 2]]),
+    "nanoseconds": (ITEMS, times("1700000000.123456789", "1700000000.123456788", "1700000000.12345679"), [[1, 0, 2]]),
+    "other digits": (ITEMS, times("٣", "٢", "١"), [[2, 1, 0]]),
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_harmless_oddities_are_read_as_meant(name, tmp_path):
+    items, events, histories = HARMLESS[name]
+    assert read_folder(folder_of(tmp_path / "d", items, events)).histories == histories
+
+
+def test_all_times_equal_or_zero_of_either_sign_are_one_order(tmp_path):
+    found = [read_folder(folder_of(tmp_path / str(i), events=times(*values))).histories
+             for i, values in enumerate([(0, 0, 0, 0), ("-0", "0.0", "-0.0", "0e9"), (5, "5.0", "+5", "0.5e1")])]
+    assert found[0] == found[1] == found[2] and sorted(found[0][0]) == [0, 1, 2, 3]
+
+
+def test_titles_lose_what_a_terminal_would_obey(tmp_path):
+    items = 'item_id,title\na,"\x1b[31mRed\r\n\u2028\x85 Tide\x07"\nb,می\u200cروم\nc,\u3000\n'
+    data = read_folder(folder_of(tmp_path / "d", items, times(1, 2, 3)))
+    assert data.titles == ["[31mRed Tide", "می\u200cروم", "c"]
+
+
+def test_a_history_of_100000_items(tmp_path):
+    n = 10 ** 5
+    items, events = "".join(f"{i}\n" for i in range(n)), "".join(f"u,{i},{n - i}\n" for i in range(n))
+    data = read_folder(folder_of(tmp_path / "d", "item_id\n" + items, times() + events))
+    assert data.histories == [list(range(n))[::-1]] and len(data.train[0]) == n - 2
 
 
 def test_folder_is_read_as_written(tmp_path):
@@ -505,6 +610,11 @@ def test_order_of_rows_changes_nothing(tmp_path):
                  for i, order in enumerate((lines, lines[::-1], sorted(lines, key=lambda r: r[2])))]
         assert found[0] == found[1] == found[2]
         assert case == 1 or found[0] == [[0, 1, 2], [1, 2, 3]]
+    # One item at one time with two ratings
+    header, *rows = ["user_id,item_id,position,rating", "u,a,0,1", "u,a,0,5", "u,b,1,4", "u,c,2,5"]
+    liked = [read_folder(folder_of(tmp_path / "r", events="\n".join([header, *order]))).liked
+             for order in (rows, rows[::-1])]
+    assert liked[0] == liked[1] == [[False, True, True]]
 
 
 def test_ties_are_broken_by_nothing_that_says_which_item_is_popular(tmp_path):

@@ -15,8 +15,12 @@ import csv
 import difflib
 import json
 import math
+import re
+import tempfile
+import unicodedata
 import zlib
 from dataclasses import asdict, dataclass, field, fields
+from decimal import Decimal
 from pathlib import Path
 
 from data import ml_100k
@@ -43,55 +47,93 @@ class Dataset:
     dropped_users: int = 0             # users left with fewer than three items
     truth: dict = field(default_factory=dict)   # toy only: {"liked": B sets, "shown": B sets}
 
+    @property
+    def sizes(self):
+        """What results.json says of the data; the checksum tells other data of the same size apart."""
+        content = repr((self.item_ids, self.texts, self.histories, self.liked))
+        return {"name": self.name, "users": len(self.histories), "items": len(self.item_ids),
+                "interactions": sum(map(len, self.histories)), "checksum": zlib.crc32(content.encode())}
+
+
+def one_line(text):
+    """Text for the screen: line ends, control characters and what cannot be encoded become spaces."""
+    return re.sub("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+", " ", str(text))
+
+
+def read_json(path):
+    """The JSON object in a file; raises InputError if there is none."""
+    try:
+        if Path(path).stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it has more than {LARGEST_JSON} bytes")
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it is a list or a single value")
+        return value
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a JSON file of this program: {error}") from None
+
 
 def _rows(path, required):
     """Yield (line number, {column: stripped value}) of a CSV file with these columns."""
+    end = 0
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             reader = csv.reader(f, strict=True)
             header = None
             for row in reader:
+                line, end = end + 1, reader.line_num           # a quoted field may hold line ends: a row's first line counts
                 row = [value.strip() for value in row]
+                if "\0" in "".join(row):
+                    raise UnicodeError                         # UTF-16, or no text at all
                 if not any(row):
                     continue                                   # a blank line
                 if header is None:
                     header = [name.lower() for name in row]
                     _check_header(path, header, required)
                 elif len(row) != len(header):
-                    raise InputError(f"{path}, line {reader.line_num}: {len(row)} fields, the header has "
-                                     f"{len(header)}; quote a field that holds a comma or a quote")
+                    raise InputError(f"{path}, line {line}: {len(row)} fields, the header has {len(header)}; "
+                                     "quote a field that holds a comma or a quote")
                 else:
-                    yield reader.line_num, dict(zip(header, row))
+                    yield line, dict(zip(header, row))
             if header is None:
-                raise InputError(f"{path} is empty; its first line should name the columns, {', '.join(required)} among them")
+                raise InputError(f"{path} is empty; its first line names the columns, {', '.join(required)} among them")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; a data folder holds interactions.csv and items.csv") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text; unpack it if it is compressed, or save it as UTF-8") from None
+    except UnicodeError:
+        bad = (n for n, raw in enumerate(Path(path).read_bytes().split(b"\n"), 1)
+               if b"\0" in raw or raw.decode("utf-8", "ignore").encode() != raw)
+        raise InputError(f"{path}, line {next(bad, 1)}: not UTF-8 text; unpack the file if it is compressed, "
+                         "or save it as UTF-8") from None
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: {error}; write the file with a CSV library") from None
+        raise InputError(f"{path}, line {end + 1}: {error}; close every quote, and double those inside quotes") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _check_header(path, header, required):
-    twice = {name for name in header if header.count(name) > 1}
+    twice = [name for name in header if name and header.count(name) > 1]   # a nameless column holds nothing of ours
     if twice:
-        raise InputError(f"{path}: column {twice.pop()!r} stands twice in the first line")
+        raise InputError(f"{path}: column {twice[0][:40]!r} stands twice in the first line; rename or drop one")
     for name in required:
         if name not in header:
-            raise InputError(f"{path}: no column {name!r} in the first line, which reads {','.join(header)[:200]!r}")
+            raise InputError(f"{path}: no column {name!r} in the first line, which reads {','.join(header)[:200]!r}; "
+                             "it names the columns, with commas between them")
 
 
 def _number(text, path, line, column):
-    """A finite int or float; an int stays exact, however large."""
+    """A finite int or Decimal: exact, where a float would make equal times of two nanoseconds, or of 2^53 and the next."""
     try:
-        value = int(text) if text.lstrip("+-").isdecimal() else float(text)
+        value = int(text) if text.lstrip("+-").isdecimal() else Decimal(text)
         if "_" in text or not math.isfinite(value):
             raise ValueError
         return value
-    except (ValueError, OverflowError):
-        raise InputError(f"{path}, line {line}: {column} {text[:40]!r} is not a finite number") from None
+    except (ValueError, ArithmeticError):
+        raise InputError(f"{path}, line {line}: {column} {text[:40]!r} is not a finite number; write it like 12 or 3.5 "
+                         "(a date as seconds)") from None
 
 
 def _read_items(path):
@@ -102,10 +144,10 @@ def _read_items(path):
         if not item:
             raise InputError(f"{path}, line {line}: item_id is empty")
         if item in seen:
-            raise InputError(f"{path}, line {line}: item {item!r} stands twice; give each item one row")
+            raise InputError(f"{path}, line {line}: item {item[:40]!r} stands twice; give each item one row")
         seen.add(item)
         ids.append(item)
-        titles.append(" ".join((row.get("title") or row.get("keywords") or item).split()))
+        titles.append(" ".join(one_line(row.get("title") or row.get("keywords") or item).split()))
         texts.append(" ".join(row[c] for c in TEXT_COLUMNS if row.get(c)))
     if not ids:
         raise InputError(f"{path} has a header but no items")
@@ -113,7 +155,7 @@ def _read_items(path):
 
 
 def _read_events(path, index):
-    """{user: [(position, tie-break, item, rating or None)]} in the order of the rows."""
+    """{user: [(position, tie-break, item, rating or None)]}, unsorted."""
     events = {}
     order = None
     for line, row in _rows(path, ["user_id", "item_id"]):
@@ -125,7 +167,7 @@ def _read_events(path, index):
             raise InputError(f"{path}, line {line}: user_id is empty")
         if item not in index:
             raise InputError(f"{path}, line {line}: item {item[:40]!r} is not in items.csv; add it there or drop the row")
-        rating = _number(row["rating"], path, line, "rating") if "rating" in row else None
+        rating = float(_number(row["rating"], path, line, "rating")) if "rating" in row else None
         tie = zlib.crc32(f"{user}\t{item}".encode())
         events.setdefault(user, []).append((_number(row[order], path, line, order), tie, index[item], rating))
     if not events:
@@ -140,13 +182,16 @@ def read_folder(folder):
         raise InputError(f"{folder} is not a folder; --data takes toy, ml-100k or a folder with interactions.csv and items.csv")
     item_ids, titles, texts = _read_items(folder / "items.csv")
     events = _read_events(folder / "interactions.csv", {item: i for i, item in enumerate(item_ids)})
-    data = Dataset(folder.resolve().name, item_ids, titles, texts, [], [], [])
+    data = Dataset(one_line(folder.resolve().name), item_ids, titles, texts, [], [], [])
     ratings = [r for rows in events.values() for *_, r in rows if r is not None]
+    if ratings and max(ratings) < 0:
+        raise InputError(f"{folder / 'interactions.csv'}: all ratings are negative, and to like is to give 70 % of the "
+                         "highest; add a number to all, or drop the column")
     # Liked: at least 70 % of the highest rating, which is 4 and 5 of 5; anything less is only a click.
     threshold = 0.7 * max(ratings) if ratings else None
     for user in sorted(events):
         kept = {}                                              # item → liked; the first place counts
-        for *_, item, rating in sorted(events[user], key=lambda e: e[:3]):
+        for *_, item, rating in sorted(events[user]):
             kept.setdefault(item, rating is None or rating >= threshold)
         data.dropped_repeats += len(events[user]) - len(kept)
         if len(kept) < 3:
