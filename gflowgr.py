@@ -31,7 +31,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.inputs import InputError, check, check_out, find_item, load_data, parse_arguments
+from data.inputs import (InputError, check, check_out, check_size, find_item, load_data, one_line, parse_arguments, read_json,
+                         read_row)
 
 # --- Settings --------------------------------------------------------------------------------------------------------
 METHODS = {"pop": "Popularity", "cm": "CM alone", "sft": "SFT", "sft-continued": "SFT (continued)",
@@ -544,11 +545,10 @@ def run(settings, resume=False):
     """The whole job. Every finished row is written at once, so an interruption loses only the row that it hits."""
     devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     methods, seeds = check(settings, METHODS, devices)
-    check_out(settings)
     settings.device = devices[0] if settings.device == "auto" else settings.device
     data, out, rows = load_data(settings.data), Path(settings.out), []
-    if len(data.item_ids) > settings.codes ** 3:
-        raise InputError(f"{len(data.item_ids)} items do not fit into {settings.codes}^3 semantic IDs; raise --codes")
+    check_size(settings, data)
+    check_out(settings, data, resume)
     if not resume:                                             # a row must never stand beside a model of another run
         for path in (out / f"{method}-{seed}" / "row.json" for seed in seeds for method in methods):
             path.unlink(missing_ok=True)
@@ -559,7 +559,7 @@ def run(settings, resume=False):
             if not path.exists():
                 prepared = prepared or prepare(seed, data, settings)
                 write_json(path, run_row(method, seed, prepared, data, settings))
-            rows.append(json.loads(path.read_text(encoding="utf-8")))
+            rows.append(read_row(path, method, seed, len(data.histories)))
             results = results_of(rows, data, settings)
             write_json(out / "results.json", results)
     (out / "results.md").write_text(table_of(results, METHODS) + "\n", encoding="utf-8")
@@ -592,8 +592,8 @@ def main(settings, arguments):
         else:
             run(settings, arguments.resume)
         return 0
-    except (InputError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError, SafetensorError, FloatingPointError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         print(f"\nstopped; the finished rows are in {settings.out}/, and --resume goes on from them", file=sys.stderr)

@@ -24,7 +24,7 @@ from transformers import GPT2LMHeadModel
 import gflowgr
 import tokenizer
 from data import batches, make_toy, ml_100k
-from data.inputs import InputError, parse_arguments, read_folder
+from data.inputs import InputError, check_size, find_item, parse_arguments, read_folder
 from gflowgr import Policy, Settings
 from reward import CollaborativeModel, Reward
 from tokenizer import SemanticIDs
@@ -799,6 +799,29 @@ def test_a_world_of_one_user_and_three_items_works(tmp_path):
 
 @pytest.mark.parametrize("args, message", [
     (["--seeds", "-1"], "must not be negative"),
+    (["--seeds", str(2 ** 64)], "below 2^63"),
+    (["--seeds", "1,,2"], "--seeds takes whole numbers"),
+    (["--seeds", ""], "--seeds takes whole numbers"),
+    (["--weights", "0,-0.0,0"], "not all 0"),
+    (["--weights", "nan,1,1"], "three numbers"),
+    (["--weights", "1e308,1,1"], "three numbers"),
+    (["--methods", ""], "unknown method ''"),
+    (["--methods", "pop, sft"], "unknown method ' sft'"),
+    (["--methods", "tb,sdpo", "--trajectories", "0"], "--trajectories 0"),
+    (["--method", "pop"], "unrecognized arguments: --method"),          # no abbreviations: --epoch is not --epochs
+    (["a\nb"], "unrecognized arguments: a b"),
+    (["--lam", "nan"], "--lam nan"),
+    (["--lam", "-1"], "--lam -1.0: it is at least 0"),
+    (["--rate", "inf"], "--rate inf: it is at least 1e-12 and at most"),
+    (["--fine-rate", "1e300"], "--fine-rate 1e+300"),
+    (["--dropout", "1"], "--dropout 1.0"),
+    (["--layers", "1000000"], "--layers 1000000"),
+    (["--width", "33"], "multiple of 32, not 33"),
+    (["--width", str(10 ** 9)], f"--width {10 ** 9}"),
+    (["--window", str(10 ** 12)], f"--window {10 ** 12}"),
+    (["--data", "a\nb"], "a b is not a folder"),
+    (["--data", "\udcff"], "'\\udcff' is not UTF-8"),
+    (["--data", str(ROOT / "data/toy/items.csv")], "is not a folder"),
     (["--codes", "1000000"], "at most 65536"),
     (["--methods", "sft,gpt"], "unknown method 'gpt'"),
     (["--nonsense", "1"], "unrecognized arguments"),
@@ -817,6 +840,70 @@ def test_bad_arguments_get_one_line_and_status_2(args, message, tmp_path):
     out = tmp_path / "out"
     status, _, err = run_cli(*args, "--out", out)
     assert status == 2 and message in err and len(err.strip().splitlines()) == 1 and not out.exists()
+
+
+def unusual_out(path, case):
+    """A folder for --out that cannot be used."""
+    content = {"a list": [], "no settings": {"runs": []}, "settings are a list": {"settings": [], "data": {}},
+               "another run": {"settings": {}, "data": {}}}
+    path.mkdir()
+    if case == "a file":
+        (path / "out").write_text("mine")
+    elif case == "a data folder":
+        folder_of(path / "out")
+    elif case == "rows of unknown settings":
+        (path / "out/pop-42").mkdir(parents=True)
+        (path / "out/pop-42/row.json").write_text("{}")
+    else:
+        (path / "out").mkdir()
+        (path / "out/results.json").write_text("[" * 10 ** 5 if case == "nested without end" else json.dumps(content[case]))
+    return path / "out"
+
+
+@pytest.mark.parametrize("case, message", [
+    ("a file", "cannot write into --out"),
+    ("a data folder", "is a data folder"),
+    ("a list", "not a JSON file of this program"),
+    ("nested without end", "not a JSON file of this program"),
+    ("no settings", "not a results file of this program"),
+    ("settings are a list", "not a results file of this program"),
+    ("another run", "holds a run with --data None, not toy"),
+    ("rows of unknown settings", "their settings are unknown")])
+def test_an_out_that_cannot_be_used_is_refused_and_left_as_it_is(case, message, tmp_path):
+    out = unusual_out(tmp_path / "place", case)
+    before = {p: p.read_bytes() for p in (tmp_path / "place").rglob("*") if p.is_file()}
+    status, _, err = run_cli("--methods", "pop", "--resume", "--out", out)
+    assert status == 2 and message in err and len(err.strip().splitlines()) == 1
+    assert before == {p: p.read_bytes() for p in (tmp_path / "place").rglob("*") if p.is_file()}
+    status, _, err = run_cli("--methods", "pop", "--out", ROOT / "README.md" / "below")
+    assert status == 2 and "cannot write into --out" in err
+
+
+@pytest.mark.parametrize("damage", [
+    lambda row: {}, lambda row: [row], lambda row: {**row, "seed": 2}, lambda row: {**row, "method": "cm"},
+    lambda row: {**row, "ranks": row["ranks"][1:]}, lambda row: {**row, "ranks": ["1"] * len(row["ranks"])},
+    lambda row: {**row, "ranks": None}, lambda row: {**row, "metrics": {"ndcg@10": 0.5}}, lambda row: {**row, "curve": [1]},
+    lambda row: {**row, "metrics": {**row["metrics"], "ndcg@10": "good"}}, lambda row: {**row, "seconds": {}}])
+def test_resume_refuses_a_damaged_row(finished, tmp_path, damage):
+    path, settings, _ = finished
+    (tmp_path / "out/pop-1").mkdir(parents=True)
+    shutil.copy(path / "out/results.json", tmp_path / "out")
+    row = json.loads((path / "out/pop-1/row.json").read_text())
+    (tmp_path / "out/pop-1/row.json").write_text(json.dumps(damage(row)))
+    flags = [tmp_path / "out" if flag == settings.out else flag for flag in tiny_flags(settings)]
+    status, _, err = run_cli(*flags, "--seeds", "1", "--methods", "pop", "--resume")
+    assert status == 2 and "pop-1/row.json" in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_run_on_files_that_have_changed_is_refused(tmp_path):
+    """In a folder whose name is half a formula, with a line end and an accent."""
+    folder = folder_of(tmp_path / "$x^$\né")
+    flags = ["--data", folder, "--out", tmp_path / "out", "--methods", "pop", "--codes", "2"]
+    status, _, err = run_cli(*flags)
+    assert status == 0, err
+    (folder / "items.csv").write_text(ITEMS.replace("Alpha", "Omega"))
+    status, _, err = run_cli(*flags, "--resume")
+    assert status == 2 and "holds a run on other data" in err and len(err.strip().splitlines()) == 1
 
 
 def test_the_script_itself_exits_with_status_2_and_no_traceback():

@@ -26,6 +26,10 @@ from pathlib import Path
 from data import ml_100k
 
 TEXT_COLUMNS = ("title", "keywords", "genres", "category")
+# The least and the most of a setting that is a number, where it is not from 1 (or just above 0) to a million.
+LIMITS = {"codes": (1, 65536), "width": (32, 8192), "layers": (1, 100), "dropout": (0, 0.99), "lam": (0, 10 ** 6),
+          "trajectories": (0, 1000)}
+LARGEST_JSON = 2 ** 28                                         # bytes: the IDs and titles of two million items
 
 
 class InputError(ValueError):
@@ -231,8 +235,9 @@ def parse_arguments(argv, Settings, presets, quick):
 
     presets: {name of a data set: settings that differ there}; quick: what --quick sets.
     """
-    parser = argparse.ArgumentParser(description="GFlowGR: fine-tune a generative recommender with a GFlowNet")
-    parser.error = lambda message: parser.exit(2, f"error: {message}; --help lists what there is\n")
+    parser = argparse.ArgumentParser(description="GFlowGR: fine-tune a generative recommender with a GFlowNet",
+                                     allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"error: {one_line(message)}; --help lists what there is\n")
     for f in fields(Settings):
         special = "".join(f"; {data}: {preset[f.name]}" for data, preset in presets.items() if f.name in preset)
         parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), metavar=type(f.default).__name__.upper(),
@@ -267,35 +272,74 @@ def check(settings, methods, devices):
         weights = [float(w) for w in settings.weights.split(",")]
     except ValueError as error:
         raise InputError(f"--seeds takes whole numbers and --weights numbers, with commas between them: {error}") from None
-    if min(seeds) < 0 or settings.codes > 65536:
-        raise InputError("--seeds must not be negative, and --codes is at most 65536")
-    if len(weights) != 3 or not all(0 <= w < math.inf for w in weights):
-        raise InputError(f"--weights {settings.weights}: give three numbers, none negative: w_a,w_ŷ,w_s")
-    least = {"lam": 0, "trajectories": 0, "dropout": 0}
+    if not all(0 <= seed < 2 ** 63 for seed in seeds):
+        raise InputError(f"--seeds {settings.seeds}: they must not be negative, and lie below 2^63")
+    if len(weights) != 3 or not all(0 <= w <= 10 ** 6 for w in weights) or not any(weights):
+        raise InputError(f"--weights {settings.weights}: give three numbers, none negative, not all 0: w_a,w_ŷ,w_s")
     for f in fields(settings):
         value = getattr(settings, f.name)
-        if not isinstance(value, str) and not least.get(f.name, 1 if isinstance(value, int) else 1e-12) <= value < math.inf:
-            raise InputError(f"--{f.name.replace('_', '-')} {value}: too small")
-    if settings.ids not in ("content", "mixed") or settings.dropout >= 1 or settings.width % 32:
-        raise InputError("--ids is content or mixed, --dropout is below 1, and --width is a multiple of 32")
+        least, most = LIMITS.get(f.name, (1 if isinstance(value, int) else 1e-12, 10 ** 6))
+        if isinstance(value, str) and value.encode(errors="ignore").decode() != value:
+            raise InputError(f"--{f.name.replace('_', '-')} {value!r} is not UTF-8; rename it")
+        if not isinstance(value, str) and not least <= value <= most:
+            raise InputError(f"--{f.name.replace('_', '-')} {value}: it is at least {least} and at most {most}")
+    if settings.ids not in ("content", "mixed") or settings.width % 32:
+        raise InputError(f"--ids is content or mixed, not {settings.ids!r}, and --width a multiple of 32, not {settings.width}")
+    if settings.trajectories == 0 and {"sdpo", "vargrad"} & set(asked):
+        raise InputError("--trajectories 0 leaves sdpo and vargrad nothing to compare with; give at least 1")
     if settings.device != "auto" and settings.device not in devices:
         raise InputError(f"--device {settings.device} is not here; choose of auto, {', '.join(devices)}")
     return [m for m in methods if m in asked], seeds
 
 
-def check_out(settings):
-    """Raises InputError where --out holds a run with other settings; its rows would not be comparable."""
-    path = Path(settings.out) / "results.json"
-    if not path.exists():
-        return
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (ValueError, KeyError):
-        raise InputError(f"{path} is not a results file of this program; choose another --out") from None
-    for name, value in asdict(settings).items():
-        if name not in ("methods", "seeds", "out", "device") and old.get(name) != value:
-            raise InputError(f"{settings.out} holds a run with --{name.replace('_', '-')} {old.get(name)}, not {value}; "
+def check_size(settings, data):
+    """Raises InputError where --codes does not suit the number of items."""
+    n, K = len(data.item_ids), settings.codes
+    if n > K ** 3:
+        raise InputError(f"{n} items do not fit into {K}^3 semantic IDs; raise --codes")
+    if (2 + min(n, K) + min(n, K * K)) * K > 2 ** 28:          # the tree's table of children, in the worst case 2 GB
+        raise InputError(f"a tree of {n} items with {K} codes a level is too large; lower --codes")
+
+
+def check_out(settings, data, resume):
+    """Raises InputError where --out cannot be written, or holds a run that this one does not compare with."""
+    out = Path(settings.out)
+    if (out / "items.csv").exists():
+        raise InputError(f"--out {out} is a data folder, in which nothing is changed; choose another")
+    if (out / "results.json").exists():
+        old = read_json(out / "results.json")
+        old, sizes = old.get("settings"), old.get("data")
+        if not isinstance(old, dict) or not isinstance(sizes, dict):
+            raise InputError(f"{out / 'results.json'} is not a results file of this program; choose another --out")
+        for name, value in asdict(settings).items():
+            if name not in ("methods", "seeds", "out", "device") and old.get(name) != value:
+                raise InputError(f"{out} holds a run with --{name.replace('_', '-')} {old.get(name)}, not {value}; "
+                                 "choose another --out, or delete that folder")
+        if any(sizes.get(name, value) != value for name, value in data.sizes.items()):
+            raise InputError(f"{out} holds a run on other data: the files in {settings.data} have changed; "
                              "choose another --out, or delete that folder")
+    elif resume and any(out.glob("*/row.json")):
+        raise InputError(f"{out} holds rows but no results.json, so their settings are unknown; run without --resume")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise InputError(f"cannot write into --out {out}: {error.strerror}; choose another") from None
+
+
+def read_row(path, method, seed, users):
+    """The row.json of a finished row; InputError where it is damaged, or of another method, seed or number of users."""
+    row = read_json(path)
+    try:
+        figures = [row["metrics"][name] for name in ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "coverage@10")]
+        figures += [row["seconds"]["train"]] + [point["ndcg@10"] for point in row["curve"]]
+        fits = ((row["method"], row["seed"], len(row["ranks"])) == (method, seed, users)
+                and set(row["ranks"]) <= set(range(11)) and all(math.isfinite(x) for x in figures))
+    except (KeyError, TypeError):
+        fits = False
+    if not fits:
+        raise InputError(f"{path} is not a row of this run; delete it, and --resume makes it again")
+    return row
 
 
 def find_item(name, ids, titles):
