@@ -79,6 +79,7 @@ QUICK = dict(sft_epochs=1, epochs=1)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")          # a terminal that knows no ± or é still gets the rest
     SETTINGS, ARGUMENTS = parse_arguments(sys.argv[1:], Settings, PRESETS, QUICK)   # before torch, so --help answers at once
 
 import numpy as np                                             # noqa: E402
@@ -595,6 +596,11 @@ def main(settings, arguments):
     except (InputError, OSError, SafetensorError, FloatingPointError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
+    except (MemoryError, RuntimeError) as error:               # torch says it in its own words, on each device
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        print("error: not enough memory; lower --batch, --width, --layers, --window or --codes", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"\nstopped; the finished rows are in {settings.out}/, and --resume goes on from them", file=sys.stderr)
         return 130

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from transformers import GPT2LMHeadModel
 
 import gflowgr
@@ -906,6 +908,23 @@ def test_a_run_on_files_that_have_changed_is_refused(tmp_path):
     assert status == 2 and "holds a run on other data" in err and len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("error, message", [
+    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "not enough memory; lower --batch"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
+    (MemoryError("Unable to allocate 112 GiB"), "not enough memory"),
+    (SafetensorError("No space left\non device"), "No space left on device"),
+    (OSError(28, "No space left on device", "out/row.json"), "out/row.json")])
+def test_a_full_memory_or_disk_is_one_line(error, message, monkeypatch):
+    def fail(*_):
+        raise error
+    monkeypatch.setattr(gflowgr, "run", fail)
+    status, _, err = run_cli()
+    assert status == 2 and message in err and len(err.strip().splitlines()) == 1
+    error = RuntimeError("a mistake of ours")
+    with pytest.raises(RuntimeError, match="ours"):
+        run_cli()
+
+
 def test_the_script_itself_exits_with_status_2_and_no_traceback():
     done = subprocess.run([sys.executable, str(ROOT / "gflowgr.py"), "--data", "nowhere"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: nowhere is not a folder") and done.stdout == ""
@@ -917,5 +936,6 @@ def test_examples_in_docstrings(module):
 
 
 def test_help_answers_before_torch_is_loaded():
-    done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "gflowgr.py"), "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "gflowgr.py"), "--help"], capture_output=True,
+                          text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})       # a terminal without a ŷ
     assert done.returncode == 0 and "--recommend" in done.stdout and " torch" not in done.stderr
