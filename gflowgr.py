@@ -87,6 +87,7 @@ import torch                                                   # noqa: E402
 import torch.nn.functional as F                                # noqa: E402
 import transformers                                            # noqa: E402
 from safetensors import SafetensorError                        # noqa: E402
+from safetensors.torch import load_file                        # noqa: E402
 from tqdm import tqdm                                          # noqa: E402
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel   # noqa: E402
 
@@ -125,12 +126,12 @@ class Policy(torch.nn.Module):
     [[1, -1]]
     """
 
-    def __init__(self, semantic_ids, window=20, width=128, layers=3, dropout=0.2, lm=None):
+    def __init__(self, semantic_ids, window=20, width=128, layers=3, dropout=0.2):
         super().__init__()
         K, L, n = semantic_ids.num_codes, semantic_ids.num_levels, len(semantic_ids.codes)
         self.semantic_ids, self.window, self.user_token = semantic_ids, window, K * L
         self.catalogue = {}                                    # item_ids and titles, when they are known
-        self.lm = lm or GPT2LMHeadModel(GPT2Config(
+        self.lm = GPT2LMHeadModel(GPT2Config(
             vocab_size=L * K + 1 + n, n_positions=window + L, n_embd=width, n_layer=layers, n_head=max(1, width // 32),
             activation_function="gelu_pytorch_tanh",           # gelu_new's values, faster on CPU
             resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,   # attention dropout would double the time of a step
@@ -279,21 +280,39 @@ class Policy(torch.nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder):
-        """The Policy that save_pretrained wrote; its flow head, used in training alone, starts anew. ValueError if there is none."""
+        """The Policy that save_pretrained wrote, or InputError; its flow head, used in training alone, starts anew.
+
+        Only JSON and safetensors are read, never a pickle, and the model is built here, not as config.json may ask for.
+        """
+        folder = Path(folder)
         try:
-            ids = json.loads((Path(folder) / "semantic_ids.json").read_text(encoding="utf-8"))
-            semantic_ids = SemanticIDs(np.array(ids["codes"]), ids["num_codes"])
-            lm = GPT2LMHeadModel.from_pretrained(folder)
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{folder} holds no saved model (pop and cm have none): {str(error).splitlines()[0]}") from None
-        expected = semantic_ids.num_levels * semantic_ids.num_codes + 1 + len(semantic_ids.codes)
-        if lm.config.vocab_size != expected:
-            raise ValueError(f"{folder}: the IDs need {expected} tokens, the model has {lm.config.vocab_size}")
-        policy = cls(semantic_ids, window=lm.config.n_positions - semantic_ids.num_levels, lm=lm)
-        policy.catalogue = {name: ids[name] for name in ("item_ids", "titles") if name in ids}
-        if any(not isinstance(names, list) or len(names) != len(semantic_ids.codes) or not all(isinstance(x, str) for x in names)
-               for names in policy.catalogue.values()):
-            raise ValueError(f"{folder}: semantic_ids.json needs one id and one title for each item")
+            ids, config = read_json(folder / "semantic_ids.json"), read_json(folder / "config.json")
+            semantic_ids = SemanticIDs(ids.get("codes"), ids.get("num_codes"))
+            n, L = semantic_ids.codes.shape
+            weights = {name.removeprefix("transformer."): w for name, w in load_file(folder / "model.safetensors").items()}
+            (tokens, width), places = weights["wte.weight"].shape, len(weights["wpe.weight"])
+            expected = L * semantic_ids.num_codes + 1 + n
+            if tokens != expected or places <= L:
+                raise ValueError(f"the IDs need {expected} tokens and over {L} places, the model has {tokens} and {places}")
+            if not all(w.is_floating_point() and w.isfinite().all() for w in weights.values()):
+                raise ValueError("model.safetensors holds weights that are not finite numbers")
+            layers = sum(name.endswith(".ln_1.weight") for name in weights)
+            with torch.random.fork_rng(devices=[]):            # the random weights are thrown away, and so are their draws
+                policy = cls(semantic_ids, places - L, width, layers, config.get("resid_pdrop"))
+            policy.flow_head.reset_parameters()
+            torch.nn.init.zeros_(policy.flow_head.weight)
+            policy.lm.transformer.load_state_dict(weights)     # all of them and no others, each of its shape
+            for name in ("model_type", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "activation_function"):
+                if config.get(name) != getattr(policy.lm.config, name):
+                    raise ValueError(f"config.json has {name} {config.get(name)}, not {getattr(policy.lm.config, name)}")
+            policy.catalogue = {name: ids[name] for name in ("item_ids", "titles") if name in ids}
+            if any(not isinstance(names, list) or len(names) != n or not all(isinstance(name, str) for name in names)
+                   for names in policy.catalogue.values()) or len(set(ids.get("item_ids", range(n)))) < n:
+                raise ValueError("semantic_ids.json needs one id, its own, and one title for each item")
+        except Exception as error:                             # a stranger's files can fail in any way; it all means this
+            reason = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise InputError(f"{folder} holds no saved model; name another (pop and cm have none), or train it again: "
+                             f"{one_line(reason)[:300]}") from None
         return policy.eval()
 
 
@@ -572,17 +591,16 @@ def run(settings, resume=False):
 
 def print_recommendations(folder, names):
     """Ten titles for a history of titles or ids, oldest first, from a saved model."""
-    try:
-        policy = Policy.from_pretrained(folder)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    policy = Policy.from_pretrained(folder)
     if len(policy.catalogue) < 2:
         raise InputError(f"{folder} was saved without item ids and titles")
     ids, titles = policy.catalogue["item_ids"], policy.catalogue["titles"]
     items, log_probs = policy.recommend([[find_item(name, ids, titles) for name in names]])
+    if items.max() < 0:
+        raise InputError("nothing is left to recommend: all that the search found is in the history")
     for item, log_prob in zip(items[0].tolist(), log_probs[0].tolist()):
         if item >= 0:
-            print(f"{math.exp(log_prob):.4f}  {titles[item]}")
+            print(f"{math.exp(log_prob):.4f}  {one_line(titles[item])}")
 
 
 def main(settings, arguments):

@@ -2,6 +2,7 @@
 
     python -m pytest -q test_gflowgr.py
 """
+import argparse
 import contextlib
 import copy
 import doctest
@@ -84,6 +85,13 @@ def test_ids_refuse_what_cannot_be_unique():
         SemanticIDs.fit(np.array([[0.0], [np.nan]]), 2)
     with pytest.raises(ValueError):
         SemanticIDs([[0, 1, 2]], 2)
+    for num_codes in (10 ** 9, 10 ** 30, 3.0, "3", None, math.inf, -3):    # nor is a table for 10^9 codes begun
+        with pytest.raises(ValueError, match="whole number"):
+            SemanticIDs([[0, 1, 2]], num_codes)
+    with pytest.raises(ValueError, match="too large"):
+        SemanticIDs([[i, i, 0] for i in range(4096)], 65536)
+    with pytest.raises(InputError, match="lower --codes"):
+        check_size(Settings(codes=65536), argparse.Namespace(item_ids=[""] * 4096))
 
 
 def test_ids_same_seed_same_ids_and_similar_items_share_codes():
@@ -353,6 +361,10 @@ def test_saved_model_is_a_plain_gpt2_and_comes_back(small, tmp_path):
         torch.testing.assert_close(plain(tokens).logits, small.lm(tokens).logits)
     assert back.recommend(HISTORIES)[0].equal(small.recommend(HISTORIES)[0])
     assert back.catalogue == small.catalogue and back.window == small.window
+    torch.manual_seed(1)                                       # the new flow head is all that is drawn
+    bias = torch.nn.Linear(32, 1).bias
+    torch.manual_seed(1)
+    assert Policy.from_pretrained(tmp_path).flow_head.bias.equal(bias) and not back.flow_head.weight.any()
 
 
 # --- sampler and training --------------------------------------------------------------------------------------------
@@ -754,24 +766,78 @@ def test_recommend_prints_ten_titles_for_titles_or_ids(finished):
     assert status == 2 and "no item has the id or title" in err and repr(data.titles[3]) in err
 
 
-def edited(ids, **changes):
-    return json.dumps({**json.loads(ids), **changes}).encode()
+def keys(**changes):
+    """A change of a JSON file: these keys."""
+    return lambda old: json.dumps({**json.loads(old), **changes}).encode()
 
 
-@pytest.mark.parametrize("name, file, change", [
-    ("no weights", "model.safetensors", None),
-    ("half the weights", "model.safetensors", lambda old: old[:5000]),
-    ("no IDs", "semantic_ids.json", None),
-    ("IDs are no JSON", "semantic_ids.json", lambda old: old[:-20]),
-    ("IDs are text", "semantic_ids.json", lambda old: edited(old, codes="none")),
-    ("IDs are ragged", "semantic_ids.json", lambda old: edited(old, codes=[[0, 1, 2], [0, 1]])),
-    ("an ID twice", "semantic_ids.json", lambda old: edited(old, codes=[[0, 1, 2], [0, 1, 2]])),
-    ("fewer items than the model", "semantic_ids.json", lambda old: edited(old, codes=[[0, 1, 2], [0, 1, 3]])),
-    ("another K", "semantic_ids.json", lambda old: edited(old, num_codes=9)),
-    ("no titles", "semantic_ids.json", lambda old: edited(old, titles=None)),
-    ("titles are numbers", "semantic_ids.json", lambda old: edited(old, titles=[1] * 48)),
-    ("fewer titles than items", "semantic_ids.json", lambda old: edited(old, titles=["one"]))])
-def test_a_saved_model_that_is_broken_is_refused(finished, tmp_path, name, file, change):
+def weight(name, value):
+    """A change of a file of weights: this one, taken out if None."""
+    return lambda old: save({k: w for k, w in {**load(old), f"transformer.{name}": value}.items() if w is not None})
+
+
+def first_code(code):
+    """A change of the IDs: the first item's first code."""
+    return lambda old: json.dumps({**json.loads(old), "codes": [[code, 1, 2]] + json.loads(old)["codes"][1:]}).encode()
+
+
+WEIGHTS, CONFIG, IDS = "model.safetensors", "config.json", "semantic_ids.json"
+BROKEN = {  # name: (file, its new content from the old, or None to take it away)
+    "no weights": (WEIGHTS, None),
+    "half the weights": (WEIGHTS, lambda old: old[:5000]),
+    "weights are empty": (WEIGHTS, lambda old: b""),
+    "weights are a pickle": (WEIGHTS, lambda old: pickle.dumps({"transformer.wte.weight": [0.0]})),
+    "a weight is missing": (WEIGHTS, weight("ln_f.bias", None)),
+    "the tokens are missing": (WEIGHTS, weight("wte.weight", None)),
+    "a weight too many": (WEIGHTS, weight("h.7.ln_1.weight", torch.ones(32))),
+    "a weight of another shape": (WEIGHTS, weight("ln_f.bias", torch.ones(31))),
+    "a weight is not finite": (WEIGHTS, weight("ln_f.bias", torch.full((32,), math.nan))),
+    "a weight is whole numbers": (WEIGHTS, weight("ln_f.bias", torch.ones(32).int())),
+    "weights of another model": (WEIGHTS, lambda old: save({f"bert.{name}": w for name, w in load(old).items()})),
+    "no place for a history": (WEIGHTS, weight("wpe.weight", torch.ones(3, 32))),
+    "no config": (CONFIG, None),
+    "config is no JSON": (CONFIG, lambda old: old[:-9]),
+    "config is a list": (CONFIG, lambda old: b"[]"),
+    "another model type": (CONFIG, keys(model_type="bert")),
+    "more layers": (CONFIG, keys(n_layer=2)),
+    "more heads": (CONFIG, keys(n_head=2)),
+    "another width": (CONFIG, keys(n_embd="wide")),
+    "another activation": (CONFIG, keys(activation_function="relu")),
+    "dropout is text": (CONFIG, keys(resid_pdrop="much")),
+    "no IDs": (IDS, None),
+    "IDs are no JSON": (IDS, lambda old: old[:-20]),
+    "IDs are nested without end": (IDS, lambda old: b"[" * 10 ** 5),
+    "IDs are not UTF-8": (IDS, lambda old: old.decode().encode("utf-16")),
+    "IDs are a single value": (IDS, lambda old: b"null"),
+    "IDs are text": (IDS, keys(codes="none")),
+    "IDs are ragged": (IDS, keys(codes=[[0, 1, 2], [0, 1]])),
+    "an ID twice": (IDS, keys(codes=[[0, 1, 2], [0, 1, 2]])),
+    "fewer items than the model": (IDS, keys(codes=[[0, 1, 2], [0, 1, 3]])),
+    "no codes": (IDS, lambda old: b"{}"),
+    "codes for no item": (IDS, keys(codes=[])),
+    "codes without levels": (IDS, keys(codes=[[]] * 48)),
+    "codes of three dimensions": (IDS, lambda old: keys(codes=[json.loads(old)["codes"]])(old)),
+    "a code is a fraction": (IDS, first_code(0.5)),
+    "a code is text": (IDS, first_code("0")),
+    "a code is negative": (IDS, first_code(-1)),
+    "a code is huge": (IDS, first_code(10 ** 30)),
+    "another K": (IDS, keys(num_codes=9)),
+    "K is a billion": (IDS, keys(num_codes=10 ** 9)),
+    "K is beyond all integers": (IDS, keys(num_codes=10 ** 30)),
+    "K is infinite": (IDS, keys(num_codes=math.inf)),
+    "K is a fraction": (IDS, keys(num_codes=8.0)),
+    "K is text": (IDS, keys(num_codes="8")),
+    "no titles": (IDS, keys(titles=None)),
+    "titles are numbers": (IDS, keys(titles=[1] * 48)),
+    "titles are one text": (IDS, keys(titles="x" * 48)),
+    "fewer titles than items": (IDS, keys(titles=["one"])),
+    "an item id twice": (IDS, keys(item_ids=["x"] * 48)),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_saved_model_that_is_broken_is_refused(finished, tmp_path, name):
+    file, change = BROKEN[name]
     path, settings, _ = finished
     shutil.copytree(path / "out/tb-1", tmp_path / "m")
     if change:
@@ -780,8 +846,69 @@ def test_a_saved_model_that_is_broken_is_refused(finished, tmp_path, name, file,
         (tmp_path / "m" / file).unlink()
     with pytest.raises(ValueError):
         Policy.from_pretrained(tmp_path / "m")
-    status, _, err = run_cli("--recommend", "1", "--model", tmp_path / "m")
-    assert status == 2 and len(err.strip().splitlines()) == 1 and err.startswith("error: ")
+    status, out, err = run_cli("--recommend", "1", "--model", tmp_path / "m")
+    assert status == 2 and len(err.strip().splitlines()) == 1 and len(err) < 1000 and not out
+    assert err.startswith(f"error: {tmp_path / 'm'} holds no saved model")
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("content", ["weights", "trap"])
+def test_no_pickle_is_ever_read(finished, tmp_path, content):
+    """Not even one that torch.load would call safe, and not by way of an index."""
+    path, _, _ = finished
+    shutil.copytree(path / "out/tb-1", tmp_path / "m")
+    weights = load((tmp_path / "m/model.safetensors").read_bytes())
+    (tmp_path / "m/model.safetensors").unlink()
+    torch.save(weights if content == "weights" else Trap(tmp_path / "sprung"), tmp_path / "m/pytorch_model.bin")
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        (tmp_path / "m" / index).write_text(json.dumps({"weight_map": dict.fromkeys(weights, "pytorch_model.bin")}))
+    status, out, err = run_cli("--recommend", "1", "--model", tmp_path / "m")
+    assert status == 2 and "model.safetensors" in err and len(err.strip().splitlines()) == 1 and not out
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_huge_file_of_ids_is_refused_unread(finished, tmp_path):
+    path, _, _ = finished
+    shutil.copytree(path / "out/tb-1", tmp_path / "m")
+    os.truncate(tmp_path / "m/semantic_ids.json", 2 ** 29)       # sparse: it takes no room on the disk
+    with pytest.raises(InputError, match="semantic_ids.json.*more than 268435456 bytes"):
+        Policy.from_pretrained(tmp_path / "m")
+
+
+def test_titles_of_a_saved_model_do_not_command_the_terminal(finished, tmp_path):
+    path, _, _ = finished
+    shutil.copytree(path / "out/tb-1", tmp_path / "m")
+    file = tmp_path / "m/semantic_ids.json"
+    file.write_bytes(keys(titles=[f"a\n\x1b[2J\ud800\u2028{i}" for i in range(48)])(file.read_bytes()))
+    status, out, _ = run_cli("--recommend", "1", "--model", tmp_path / "m")
+    assert status == 0 and len(out.splitlines()) == 10 and "\x1b" not in out and out.encode()
+
+
+@pytest.mark.parametrize("names, message", [
+    ([""], "no item has the id or title ''"),
+    (["1", "x" * 10 ** 5], "no item has the id or title 'xxx"),
+    (["\udcff\n"], r"'\udcff\n'"),
+    ([str(i) for i in range(48)], "nothing is left to recommend")])
+def test_names_that_cannot_be_recommended_for(finished, names, message):
+    path, _, _ = finished
+    status, out, err = run_cli("--recommend", *names, "--model", path / "out/tb-1")
+    assert status == 2 and message in err and len(err.strip().splitlines()) == 1 and len(err) < 500 and not out
+
+
+def test_titles_are_found_in_any_case_spacing_and_form_of_unicode():
+    titles = ["Caf\u00e9  del Mar", "Straße", "Other", "Other"]
+    for name, index in (("cafe\u0301 DEL mar ", 0), ("STRASSE", 1), (" c ", 2)):
+        assert find_item(name, ["a", "b", "c", "d"], titles) == index
+    with pytest.raises(InputError, match="several items have the title 'other': give one's id, c, d"):
+        find_item("other", ["a", "b", "c", "d"], titles)
 
 
 def test_recommend_needs_ids_and_titles(finished, tmp_path):

@@ -344,13 +344,15 @@ def read_row(path, method, seed, users):
 
 def find_item(name, ids, titles):
     """Index of the item with this id or title; InputError, with near matches, if there is none or more than one."""
-    if name in ids:
-        return ids.index(name)
-    lowered = [title.lower() for title in titles]
-    found = [i for i, title in enumerate(lowered) if title == name.lower()]
+    def plain(text):                                           # neither case, spaces nor the way of writing é make a difference
+        return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+    if name.strip() in ids:
+        return ids.index(name.strip())
+    plain_titles = [plain(title) for title in titles]
+    found = [i for i, title in enumerate(plain_titles) if title == plain(name)]
     if len(found) == 1:
         return found[0]
-    near = [titles[lowered.index(t)] for t in difflib.get_close_matches(name.lower(), lowered, 3, 0.4)]
+    near = [titles[plain_titles.index(t)][:80] for t in difflib.get_close_matches(plain(name)[:80], plain_titles, 3, 0.4)]
     hint = f"; near: {', '.join(map(repr, near))}" if near else ""
     raise InputError(f"several items have the title {name!r}: give one's id, {', '.join(ids[i] for i in found[:5])}" if found
-                     else f"no item has the id or title {name!r}{hint}")
+                     else f"no item has the id or title {name[:80]!r}{hint}")
