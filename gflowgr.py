@@ -31,8 +31,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.inputs import (InputError, check, check_out, check_size, find_item, load_data, one_line, parse_arguments, read_json,
-                         read_row)
+from data.inputs import (InputError, check, check_out, check_size, find_item, load_data, one_line, parse_arguments,
+                         read_json, read_row)
 
 # --- Settings --------------------------------------------------------------------------------------------------------
 METHODS = {"pop": "Popularity", "cm": "CM alone", "sft": "SFT", "sft-continued": "SFT (continued)",

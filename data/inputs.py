@@ -284,7 +284,8 @@ def check(settings, methods, devices):
         if not isinstance(value, str) and not least <= value <= most:
             raise InputError(f"--{f.name.replace('_', '-')} {value}: it is at least {least} and at most {most}")
     if settings.ids not in ("content", "mixed") or settings.width % 32:
-        raise InputError(f"--ids is content or mixed, not {settings.ids!r}, and --width a multiple of 32, not {settings.width}")
+        raise InputError(f"--ids is content or mixed, not {settings.ids!r}; "
+                         f"--width is a multiple of 32, not {settings.width}")
     if settings.trajectories == 0 and {"sdpo", "vargrad"} & set(asked):
         raise InputError("--trajectories 0 leaves sdpo and vargrad nothing to compare with; give at least 1")
     if settings.device != "auto" and settings.device not in devices:
@@ -344,7 +345,7 @@ def read_row(path, method, seed, users):
 
 def find_item(name, ids, titles):
     """Index of the item with this id or title; InputError, with near matches, if there is none or more than one."""
-    def plain(text):                                           # neither case, spaces nor the way of writing é make a difference
+    def plain(text):                                           # case, spaces and the form of an é make no difference
         return " ".join(unicodedata.normalize("NFC", text).casefold().split())
     if name.strip() in ids:
         return ids.index(name.strip())
