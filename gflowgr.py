@@ -23,15 +23,13 @@ Where this departs from the paper, or had to guess (the formulas are known secon
 The order below is that of the story: settings, policy, losses, sampler, training, evaluation, experiment, command line.
 """
 import copy
-import json
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.inputs import InputError, check, check_out, find_item, load_data, parse_arguments
+from data.inputs import InputError, check, check_out, check_size, find_item, load_data, one_line, parse_arguments, read_row
 
 # --- Settings --------------------------------------------------------------------------------------------------------
 METHODS = {"pop": "Popularity", "cm": "CM alone", "sft": "SFT", "sft-continued": "SFT (continued)",
@@ -86,6 +84,7 @@ QUICK = dict(sft_epochs=1, epochs=1)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")          # a terminal that knows no ± or é still gets the rest
     SETTINGS, ARGUMENTS = parse_arguments(sys.argv[1:], Settings, PRESETS, QUICK)   # before torch, so --help answers at once
 
 import numpy as np                                             # noqa: E402
@@ -98,6 +97,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel   # noqa: E40
 
 from data.batches import batches, pick_contexts, training_rows  # noqa: E402
 from data.checkpoint import load_checkpoint, save_checkpoint    # noqa: E402
+from data.saved import load_policy, save_policy                # noqa: E402
 from data.metrics import beyond_accuracy, exposure_bias, ndcg_at, recall_at   # noqa: E402
 from data.oracle import distribution, exact, plot_flows, train_to_the_oracle   # noqa: E402
 from data.report import plot_curves, plot_exposure, results_of, table_of, write_json   # noqa: E402
@@ -165,12 +165,12 @@ class Policy(torch.nn.Module):
     [[1, -1]]
     """
 
-    def __init__(self, semantic_ids, window=20, width=128, layers=3, dropout=0.2, lm=None):
+    def __init__(self, semantic_ids, window=20, width=128, layers=3, dropout=0.2):
         super().__init__()
         K, L, n = semantic_ids.num_codes, semantic_ids.num_levels, len(semantic_ids.codes)
         self.semantic_ids, self.window, self.user_token = semantic_ids, window, K * L
         self.catalogue = {}                                    # item_ids and titles, when they are known
-        self.lm = lm or GPT2LMHeadModel(GPT2Config(
+        self.lm = GPT2LMHeadModel(GPT2Config(
             vocab_size=L * K + 1 + n, n_positions=window + L, n_embd=width, n_layer=layers, n_head=max(1, width // 32),
             activation_function="gelu_pytorch_tanh",           # gelu_new's values, faster on CPU
             resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,   # attention dropout would double the time of a step
@@ -336,33 +336,12 @@ class Policy(torch.nn.Module):
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors (plain GPT-2) and semantic_ids.json (IDs, item ids, titles)."""
-        part = Path(f"{folder}.part")                          # written beside it, then moved, so no file is ever half there
-        self.lm.save_pretrained(part)
-        ids = {"num_codes": self.semantic_ids.num_codes, "codes": self.semantic_ids.codes.tolist(), **self.catalogue}
-        write_json(part / "semantic_ids.json", ids)
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for file in part.iterdir():
-            os.replace(file, Path(folder) / file.name)
-        part.rmdir()
+        save_policy(self, folder)
 
     @classmethod
     def from_pretrained(cls, folder):
-        """The Policy that save_pretrained wrote; its flow head, used in training alone, starts anew. ValueError if there is none."""
-        try:
-            ids = json.loads((Path(folder) / "semantic_ids.json").read_text(encoding="utf-8"))
-            semantic_ids = SemanticIDs(np.array(ids["codes"]), ids["num_codes"])
-            lm = GPT2LMHeadModel.from_pretrained(folder)
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{folder} holds no saved model (pop and cm have none): {str(error).splitlines()[0]}") from None
-        expected = semantic_ids.num_levels * semantic_ids.num_codes + 1 + len(semantic_ids.codes)
-        if lm.config.vocab_size != expected:
-            raise ValueError(f"{folder}: the IDs need {expected} tokens, the model has {lm.config.vocab_size}")
-        policy = cls(semantic_ids, window=lm.config.n_positions - semantic_ids.num_levels, lm=lm)
-        policy.catalogue = {name: ids[name] for name in ("item_ids", "titles") if name in ids}
-        if any(not isinstance(names, list) or len(names) != len(semantic_ids.codes) or not all(isinstance(x, str) for x in names)
-               for names in policy.catalogue.values()):
-            raise ValueError(f"{folder}: semantic_ids.json needs one id and one title for each item")
-        return policy.eval()
+        """The Policy that save_pretrained wrote, or InputError; its flow head, used in training alone, starts anew."""
+        return load_policy(cls, folder)
 
 
 # --- Losses: pure functions of tensors, all in natural logs ----------------------------------------------------------
@@ -698,11 +677,10 @@ def run(settings, resume=False):
     """The whole job → results. Every finished row is written at once, so an interruption loses only the row that it hits."""
     devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     methods, seeds = check(settings, METHODS, SAMPLERS, devices)
-    check_out(settings)
     settings.device = devices[0] if settings.device == "auto" else settings.device
     data, out, rows = load_data(settings.data), Path(settings.out), []
-    if len(data.item_ids) > settings.codes ** 3:
-        raise InputError(f"{len(data.item_ids)} items do not fit into {settings.codes}^3 semantic IDs; raise --codes")
+    check_size(settings, data)
+    check_out(settings, data, resume)
     if not resume:                                             # a row must never stand beside a model of another run
         for folder in (out / f"{method}-{seed}" for seed in seeds for method in methods):
             for name in ("row.json", "checkpoint.safetensors"):
@@ -715,7 +693,7 @@ def run(settings, resume=False):
                 prepared = prepared or prepare(seed, data, settings)
                 write_json(path, run_row(method, seed, prepared, data, settings))
                 path.with_name("checkpoint.safetensors").unlink(missing_ok=True)   # the row is whole
-            rows.append(json.loads(path.read_text(encoding="utf-8")))
+            rows.append(read_row(path, method, seed, len(data.histories)))
             results = results_of(rows, data, settings)
             write_json(out / "results.json", results)
     (out / "results.md").write_text(table_of(results, METHODS) + "\n", encoding="utf-8")
@@ -744,17 +722,16 @@ def run_oracle(settings, users=4):
 
 def print_recommendations(folder, names):
     """Ten titles for a history of titles or ids, oldest first, from a saved model."""
-    try:
-        policy = Policy.from_pretrained(folder)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    policy = Policy.from_pretrained(folder)
     if len(policy.catalogue) < 2:
         raise InputError(f"{folder} was saved without item ids and titles")
     ids, titles = policy.catalogue["item_ids"], policy.catalogue["titles"]
     items, log_probs = policy.recommend([[find_item(name, ids, titles) for name in names]])
+    if items.max() < 0:
+        raise InputError("nothing is left to recommend: all that the search found is in the history")
     for item, log_prob in zip(items[0].tolist(), log_probs[0].tolist()):
         if item >= 0:
-            print(f"{math.exp(log_prob):.4f}  {titles[item]}")
+            print(f"{math.exp(log_prob):.4f}  {one_line(titles[item])}")
 
 
 def main(settings, arguments):
@@ -772,9 +749,14 @@ def main(settings, arguments):
                   + (", and one epoch is a smoke test, not a result" if settings.epochs == 1 else "")
                   + f". results.json, results.md, curves.png and the models are in {settings.out}/")
         return 0
-    except (InputError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError, SafetensorError, FloatingPointError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
+    except (MemoryError, RuntimeError) as error:               # torch says it in its own words, on each device
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        print("error: not enough memory; lower --batch, --width, --layers, --window or --codes", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"\nstopped; the finished rows are in {settings.out}/, and --resume goes on from them", file=sys.stderr)
         return 130

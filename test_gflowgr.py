@@ -15,6 +15,7 @@ import json
 import math
 import os
 import runpy
+import pickle
 import shutil
 import subprocess
 import sys
@@ -24,13 +25,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from transformers import GPT2LMHeadModel
 
 import gflowgr
 import reward
 import tokenizer
 from data import batches, exercises, grading, make_toy, metrics, ml_100k    # noqa: F401 (exercises fills grading.EXERCISES)
-from data.inputs import InputError, parse_arguments, read_folder
+from data.inputs import InputError, check_size, find_item, parse_arguments, read_folder
 from gflowgr import Policy, Settings
 from reward import CollaborativeModel, Reward
 from tokenizer import SemanticIDs
@@ -88,6 +91,13 @@ def test_ids_refuse_what_cannot_be_unique():
         SemanticIDs.fit(np.array([[0.0], [np.nan]]), 2)
     with pytest.raises(ValueError):
         SemanticIDs([[0, 1, 2]], 2)
+    for num_codes in (10 ** 9, 10 ** 30, 3.0, "3", None, math.inf, -3):    # nor is a table for 10^9 codes begun
+        with pytest.raises(ValueError, match="whole number"):
+            SemanticIDs([[0, 1, 2]], num_codes)
+    with pytest.raises(ValueError, match="too large"):
+        SemanticIDs([[i, i, 0] for i in range(4096)], 65536)
+    with pytest.raises(InputError, match="lower --codes"):
+        check_size(Settings(codes=65536), argparse.Namespace(item_ids=[""] * 4096))
 
 
 def test_ids_same_seed_same_ids_and_similar_items_share_codes():
@@ -405,6 +415,8 @@ def test_saved_model_is_a_plain_gpt2_and_comes_back(small, tmp_path):
         torch.testing.assert_close(plain(tokens).logits, small.lm(tokens).logits)
     assert back.recommend(HISTORIES)[0].equal(small.recommend(HISTORIES)[0])
     assert back.catalogue == small.catalogue and back.window == small.window
+    state = torch.get_rng_state()                              # loading draws nothing, and the flow head starts anew
+    assert not Policy.from_pretrained(tmp_path).flow_head.bias.any() and torch.get_rng_state().equal(state)
 
 
 # --- sampler and training --------------------------------------------------------------------------------------------
@@ -550,8 +562,34 @@ BAD = {  # name: (items.csv, interactions.csv, what the message must name)
     "position is nan": (ITEMS, EVENTS + "w,a,nan\n", "line 8: position 'nan'"),
     "position is infinite": (ITEMS, EVENTS + "w,a,1e999\n", "line 8: position '1e999'"),
     "rating is text": (ITEMS, "user_id,item_id,position,rating\nu,a,0,good\n", "line 2: rating 'good'"),
-    "not utf-8": (ITEMS, EVENTS.encode() + b"\xff\xfe,a,0\n", "not UTF-8"),
-    "gzip": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00", EVENTS, "not UTF-8|unpack"),
+    "not utf-8": (ITEMS, EVENTS.encode() + b"\xff\xfe,a,0\n", "line 8: not UTF-8"),
+    "latin-1": (ITEMS.encode() + "e,Été\n".encode("latin-1"), EVENTS, r"items\.csv, line 6: not UTF-8"),
+    "half a surrogate pair": (ITEMS, EVENTS.encode() + b"w\xed\xa0\x80,a,0\n", "line 8: not UTF-8"),
+    "utf-16": (ITEMS, EVENTS.encode("utf-16"), "line 1: not UTF-8"),
+    "utf-16 without a mark": (ITEMS, EVENTS.encode("utf-16-le"), "line 1: (not UTF-8|.*NUL)"),   # NUL: Python 3.10's word
+    "null character": (ITEMS, EVENTS + "w\0,a,0\n", "line 8: (not UTF-8|.*NUL)"),
+    "gzip": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00", EVENTS, "line 1: not UTF-8.*unpack"),
+    "zip": (b"PK\x03\x04\x14\x00\x00\x00", EVENTS, "line 1: (not UTF-8|.*NUL)"),
+    "web page": ("<html><body>Not found</body></html>\n", EVENTS, "no column 'item_id' in the first line.*'<html>"),
+    "semicolons": (ITEMS, EVENTS.replace(",", ";"), "no column 'user_id'.*commas"),
+    "no header": (ITEMS, EVENTS.split("\n", 1)[1], "which reads 'u,a,0'"),
+    "item twice but for spaces": (ITEMS + " a ,Again\n", EVENTS, "line 6: item 'a' stands twice"),
+    "long item twice": (ITEMS + 2 * ("y" * 10 ** 5 + ",Y\n"), EVENTS, "line 7: item 'yyy"),
+    "item in another form of Unicode": (ITEMS + "\u00e9,E\n", EVENTS + "w,e\u0301,0\n", "line 8: item"),
+    "field too long": (ITEMS + "e," + "x" * 140000 + "\n", EVENTS, "line 6: field larger"),
+    "position is empty": (ITEMS, EVENTS + "w,a,\n", "line 8: position ''"),
+    "position is a date": (ITEMS, EVENTS + "w,a,2024-02-30\n", "line 8: position '2024-02-30'.*seconds"),
+    "position in sixteens": (ITEMS, EVENTS + "w,a,0x10\n", "line 8: position '0x10'"),
+    "position with underscores": (ITEMS, EVENTS + "w,a,1_0.5\n", "line 8: position '1_0.5'"),
+    "position of 5000 digits": (ITEMS, EVENTS + f"w,a,{'1' * 5000}\n", "line 8: position '1111"),
+    "rating of 400 digits": (ITEMS, f"user_id,item_id,position,rating\nu,a,0,{'9' * 400}\n", "line 2: rating '9999"),
+    "ratings all negative": (ITEMS, "user_id,item_id,position,rating\nu,a,0,-1\nu,b,1,-2\n", "ratings are negative"),
+    "line ends in a bad row": (ITEMS, EVENTS + '"w\n\nw",x,0\n', "line 8: item 'x'"),
+    "line ends before a bad row": (ITEMS, EVENTS + '"w\n\nw",a,0\nw,x,0\n', "line 11: item 'x'"),
+    "quote left open": (ITEMS, EVENTS + 'w,"a,0\n' + 9 * "w,b,1\n", "line 8: unexpected end"),
+    "quotes inside quotes": ('item_id,title\na,"Say "Hi" twice"\n', EVENTS, r"items\.csv, line 2.*double"),
+    "a space before the quote": ('item_id,title\na, "Hi, you"\n', EVENTS, "line 2: 3 fields"),
+    "one item": ("item_id\na\n", "user_id,item_id,position\nu,a,0\nv,a,1\n", "no user has three"),
     "three of nobody": (ITEMS, "user_id,item_id,position\nu,a,0\nu,b,1\nv,a,0\n", "no user has three"),
     "repeats only": (ITEMS, "user_id,item_id,position\nu,a,0\nu,a,1\nu,a,2\n", "no user has three"),
     "open quote": (ITEMS, EVENTS + 'w,"a,0\n', "line 8"),
@@ -561,8 +599,85 @@ BAD = {  # name: (items.csv, interactions.csv, what the message must name)
 @pytest.mark.parametrize("name", BAD)
 def test_bad_folders_are_refused_with_file_line_and_cure(name, tmp_path):
     items, events, message = BAD[name]
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as refused:
         read_folder(folder_of(tmp_path / "d", items, events))
+    assert len(str(refused.value).splitlines()) == 1 and len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize("obstacle", ["a folder in its place", "no rights", "a link to itself"])
+def test_what_cannot_be_opened_is_refused(obstacle, tmp_path, monkeypatch):
+    path = folder_of(tmp_path / "d") / "items.csv"
+    def refuse(*args, **kw):
+        raise PermissionError(13, "Permission denied")
+    if obstacle == "no rights":                                # tests may run as root, to whom chmod means nothing
+        monkeypatch.setattr("data.inputs.open", refuse, raising=False)
+    else:
+        path.unlink()
+        path.mkdir() if obstacle == "a folder in its place" else path.symlink_to(path)
+    with pytest.raises(InputError, match=r"cannot read .*items\.csv: "):
+        read_folder(tmp_path / "d")
+    with pytest.raises(InputError, match="is not a folder"):
+        read_folder(tmp_path / "d/interactions.csv")
+
+
+def times(*values):
+    """Interactions of one user with items a, b, c … at these times."""
+    return "user_id,item_id,timestamp\n" + "".join(f"u,{item},{time}\n" for item, time in zip("abcd", values))
+
+
+TWO, HUGE = [[0, 1, 2], [1, 2, 3]], "y" * 10 ** 5                # the histories of EVENTS; an id of 100,000 characters
+HARMLESS = {  # name: (items.csv, interactions.csv, the histories they mean)
+    "Windows line ends": (ITEMS.replace("\n", "\r\n"), EVENTS.replace("\n", "\r\n"), TWO),
+    "old Mac line ends": (ITEMS.replace("\n", "\r"), EVENTS.replace("\n", "\r"), TWO),
+    "no line end at the end": (ITEMS[:-1], EVENTS[:-1], TWO),
+    "byte order marks": ("\ufeff" + ITEMS, "\ufeff" + EVENTS, TWO),
+    "spaces and capitals in headers": (ITEMS.replace("item_id", " ITEM_ID "), EVENTS.replace("item_id,", "Item_id ,\t"),
+                                       TWO),
+    "quotes around everything": (ITEMS, '"' + EVENTS.strip().replace(",", '","').replace("\n", '"\n"') + '"\n', TWO),
+    "columns without a name": (ITEMS, EVENTS.replace("\n", ",,\n"), TWO),
+    "blank lines and rows of commas": (ITEMS + "\n , \n", EVENTS.replace("v,b", "\n,,\nv,b"), TWO),
+    "spaces around ids": (ITEMS, EVENTS.replace("u,", " u ,\u00a0"), TWO),
+    "line ends, quotes and commas in ids": ('item_id\n"a\nb"\n"a,b"\n"""a"""\n',
+                                            times() + 'u,"a,b",1\nu,"""a""",2\nu,"a\nb",3\n', [[1, 2, 0]]),
+    "ids that are nearly the same": ("item_id\n1\n01\n1.0\nA\na\n", times() + "u,1.0,1\nu,01,2\nu,1,3\nu,a,4\nu,A,5\n",
+                                     [[2, 1, 0, 4, 3]]),
+    "huge ids and other scripts": (f"item_id\n{HUGE}\n🎬\nفيلم\n", times() + f"用户,🎬,1\n用户,فيلم,2\n用户,{HUGE},3\n",
+                                   [[1, 2, 0]]),
+    "all titles alike": ("item_id,title\na,Same\nb,Same\nc,Same\n", times(1, 2, 3), [[0, 1, 2]]),
+    "no text at all": ("item_id\na\nb\nc\n", times(1, 2, 3), [[0, 1, 2]]),
+    "a position and a timestamp": (ITEMS, "user_id,item_id,timestamp,position\nu,a,1,3\nu,b,2,2\nu,c,3,1\n", [[2, 1, 0]]),
+    "negative and floating times": (ITEMS, times(1.5, -2, "-1e3", "+.25"), [[2, 1, 3, 0]]),
+    "times beyond 2^53": (ITEMS, times(2 ** 53 + 1, 2 ** 53, 2 ** 53 + 3, 2 ** 53 + 2), [[1, 0, 3, 2]]),
+    "floating times beyond 2^53": (ITEMS, times(f"{2 ** 53 + 1}.0", f"{2 ** 53}.0", 2 ** 53 + 3, f"{2 ** 53 + 2}.5"),
+                                   [[1, 0, 3, 2]]),
+    "nanoseconds": (ITEMS, times("1700000000.123456789", "1700000000.123456788", "1700000000.12345679"), [[1, 0, 2]]),
+    "other digits": (ITEMS, times("٣", "٢", "١"), [[2, 1, 0]]),
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_harmless_oddities_are_read_as_meant(name, tmp_path):
+    items, events, histories = HARMLESS[name]
+    assert read_folder(folder_of(tmp_path / "d", items, events)).histories == histories
+
+
+def test_all_times_equal_or_zero_of_either_sign_are_one_order(tmp_path):
+    found = [read_folder(folder_of(tmp_path / str(i), events=times(*values))).histories
+             for i, values in enumerate([(0, 0, 0, 0), ("-0", "0.0", "-0.0", "0e9"), (5, "5.0", "+5", "0.5e1")])]
+    assert found[0] == found[1] == found[2] and sorted(found[0][0]) == [0, 1, 2, 3]
+
+
+def test_titles_lose_what_a_terminal_would_obey(tmp_path):
+    items = 'item_id,title\na,"\x1b[31mRed\r\n\u2028\x85 Tide\x07"\nb,می\u200cروم\nc,\u3000\n'
+    data = read_folder(folder_of(tmp_path / "d", items, times(1, 2, 3)))
+    assert data.titles == ["[31mRed Tide", "می\u200cروم", "c"]
+
+
+def test_a_history_of_100000_items(tmp_path):
+    n = 10 ** 5
+    items, events = "".join(f"{i}\n" for i in range(n)), "".join(f"u,{i},{n - i}\n" for i in range(n))
+    data = read_folder(folder_of(tmp_path / "d", "item_id\n" + items, times() + events))
+    assert data.histories == [list(range(n))[::-1]] and len(data.train[0]) == n - 2
 
 
 def test_folder_is_read_as_written(tmp_path):
@@ -583,6 +698,11 @@ def test_order_of_rows_changes_nothing(tmp_path):
                  for i, order in enumerate((lines, lines[::-1], sorted(lines, key=lambda r: r[2])))]
         assert found[0] == found[1] == found[2]
         assert case == 1 or found[0] == [[0, 1, 2], [1, 2, 3]]
+    # One item at one time with two ratings
+    header, *rows = ["user_id,item_id,position,rating", "u,a,0,1", "u,a,0,5", "u,b,1,4", "u,c,2,5"]
+    liked = [read_folder(folder_of(tmp_path / "r", events="\n".join([header, *order]))).liked
+             for order in (rows, rows[::-1])]
+    assert liked[0] == liked[1] == [[False, True, True]]
 
 
 def test_ties_are_broken_by_nothing_that_says_which_item_is_popular(tmp_path):
@@ -780,24 +900,78 @@ def test_recommend_prints_ten_titles_for_titles_or_ids(finished):
     assert status == 2 and "no item has the id or title" in err and repr(data.titles[3]) in err
 
 
-def edited(ids, **changes):
-    return json.dumps({**json.loads(ids), **changes}).encode()
+def keys(**changes):
+    """A change of a JSON file: these keys."""
+    return lambda old: json.dumps({**json.loads(old), **changes}).encode()
 
 
-@pytest.mark.parametrize("name, file, change", [
-    ("no weights", "model.safetensors", None),
-    ("half the weights", "model.safetensors", lambda old: old[:5000]),
-    ("no IDs", "semantic_ids.json", None),
-    ("IDs are no JSON", "semantic_ids.json", lambda old: old[:-20]),
-    ("IDs are text", "semantic_ids.json", lambda old: edited(old, codes="none")),
-    ("IDs are ragged", "semantic_ids.json", lambda old: edited(old, codes=[[0, 1, 2], [0, 1]])),
-    ("an ID twice", "semantic_ids.json", lambda old: edited(old, codes=[[0, 1, 2], [0, 1, 2]])),
-    ("fewer items than the model", "semantic_ids.json", lambda old: edited(old, codes=[[0, 1, 2], [0, 1, 3]])),
-    ("another K", "semantic_ids.json", lambda old: edited(old, num_codes=9)),
-    ("no titles", "semantic_ids.json", lambda old: edited(old, titles=None)),
-    ("titles are numbers", "semantic_ids.json", lambda old: edited(old, titles=[1] * 48)),
-    ("fewer titles than items", "semantic_ids.json", lambda old: edited(old, titles=["one"]))])
-def test_a_saved_model_that_is_broken_is_refused(finished, tmp_path, name, file, change):
+def weight(name, value):
+    """A change of a file of weights: this one, taken out if None."""
+    return lambda old: save({k: w for k, w in {**load(old), f"transformer.{name}": value}.items() if w is not None})
+
+
+def first_code(code):
+    """A change of the IDs: the first item's first code."""
+    return lambda old: json.dumps({**json.loads(old), "codes": [[code, 1, 2]] + json.loads(old)["codes"][1:]}).encode()
+
+
+WEIGHTS, CONFIG, IDS = "model.safetensors", "config.json", "semantic_ids.json"
+BROKEN = {  # name: (file, its new content from the old, or None to take it away)
+    "no weights": (WEIGHTS, None),
+    "half the weights": (WEIGHTS, lambda old: old[:5000]),
+    "weights are empty": (WEIGHTS, lambda old: b""),
+    "weights are a pickle": (WEIGHTS, lambda old: pickle.dumps({"transformer.wte.weight": [0.0]})),
+    "a weight is missing": (WEIGHTS, weight("ln_f.bias", None)),
+    "the tokens are missing": (WEIGHTS, weight("wte.weight", None)),
+    "a weight too many": (WEIGHTS, weight("h.7.ln_1.weight", torch.ones(32))),
+    "a weight of another shape": (WEIGHTS, weight("ln_f.bias", torch.ones(31))),
+    "a weight is not finite": (WEIGHTS, weight("ln_f.bias", torch.full((32,), math.nan))),
+    "a weight is whole numbers": (WEIGHTS, weight("ln_f.bias", torch.ones(32).int())),
+    "weights of another model": (WEIGHTS, lambda old: save({f"bert.{name}": w for name, w in load(old).items()})),
+    "no place for a history": (WEIGHTS, weight("wpe.weight", torch.ones(3, 32))),
+    "no config": (CONFIG, None),
+    "config is no JSON": (CONFIG, lambda old: old[:-9]),
+    "config is a list": (CONFIG, lambda old: b"[]"),
+    "another model type": (CONFIG, keys(model_type="bert")),
+    "more layers": (CONFIG, keys(n_layer=2)),
+    "more heads": (CONFIG, keys(n_head=2)),
+    "another width": (CONFIG, keys(n_embd="wide")),
+    "another activation": (CONFIG, keys(activation_function="relu")),
+    "dropout is text": (CONFIG, keys(resid_pdrop="much")),
+    "no IDs": (IDS, None),
+    "IDs are no JSON": (IDS, lambda old: old[:-20]),
+    "IDs are nested without end": (IDS, lambda old: b"[" * 10 ** 5),
+    "IDs are not UTF-8": (IDS, lambda old: old.decode().encode("utf-16")),
+    "IDs are a single value": (IDS, lambda old: b"null"),
+    "IDs are text": (IDS, keys(codes="none")),
+    "IDs are ragged": (IDS, keys(codes=[[0, 1, 2], [0, 1]])),
+    "an ID twice": (IDS, keys(codes=[[0, 1, 2], [0, 1, 2]])),
+    "fewer items than the model": (IDS, keys(codes=[[0, 1, 2], [0, 1, 3]])),
+    "no codes": (IDS, lambda old: b"{}"),
+    "codes for no item": (IDS, keys(codes=[])),
+    "codes without levels": (IDS, keys(codes=[[]] * 48)),
+    "codes of three dimensions": (IDS, lambda old: keys(codes=[json.loads(old)["codes"]])(old)),
+    "a code is a fraction": (IDS, first_code(0.5)),
+    "a code is text": (IDS, first_code("0")),
+    "a code is negative": (IDS, first_code(-1)),
+    "a code is huge": (IDS, first_code(10 ** 30)),
+    "another K": (IDS, keys(num_codes=9)),
+    "K is a billion": (IDS, keys(num_codes=10 ** 9)),
+    "K is beyond all integers": (IDS, keys(num_codes=10 ** 30)),
+    "K is infinite": (IDS, keys(num_codes=math.inf)),
+    "K is a fraction": (IDS, keys(num_codes=8.0)),
+    "K is text": (IDS, keys(num_codes="8")),
+    "no titles": (IDS, keys(titles=None)),
+    "titles are numbers": (IDS, keys(titles=[1] * 48)),
+    "titles are one text": (IDS, keys(titles="x" * 48)),
+    "fewer titles than items": (IDS, keys(titles=["one"])),
+    "an item id twice": (IDS, keys(item_ids=["x"] * 48)),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_saved_model_that_is_broken_is_refused(finished, tmp_path, name):
+    file, change = BROKEN[name]
     path, settings, _ = finished
     shutil.copytree(path / "out/tb-1", tmp_path / "m")
     if change:
@@ -806,8 +980,69 @@ def test_a_saved_model_that_is_broken_is_refused(finished, tmp_path, name, file,
         (tmp_path / "m" / file).unlink()
     with pytest.raises(ValueError):
         Policy.from_pretrained(tmp_path / "m")
-    status, _, err = run_cli("--recommend", "1", "--model", tmp_path / "m")
-    assert status == 2 and len(err.strip().splitlines()) == 1 and err.startswith("error: ")
+    status, out, err = run_cli("--recommend", "1", "--model", tmp_path / "m")
+    assert status == 2 and len(err.strip().splitlines()) == 1 and len(err) < 1000 and not out
+    assert err.startswith(f"error: {tmp_path / 'm'} holds no saved model")
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("content", ["weights", "trap"])
+def test_no_pickle_is_ever_read(finished, tmp_path, content):
+    """Not even one that torch.load would call safe, and not by way of an index."""
+    path, _, _ = finished
+    shutil.copytree(path / "out/tb-1", tmp_path / "m")
+    weights = load((tmp_path / "m/model.safetensors").read_bytes())
+    (tmp_path / "m/model.safetensors").unlink()
+    torch.save(weights if content == "weights" else Trap(tmp_path / "sprung"), tmp_path / "m/pytorch_model.bin")
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        (tmp_path / "m" / index).write_text(json.dumps({"weight_map": dict.fromkeys(weights, "pytorch_model.bin")}))
+    status, out, err = run_cli("--recommend", "1", "--model", tmp_path / "m")
+    assert status == 2 and "model.safetensors" in err and len(err.strip().splitlines()) == 1 and not out
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_huge_file_of_ids_is_refused_unread(finished, tmp_path):
+    path, _, _ = finished
+    shutil.copytree(path / "out/tb-1", tmp_path / "m")
+    os.truncate(tmp_path / "m/semantic_ids.json", 2 ** 29)       # sparse: it takes no room on the disk
+    with pytest.raises(InputError, match="semantic_ids.json.*more than 268435456 bytes"):
+        Policy.from_pretrained(tmp_path / "m")
+
+
+def test_titles_of_a_saved_model_do_not_command_the_terminal(finished, tmp_path):
+    path, _, _ = finished
+    shutil.copytree(path / "out/tb-1", tmp_path / "m")
+    file = tmp_path / "m/semantic_ids.json"
+    file.write_bytes(keys(titles=[f"a\n\x1b[2J\ud800\u2028{i}" for i in range(48)])(file.read_bytes()))
+    status, out, _ = run_cli("--recommend", "1", "--model", tmp_path / "m")
+    assert status == 0 and len(out.splitlines()) == 10 and "\x1b" not in out and out.encode()
+
+
+@pytest.mark.parametrize("names, message", [
+    ([""], "no item has the id or title ''"),
+    (["1", "x" * 10 ** 5], "no item has the id or title 'xxx"),
+    (["\udcff\n"], r"'\udcff\n'"),
+    ([str(i) for i in range(48)], "nothing is left to recommend")])
+def test_names_that_cannot_be_recommended_for(finished, names, message):
+    path, _, _ = finished
+    status, out, err = run_cli("--recommend", *names, "--model", path / "out/tb-1")
+    assert status == 2 and message in err and len(err.strip().splitlines()) == 1 and len(err) < 500 and not out
+
+
+def test_titles_are_found_in_any_case_spacing_and_form_of_unicode():
+    titles = ["Caf\u00e9  del Mar", "Straße", "Other", "Other"]
+    for name, index in (("cafe\u0301 DEL mar ", 0), ("STRASSE", 1), (" c ", 2)):
+        assert find_item(name, ["a", "b", "c", "d"], titles) == index
+    with pytest.raises(InputError, match="several items have the title 'other': give one's id, c, d"):
+        find_item("other", ["a", "b", "c", "d"], titles)
 
 
 def test_recommend_needs_ids_and_titles(finished, tmp_path):
@@ -827,6 +1062,29 @@ def test_a_world_of_one_user_and_three_items_works(tmp_path):
 
 @pytest.mark.parametrize("args, message", [
     (["--seeds", "-1"], "must not be negative"),
+    (["--seeds", str(2 ** 64)], "below 2^63"),
+    (["--seeds", "1,,2"], "--seeds takes whole numbers"),
+    (["--seeds", ""], "--seeds takes whole numbers"),
+    (["--weights", "0,-0.0,0"], "not all 0"),
+    (["--weights", "nan,1,1"], "three numbers"),
+    (["--weights", "1e308,1,1"], "three numbers"),
+    (["--methods", ""], "unknown method ''"),
+    (["--methods", "pop, sft"], "unknown method ' sft'"),
+    (["--methods", "tb,sdpo", "--trajectories", "0"], "--trajectories 0"),
+    (["--method", "pop"], "unrecognized arguments: --method"),          # no abbreviations: --epoch is not --epochs
+    (["a\nb"], "unrecognized arguments: a b"),
+    (["--lam", "nan"], "--lam nan"),
+    (["--lam", "-2"], "--lam -2.0: it is at least -1"),
+    (["--rate", "inf"], "--rate inf: it is at least 1e-12 and at most"),
+    (["--fine-rate", "1e300"], "--fine-rate 1e+300"),
+    (["--dropout", "1"], "--dropout 1.0"),
+    (["--layers", "1000000"], "--layers 1000000"),
+    (["--width", "33"], "multiple of 32, not 33"),
+    (["--width", str(10 ** 9)], f"--width {10 ** 9}"),
+    (["--window", str(10 ** 12)], f"--window {10 ** 12}"),
+    (["--data", "a\nb"], "a b is not a folder"),
+    (["--data", "\udcff"], "'\\udcff' is not UTF-8"),
+    (["--data", str(ROOT / "data/toy/items.csv")], "is not a folder"),
     (["--codes", "1000000"], "at most 65536"),
     (["--methods", "sft,gpt"], "unknown method 'gpt'"),
     (["--nonsense", "1"], "unrecognized arguments"),
@@ -847,6 +1105,87 @@ def test_bad_arguments_get_one_line_and_status_2(args, message, tmp_path):
     assert status == 2 and message in err and len(err.strip().splitlines()) == 1 and not out.exists()
 
 
+def unusual_out(path, case):
+    """A folder for --out that cannot be used."""
+    content = {"a list": [], "no settings": {"runs": []}, "settings are a list": {"settings": [], "data": {}},
+               "another run": {"settings": {}, "data": {}}}
+    path.mkdir()
+    if case == "a file":
+        (path / "out").write_text("mine")
+    elif case == "a data folder":
+        folder_of(path / "out")
+    elif case == "rows of unknown settings":
+        (path / "out/pop-42").mkdir(parents=True)
+        (path / "out/pop-42/row.json").write_text("{}")
+    else:
+        (path / "out").mkdir()
+        (path / "out/results.json").write_text("[" * 10 ** 5 if case == "nested without end" else json.dumps(content[case]))
+    return path / "out"
+
+
+@pytest.mark.parametrize("case, message", [
+    ("a file", "cannot write into --out"),
+    ("a data folder", "is a data folder"),
+    ("a list", "not a JSON file of this program"),
+    ("nested without end", "not a JSON file of this program"),
+    ("no settings", "not a results file of this program"),
+    ("settings are a list", "not a results file of this program"),
+    ("another run", "holds a run with --data None, not toy"),
+    ("rows of unknown settings", "their settings are unknown")])
+def test_an_out_that_cannot_be_used_is_refused_and_left_as_it_is(case, message, tmp_path):
+    out = unusual_out(tmp_path / "place", case)
+    before = {p: p.read_bytes() for p in (tmp_path / "place").rglob("*") if p.is_file()}
+    status, _, err = run_cli("--methods", "pop", "--resume", "--out", out)
+    assert status == 2 and message in err and len(err.strip().splitlines()) == 1
+    assert before == {p: p.read_bytes() for p in (tmp_path / "place").rglob("*") if p.is_file()}
+    status, _, err = run_cli("--methods", "pop", "--out", ROOT / "README.md" / "below")
+    assert status == 2 and "cannot write into --out" in err
+
+
+@pytest.mark.parametrize("damage", [
+    lambda row: {}, lambda row: [row], lambda row: {**row, "seed": 2}, lambda row: {**row, "method": "cm"},
+    lambda row: {**row, "ranks": row["ranks"][1:]}, lambda row: {**row, "ranks": ["1"] * len(row["ranks"])},
+    lambda row: {**row, "ranks": None}, lambda row: {**row, "metrics": {"ndcg@10": 0.5}}, lambda row: {**row, "curve": [1]},
+    lambda row: {**row, "metrics": {**row["metrics"], "ndcg@10": "good"}}, lambda row: {**row, "seconds": {}}])
+def test_resume_refuses_a_damaged_row(finished, tmp_path, damage):
+    path, settings, _ = finished
+    (tmp_path / "out/pop-1").mkdir(parents=True)
+    shutil.copy(path / "out/results.json", tmp_path / "out")
+    row = json.loads((path / "out/pop-1/row.json").read_text())
+    (tmp_path / "out/pop-1/row.json").write_text(json.dumps(damage(row)))
+    flags = [tmp_path / "out" if flag == settings.out else flag for flag in tiny_flags(settings)]
+    status, _, err = run_cli(*flags, "--seeds", "1", "--methods", "pop", "--resume")
+    assert status == 2 and "pop-1/row.json" in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_run_on_files_that_have_changed_is_refused(tmp_path):
+    """In a folder whose name is half a formula, with a line end and an accent."""
+    folder = folder_of(tmp_path / "$x^$\né")
+    flags = ["--data", folder, "--out", tmp_path / "out", "--methods", "pop", "--codes", "2"]
+    status, _, err = run_cli(*flags)
+    assert status == 0, err
+    (folder / "items.csv").write_text(ITEMS.replace("Alpha", "Omega"))
+    status, _, err = run_cli(*flags, "--resume")
+    assert status == 2 and "holds a run on other data" in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("error, message", [
+    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "not enough memory; lower --batch"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
+    (MemoryError("Unable to allocate 112 GiB"), "not enough memory"),
+    (SafetensorError("No space left\non device"), "No space left on device"),
+    (OSError(28, "No space left on device", "out/row.json"), "out/row.json")])
+def test_a_full_memory_or_disk_is_one_line(error, message, monkeypatch):
+    def fail(*_):
+        raise error
+    monkeypatch.setattr(gflowgr, "run", fail)
+    status, _, err = run_cli()
+    assert status == 2 and message in err and len(err.strip().splitlines()) == 1
+    error = RuntimeError("a mistake of ours")
+    with pytest.raises(RuntimeError, match="ours"):
+        run_cli()
+
+
 def test_the_script_itself_exits_with_status_2_and_no_traceback():
     done = subprocess.run([sys.executable, str(ROOT / "gflowgr.py"), "--data", "nowhere"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: nowhere is not a folder") and done.stdout == ""
@@ -858,7 +1197,8 @@ def test_examples_in_docstrings(module):
 
 
 def test_help_answers_before_torch_is_loaded():
-    done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "gflowgr.py"), "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "gflowgr.py"), "--help"], capture_output=True,
+                          text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})       # a terminal without a ŷ
     assert done.returncode == 0 and "--recommend" in done.stdout and " torch" not in done.stderr
 
 

@@ -143,12 +143,12 @@ class SemanticIDs:
     """
 
     def __init__(self, codes, num_codes):
-        """codes (n, L) integers in [0, num_codes), all rows different; raises ValueError otherwise."""
+        """codes (n, L) integers in [0, num_codes), all rows different; num_codes an int ≤ 65536. ValueError otherwise."""
         codes = np.asarray(codes)
         if codes.ndim != 2 or codes.size == 0 or not np.issubdtype(codes.dtype, np.integer):
             raise ValueError(f"semantic IDs must be an (n, L) table of integers, not {codes.dtype} of shape {codes.shape}")
-        if codes.min() < 0 or codes.max() >= num_codes:
-            raise ValueError(f"codes must lie in [0, {num_codes})")
+        if not isinstance(num_codes, int) or num_codes > 65536 or codes.min() < 0 or codes.max() >= num_codes:
+            raise ValueError(f"codes must lie in [0, {num_codes}), a whole number of at most 65536")
         self.codes = torch.from_numpy(codes.astype(np.int64))   # (n, L)
         self.num_codes, self.num_levels = int(num_codes), codes.shape[1]
         # The tree's nodes: 0 is the empty prefix, 1 … P-1 the others, level by level, and P + i is item i.
@@ -157,6 +157,8 @@ class SemanticIDs:
             prefix, below = np.unique(nodes[level] * num_codes + codes[:, level], return_inverse=True)
             nodes.append(count + below)
             count += len(prefix)
+        if count * num_codes > 2 ** 28:                         # 2 GB, of which only a hostile file makes use
+            raise ValueError(f"a tree of {count} prefixes with {num_codes} codes each is too large")
         nodes = np.stack(nodes + [count + np.arange(len(codes))], 1)
         # children[node, code] is the node that the code leads to, −1 if there is none. The last row is all −1: index
         # −1 reaches it, so a walk that has left the tree stays outside. It grows with the prefixes, not with K^L.

@@ -15,13 +15,21 @@ import csv
 import difflib
 import json
 import math
+import re
+import tempfile
+import unicodedata
 import zlib
 from dataclasses import asdict, dataclass, field, fields
+from decimal import Decimal
 from pathlib import Path
 
 from data import ml_100k
 
 TEXT_COLUMNS = ("title", "keywords", "genres", "category")
+# The least and the most of a setting that is a number, where it is not from 1 (or just above 0) to a million.
+LIMITS = {"codes": (1, 65536), "width": (32, 8192), "layers": (1, 100), "dropout": (0, 0.99), "lam": (-1, 10 ** 6),
+          "trajectories": (0, 1000)}
+LARGEST_JSON = 2 ** 28                                         # bytes: the IDs and titles of two million items
 
 
 class InputError(ValueError):
@@ -43,55 +51,93 @@ class Dataset:
     dropped_users: int = 0             # users left with fewer than three items
     truth: dict = field(default_factory=dict)   # toy only: {"liked": B sets, "shown": B sets}
 
+    @property
+    def sizes(self):
+        """What results.json says of the data; the checksum tells other data of the same size apart."""
+        content = repr((self.item_ids, self.texts, self.histories, self.liked))
+        return {"name": self.name, "users": len(self.histories), "items": len(self.item_ids),
+                "interactions": sum(map(len, self.histories)), "checksum": zlib.crc32(content.encode())}
+
+
+def one_line(text):
+    """Text for the screen: line ends, control characters and what cannot be encoded become spaces."""
+    return re.sub("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+", " ", str(text))
+
+
+def read_json(path):
+    """The JSON object in a file; raises InputError if there is none."""
+    try:
+        if Path(path).stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it has more than {LARGEST_JSON} bytes")
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it is a list or a single value")
+        return value
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a JSON file of this program: {error}") from None
+
 
 def _rows(path, required):
     """Yield (line number, {column: stripped value}) of a CSV file with these columns."""
+    end = 0
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             reader = csv.reader(f, strict=True)
             header = None
             for row in reader:
+                line, end = end + 1, reader.line_num           # a quoted field may hold line ends: a row's first line counts
                 row = [value.strip() for value in row]
+                if "\0" in "".join(row):
+                    raise UnicodeError                         # UTF-16, or no text at all
                 if not any(row):
                     continue                                   # a blank line
                 if header is None:
                     header = [name.lower() for name in row]
                     _check_header(path, header, required)
                 elif len(row) != len(header):
-                    raise InputError(f"{path}, line {reader.line_num}: {len(row)} fields, the header has "
-                                     f"{len(header)}; quote a field that holds a comma or a quote")
+                    raise InputError(f"{path}, line {line}: {len(row)} fields, the header has {len(header)}; "
+                                     "quote a field that holds a comma or a quote")
                 else:
-                    yield reader.line_num, dict(zip(header, row))
+                    yield line, dict(zip(header, row))
             if header is None:
-                raise InputError(f"{path} is empty; its first line should name the columns, {', '.join(required)} among them")
+                raise InputError(f"{path} is empty; its first line names the columns, {', '.join(required)} among them")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; a data folder holds interactions.csv and items.csv") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text; unpack it if it is compressed, or save it as UTF-8") from None
+    except UnicodeError:
+        bad = (n for n, raw in enumerate(Path(path).read_bytes().split(b"\n"), 1)
+               if b"\0" in raw or raw.decode("utf-8", "ignore").encode() != raw)
+        raise InputError(f"{path}, line {next(bad, 1)}: not UTF-8 text; unpack the file if it is compressed, "
+                         "or save it as UTF-8") from None
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: {error}; write the file with a CSV library") from None
+        raise InputError(f"{path}, line {end + 1}: {error}; close every quote, and double those inside quotes") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _check_header(path, header, required):
-    twice = {name for name in header if header.count(name) > 1}
+    twice = [name for name in header if name and header.count(name) > 1]   # a nameless column holds nothing of ours
     if twice:
-        raise InputError(f"{path}: column {twice.pop()!r} stands twice in the first line")
+        raise InputError(f"{path}: column {twice[0][:40]!r} stands twice in the first line; rename or drop one")
     for name in required:
         if name not in header:
-            raise InputError(f"{path}: no column {name!r} in the first line, which reads {','.join(header)[:200]!r}")
+            raise InputError(f"{path}: no column {name!r} in the first line, which reads {','.join(header)[:200]!r}; "
+                             "it names the columns, with commas between them")
 
 
 def _number(text, path, line, column):
-    """A finite int or float; an int stays exact, however large."""
+    """A finite int or Decimal: exact, where a float would make equal times of two nanoseconds, or of 2^53 and the next."""
     try:
-        value = int(text) if text.lstrip("+-").isdecimal() else float(text)
+        value = int(text) if text.lstrip("+-").isdecimal() else Decimal(text)
         if "_" in text or not math.isfinite(value):
             raise ValueError
         return value
-    except (ValueError, OverflowError):
-        raise InputError(f"{path}, line {line}: {column} {text[:40]!r} is not a finite number") from None
+    except (ValueError, ArithmeticError):
+        raise InputError(f"{path}, line {line}: {column} {text[:40]!r} is not a finite number; write it like 12 or 3.5 "
+                         "(a date as seconds)") from None
 
 
 def _read_items(path):
@@ -102,10 +148,10 @@ def _read_items(path):
         if not item:
             raise InputError(f"{path}, line {line}: item_id is empty")
         if item in seen:
-            raise InputError(f"{path}, line {line}: item {item!r} stands twice; give each item one row")
+            raise InputError(f"{path}, line {line}: item {item[:40]!r} stands twice; give each item one row")
         seen.add(item)
         ids.append(item)
-        titles.append(" ".join((row.get("title") or row.get("keywords") or item).split()))
+        titles.append(" ".join(one_line(row.get("title") or row.get("keywords") or item).split()))
         texts.append(" ".join(row[c] for c in TEXT_COLUMNS if row.get(c)))
     if not ids:
         raise InputError(f"{path} has a header but no items")
@@ -113,7 +159,7 @@ def _read_items(path):
 
 
 def _read_events(path, index):
-    """{user: [(position, tie-break, item, rating or None)]} in the order of the rows."""
+    """{user: [(position, tie-break, item, rating or None)]}, unsorted."""
     events = {}
     order = None
     for line, row in _rows(path, ["user_id", "item_id"]):
@@ -125,7 +171,7 @@ def _read_events(path, index):
             raise InputError(f"{path}, line {line}: user_id is empty")
         if item not in index:
             raise InputError(f"{path}, line {line}: item {item[:40]!r} is not in items.csv; add it there or drop the row")
-        rating = _number(row["rating"], path, line, "rating") if "rating" in row else None
+        rating = float(_number(row["rating"], path, line, "rating")) if "rating" in row else None
         tie = zlib.crc32(f"{user}\t{item}".encode())
         events.setdefault(user, []).append((_number(row[order], path, line, order), tie, index[item], rating))
     if not events:
@@ -140,13 +186,16 @@ def read_folder(folder):
         raise InputError(f"{folder} is not a folder; --data takes toy, ml-100k or a folder with interactions.csv and items.csv")
     item_ids, titles, texts = _read_items(folder / "items.csv")
     events = _read_events(folder / "interactions.csv", {item: i for i, item in enumerate(item_ids)})
-    data = Dataset(folder.resolve().name, item_ids, titles, texts, [], [], [])
+    data = Dataset(one_line(folder.resolve().name), item_ids, titles, texts, [], [], [])
     ratings = [r for rows in events.values() for *_, r in rows if r is not None]
+    if ratings and max(ratings) < 0:
+        raise InputError(f"{folder / 'interactions.csv'}: all ratings are negative, and to like is to give 70 % of the "
+                         "highest; add a number to all, or drop the column")
     # Liked: at least 70 % of the highest rating, which is 4 and 5 of 5; anything less is only a click.
     threshold = 0.7 * max(ratings) if ratings else None
     for user in sorted(events):
         kept = {}                                              # item → liked; the first place counts
-        for *_, item, rating in sorted(events[user], key=lambda e: e[:3]):
+        for *_, item, rating in sorted(events[user]):
             kept.setdefault(item, rating is None or rating >= threshold)
         data.dropped_repeats += len(events[user]) - len(kept)
         if len(kept) < 3:
@@ -186,8 +235,9 @@ def parse_arguments(argv, Settings, presets, quick):
 
     presets: {name of a data set: settings that differ there}; quick: what --quick sets.
     """
-    parser = argparse.ArgumentParser(description="GFlowGR: fine-tune a generative recommender with a GFlowNet")
-    parser.error = lambda message: parser.exit(2, f"error: {message}; --help lists what there is\n")
+    parser = argparse.ArgumentParser(description="GFlowGR: fine-tune a generative recommender with a GFlowNet",
+                                     allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"error: {one_line(message)}; --help lists what there is\n")
     for f in fields(Settings):
         special = "".join(f"; {data}: {preset[f.name]}" for data, preset in presets.items() if f.name in preset)
         parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), metavar=type(f.default).__name__.upper(),
@@ -227,46 +277,88 @@ def check(settings, methods, samplers, devices):
         weights = [float(w) for w in settings.weights.split(",")]
     except ValueError as error:
         raise InputError(f"--seeds takes whole numbers and --weights numbers, with commas between them: {error}") from None
-    if min(seeds) < 0 or settings.codes > 65536:
-        raise InputError("--seeds must not be negative, and --codes is at most 65536")
-    if len(weights) != 3 or not all(0 <= w < math.inf for w in weights):
-        raise InputError(f"--weights {settings.weights}: give three numbers, none negative: w_a,w_ŷ,w_s")
-    least = {"lam": -1, "trajectories": 0, "dropout": 0}
+    if not all(0 <= seed < 2 ** 63 for seed in seeds):
+        raise InputError(f"--seeds {settings.seeds}: they must not be negative, and lie below 2^63")
+    if len(weights) != 3 or not all(0 <= w <= 10 ** 6 for w in weights) or not any(weights):
+        raise InputError(f"--weights {settings.weights}: give three numbers, none negative, not all 0: w_a,w_ŷ,w_s")
     for f in fields(settings):
         value = getattr(settings, f.name)
-        if not isinstance(value, str) and not least.get(f.name, 1 if isinstance(value, int) else 1e-12) <= value < math.inf:
-            raise InputError(f"--{f.name.replace('_', '-')} {value}: too small")
-    if settings.ids not in ("content", "mixed") or settings.dropout >= 1 or settings.width % 32:
-        raise InputError("--ids is content or mixed, --dropout is below 1, and --width is a multiple of 32")
+        least, most = LIMITS.get(f.name, (1 if isinstance(value, int) else 1e-12, 10 ** 6))
+        if isinstance(value, str) and value.encode(errors="ignore").decode() != value:
+            raise InputError(f"--{f.name.replace('_', '-')} {value!r} is not UTF-8; rename it")
+        if not isinstance(value, str) and not least <= value <= most:
+            raise InputError(f"--{f.name.replace('_', '-')} {value}: it is at least {least} and at most {most}")
+    if settings.ids not in ("content", "mixed") or settings.width % 32:
+        raise InputError(f"--ids is content or mixed, not {settings.ids!r}; "
+                         f"--width is a multiple of 32, not {settings.width}")
+    if settings.trajectories == 0 and {"sdpo", "vargrad"} & set(asked):
+        raise InputError("--trajectories 0 leaves sdpo and vargrad nothing to compare with; give at least 1")
     if settings.device != "auto" and settings.device not in devices:
         raise InputError(f"--device {settings.device} is not here; choose of auto, {', '.join(devices)}")
     return [m for m in methods if m in asked], seeds
 
 
-def check_out(settings):
-    """Raises InputError where --out holds a run with other settings; its rows would not be comparable."""
-    path = Path(settings.out) / "results.json"
-    if not path.exists():
-        return
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (ValueError, KeyError):
-        raise InputError(f"{path} is not a results file of this program; choose another --out") from None
-    for name, value in asdict(settings).items():
-        if name not in ("methods", "seeds", "out", "device") and old.get(name) != value:
-            raise InputError(f"{settings.out} holds a run with --{name.replace('_', '-')} {old.get(name)}, not {value}; "
+def check_size(settings, data):
+    """Raises InputError where --codes does not suit the number of items."""
+    n, K = len(data.item_ids), settings.codes
+    if n > K ** 3:
+        raise InputError(f"{n} items do not fit into {K}^3 semantic IDs; raise --codes")
+    if (2 + min(n, K) + min(n, K * K)) * K > 2 ** 28:          # the tree's table of children, in the worst case 2 GB
+        raise InputError(f"a tree of {n} items with {K} codes a level is too large; lower --codes")
+
+
+def check_out(settings, data, resume):
+    """Raises InputError where --out cannot be written, or holds a run that this one does not compare with."""
+    out = Path(settings.out)
+    if (out / "items.csv").exists():
+        raise InputError(f"--out {out} is a data folder, in which nothing is changed; choose another")
+    if (out / "results.json").exists():
+        old = read_json(out / "results.json")
+        old, sizes = old.get("settings"), old.get("data")
+        if not isinstance(old, dict) or not isinstance(sizes, dict):
+            raise InputError(f"{out / 'results.json'} is not a results file of this program; choose another --out")
+        for name, value in asdict(settings).items():
+            if name not in ("methods", "seeds", "out", "device") and old.get(name) != value:
+                raise InputError(f"{out} holds a run with --{name.replace('_', '-')} {old.get(name)}, not {value}; "
+                                 "choose another --out, or delete that folder")
+        if any(sizes.get(name, value) != value for name, value in data.sizes.items()):
+            raise InputError(f"{out} holds a run on other data: the files in {settings.data} have changed; "
                              "choose another --out, or delete that folder")
+    elif resume and any(out.glob("*/row.json")):
+        raise InputError(f"{out} holds rows but no results.json, so their settings are unknown; run without --resume")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise InputError(f"cannot write into --out {out}: {error.strerror}; choose another") from None
+
+
+def read_row(path, method, seed, users):
+    """The row.json of a finished row; InputError where it is damaged, or of another method, seed or number of users."""
+    row = read_json(path)
+    try:
+        figures = [row["metrics"][name] for name in ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "coverage@10")]
+        figures += [row["seconds"]["train"]] + [point["ndcg@10"] for point in row["curve"]]
+        fits = ((row["method"], row["seed"], len(row["ranks"])) == (method, seed, users)
+                and set(row["ranks"]) <= set(range(11)) and all(math.isfinite(x) for x in figures))
+    except (KeyError, TypeError):
+        fits = False
+    if not fits:
+        raise InputError(f"{path} is not a row of this run; delete it, and --resume makes it again")
+    return row
 
 
 def find_item(name, ids, titles):
     """Index of the item with this id or title; InputError, with near matches, if there is none or more than one."""
-    if name in ids:
-        return ids.index(name)
-    lowered = [title.lower() for title in titles]
-    found = [i for i, title in enumerate(lowered) if title == name.lower()]
+    def plain(text):                                           # case, spaces and the form of an é make no difference
+        return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+    if name.strip() in ids:
+        return ids.index(name.strip())
+    plain_titles = [plain(title) for title in titles]
+    found = [i for i, title in enumerate(plain_titles) if title == plain(name)]
     if len(found) == 1:
         return found[0]
-    near = [titles[lowered.index(t)] for t in difflib.get_close_matches(name.lower(), lowered, 3, 0.4)]
+    near = [titles[plain_titles.index(t)][:80] for t in difflib.get_close_matches(plain(name)[:80], plain_titles, 3, 0.4)]
     hint = f"; near: {', '.join(map(repr, near))}" if near else ""
     raise InputError(f"several items have the title {name!r}: give one's id, {', '.join(ids[i] for i in found[:5])}" if found
-                     else f"no item has the id or title {name!r}{hint}")
+                     else f"no item has the id or title {name[:80]!r}{hint}")

@@ -44,9 +44,7 @@ def results_of(rows, data, settings):
     summary = {m: {k: {"mean": float(np.mean([r[k] for r in of[m]])), "std": float(np.std([r[k] for r in of[m]], ddof=len(of[m]) > 1))}
                    for k in of[m][0]} for m in methods}
     ranking = [f"{name}@{k}" for k in (5, 10) for name in ("recall", "ndcg")]
-    out = {"data": {"name": data.name, "users": len(data.histories), "items": len(data.item_ids),
-                    "interactions": sum(map(len, data.histories))},
-           "settings": asdict(settings),
+    out = {"data": data.sizes, "settings": asdict(settings),
            "versions": {"python": sys.version.split()[0], **{m: sys.modules[m].__version__ for m in ("torch", "transformers", "numpy")}},
            "runs": [{k: v for k, v in row.items() if k not in ("ranks", "by_user", "example")} for row in rows], "summary": summary}
     for key, base in (("paired", "sft"), ("paired_continued", "sft-continued")):
@@ -107,10 +105,10 @@ def plot_curves(results, names, path):
                       marker=".", label=names[method] if run["seed"] == trained[0]["seed"] else None)
     if trained:
         best = max(p["ndcg@10"] for run in trained for p in run["curve"])
-        axis.set_ylim(0.6 * best, 1.03 * best)                 # what happens far below is only SFT's first epoch
+        axis.set_ylim(0.6 * best, 1.03 * best or 1)            # what happens far below is only SFT's first epoch
         axis.legend()
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_title(results["data"]["name"]), axis.set_ylabel("validation NDCG@10")
+    axis.set_title(results["data"]["name"], parse_math=False), axis.set_ylabel("validation NDCG@10")
     axis.set_xlabel("epoch of fine-tuning; SFT ends at 0")
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)

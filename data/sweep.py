@@ -1,12 +1,13 @@
 """The paper's studies: fine-tune again and again from one SFT model, with one thing changed; a table and a picture."""
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from data.inputs import InputError
+from data.inputs import InputError, check_out, load_data, read_json
+from data.report import write_json
 
 
 def studies(settings):
@@ -43,13 +44,17 @@ def sweep(name, settings, run):
     start = ["sft"] + [m.split("+")[0] for m in methods if guided]
     if not all((Path(settings.out) / f"{m}-{seed}" / "row.json").exists() for m in start for seed in settings.seeds.split(",")):
         run(replace(settings, methods=",".join(start)), resume=True)
+    check_out(settings, load_data(settings.data), resume=True)   # else a study would start from models of other settings
     figures = {}
     for label, changes in tqdm(known[name].items(), desc=f"sweep {name}", disable=None):
-        out = Path(settings.out) / f"sweep-{name}" / label.replace(" ", "")
+        variant = replace(settings, methods=",".join(methods), out=f"{settings.out}/sweep-{name}/{label.replace(' ', '')}", **changes)
+        out = Path(variant.out)
         for folder in Path(settings.out).glob("*-[0-9]*" if guided else "sft-[0-9]*"):   # all start from the same models
             if "+" not in folder.name and not (out / folder.name).exists():
                 shutil.copytree(folder, out / folder.name)
-        results = run(replace(settings, methods=",".join(methods), out=str(out), **changes), resume=True)
+        if not (out / "results.json").exists():                # what --resume knows a folder's settings by
+            write_json(out / "results.json", {**read_json(Path(settings.out) / "results.json"), "settings": asdict(variant)})
+        results = run(variant, resume=True)
         for method in methods:
             figures.setdefault(method, {})[label] = [row["validation"] for row in results["runs"] if row["method"] == method]
     table = ["| " + name + " | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
