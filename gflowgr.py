@@ -24,7 +24,10 @@ The order below is that of the story: settings, policy, losses, sampler, trainin
 """
 import copy
 import math
+import os
+import shutil
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +54,7 @@ def setting(default, help):
 class Settings:
     """Everything that can be set; each field is a flag of the same name."""
     data: str = setting("toy", "toy, ml-100k, or a folder with interactions.csv and items.csv")
-    methods: str = setting("pop,cm,sft,sft-continued,tb", "rows of the table, of: " + ", ".join(METHODS))
+    methods: str = setting("pop,cm,sft,sft-continued,tb,tb+cm", "rows of the table, of: " + ", ".join(METHODS))
     seeds: str = setting("42", "comma-separated; every method runs once with each")
     out: str = setting("", "folder for results, picture and models (default: runs/NAME-OF-DATA)")
     device: str = setting("auto", "auto, cuda, mps or cpu")
@@ -65,7 +68,7 @@ class Settings:
     rate: float = setting(1.5e-3, "peak learning rate of SFT, by AdamW with warm-up and cosine: small models like it high")
     fine_rate: float = setting(5e-4, "peak learning rate of every fine-tuning: a fresh high rate first undoes what SFT learned")
     sft_epochs: int = setting(8, "passes of SFT over the training rows: validation stops rising there")
-    epochs: int = setting(6, "passes of each fine-tuning, the same for every method")
+    epochs: int = setting(2, "passes of each fine-tuning, the same for every method: more only over-fit")
     sampler: str = setting("curriculum", "who picks the augmented trajectories: session, random, curriculum, policy or mixture")
     trajectories: int = setting(3, "N, augmented trajectories a context: the paper's best")
     positions: int = setting(3, "M, contexts a row that get trajectories: few enough to keep a step near twice that of SFT")
@@ -78,8 +81,8 @@ class Settings:
 
 
 # What differs from the defaults above on the two data sets that come by themselves, and in a smoke run.
-PRESETS = {"toy": dict(codes=16, width=64, layers=2, sft_epochs=8, epochs=8, rate=2e-3),
-           "ml-100k": dict(codes=256, width=96, sft_epochs=8, epochs=4, rate=3e-3)}
+PRESETS = {"toy": dict(codes=16, width=64, layers=2, sft_epochs=8, epochs=4, rate=2e-3),
+           "ml-100k": dict(codes=256, width=96, sft_epochs=8, epochs=2, rate=3e-3)}
 QUICK = dict(sft_epochs=1, epochs=1)
 
 
@@ -89,9 +92,11 @@ if __name__ == "__main__":
 
 import numpy as np                                             # noqa: E402
 import torch                                                   # noqa: E402
+import torch.distributed as dist                               # noqa: E402
 import torch.nn.functional as F                                # noqa: E402
 import transformers                                            # noqa: E402
 from safetensors import SafetensorError                        # noqa: E402
+from torch.nn.parallel import DistributedDataParallel          # noqa: E402
 from tqdm import tqdm                                          # noqa: E402
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel   # noqa: E402
 
@@ -480,15 +485,17 @@ def next_token_loss(step_log_probs, valid):
     return -(step_log_probs.sum(-1) * valid).sum() / valid.sum()
 
 
-def loss_of(method, policy, reference, batch, reward, data, settings, progress):
+def loss_of(method, model, reference, batch, reward, data, settings, progress):
     """L = L_GR(U, v) + λ · mean over n = 1..N+1 of L_GFN(τ_n) (METHOD.md, "Definitions"); SFT is its first term alone.
 
-    L_GR is taken at all of a row's targets, L_GFN at M of them. The S-DPO row has its own loss in L_GFN's place.
+    L_GR is taken at all of a row's targets, L_GFN at M of them. The S-DPO row has its own loss in L_GFN's place. model is
+    the policy, or DistributedDataParallel around it.
     """
+    policy = getattr(model, "module", model)
     (B, T), N, M = batch.targets.shape, settings.trajectories, settings.positions
     if method in ("sft", "sft-continued"):
-        log_probs, _ = policy(batch.tokens, batch.ends, batch.targets)
-        return next_token_loss(policy.steps(log_probs, batch.targets), batch.valid)
+        log_probs, _ = model(batch.tokens, batch.ends, batch.targets)
+        return batch.weights[0] * next_token_loss(policy.steps(log_probs, batch.targets), batch.valid)
     chosen, context_ends, histories, following, liked = pick_contexts(batch, data, M)
     positives = batch.targets.gather(1, chosen).flatten()                                            # (B·M,)
     scores = reward.collaborative(histories, following)                                              # (B·M, n)
@@ -498,7 +505,7 @@ def loss_of(method, policy, reference, batch, reward, data, settings, progress):
     # One packed row: a branch for each target (for L_GR, and τ_1), and N for each of the M contexts (τ_2 … τ_{N+1})
     items = torch.cat([batch.targets, others.reshape(B, M * N)], 1)                               # (B, T + M·N)
     ends = torch.cat([batch.ends, context_ends.repeat_interleave(N, 1)], 1)
-    log_probs, log_flow = policy(batch.tokens, ends, items)                                          # (..., L, K), (..., L)
+    log_probs, log_flow = model(batch.tokens, ends, items)                                           # (..., L, K), (..., L)
     step = policy.steps(log_probs, items)                                                            # (..., L)
 
     def by_context(x):         # (B, T + M·N, ...) → (B·M, 1 + N, ...): of each context the logged branch, then its N others
@@ -519,7 +526,8 @@ def loss_of(method, policy, reference, batch, reward, data, settings, progress):
             reference_pf = by_context(reference.steps(reference(batch.tokens, ends, items)[0], items)).sum(-1)
         log_pf = log_pf.sum(-1)
         gfn = sdpo(log_pf[:, 0], log_pf[:, 1:], reference_pf[:, 0], reference_pf[:, 1:], settings.beta)
-    return next_token_loss(step[:, :T], batch.valid) + (settings.lam if settings.lam >= 0 else LAM[method]) * gfn
+    lam = settings.lam if settings.lam >= 0 else LAM[method]
+    return batch.weights[0] * next_token_loss(step[:, :T], batch.valid) + batch.weights[1] * lam * gfn
 
 
 def train(method, policy, reward, data, settings, epochs, seed, folder, reference=None):
@@ -537,6 +545,9 @@ def train(method, policy, reward, data, settings, epochs, seed, folder, referenc
     optimizer = torch.optim.AdamW([{"params": policy.lm.parameters()},          # one number to learn: 10 times the rate
                                    {"params": policy.flow_head.parameters(), "lr": 10 * rate}],
                                   lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    model = DistributedDataParallel(policy, find_unused_parameters=True) if world > 1 else policy   # SFT leaves the flow head out
+    torch.manual_seed(seed + rank)                             # the processes' weights are one by now; dropout and draws differ
     warm = min(200, steps // 10 + 1)
     checkpoint, full_rates = Path(folder) / "checkpoint.safetensors", [group["lr"] for group in optimizer.param_groups]
     curve = load_checkpoint(checkpoint, policy, optimizer, rng)
@@ -546,10 +557,11 @@ def train(method, policy, reward, data, settings, epochs, seed, folder, referenc
         for epoch in range(len(curve), epochs + 1):
             losses = []
             policy.train()
-            for batch in batches(rows, data.train, settings.batch, policy, rng):
+            for batch in batches(rows, data.train, settings.batch, policy, rng, rank, world):
                 for group, full in zip(optimizer.param_groups, full_rates):     # warm-up, then cosine
                     group["lr"] = full * min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
-                loss = loss_of(method, policy, reference, batch, reward, data, settings, step / steps)
+                with torch.autocast("cuda", torch.bfloat16, enabled=settings.device.startswith("cuda")):
+                    loss = loss_of(method, model, reference, batch, reward, data, settings, step / steps)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"{method}: the loss became {loss.item()} at step {step + 1} "
                                              f"(users {', '.join(data.user_ids[u] for u in batch.users[:5])}, ...)")
@@ -560,7 +572,10 @@ def train(method, policy, reward, data, settings, epochs, seed, folder, referenc
                 bar.update()
                 step += 1                                      # tqdm's own count stands still where there is no terminal
                 losses.append(loss.item())
-            curve.append({"epoch": epoch, "loss": float(np.mean(losses)),
+            mean = torch.tensor(np.mean(losses) / world, device=policy.device)
+            if world > 1:
+                dist.all_reduce(mean)
+            curve.append({"epoch": epoch, "loss": mean.item(),
                           "ndcg@10": validate(policy_ranker(policy, settings), data, settings)})
             tqdm.write(f"  {method}: epoch {epoch}/{epochs}, loss {curve[-1]['loss']:.3f}, validation NDCG@10 {curve[-1]['ndcg@10']:.4f}")
             if curve[-1]["ndcg@10"] > max((point["ndcg@10"] for point in curve[1:-1]), default=-1):
@@ -720,6 +735,21 @@ def run_oracle(settings, users=4):
     print(f"the learned tree beside the exact one: {settings.out}/flow.png")
 
 
+def join_processes(settings, resume):
+    """Under torchrun: one of several processes. All but the first do the same, unseen, in a folder that is thrown away."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available() and settings.device in ("auto", "cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if dist.get_rank() > 0:
+        copy_of, settings.out = settings.out, tempfile.mkdtemp()
+        if resume and Path(copy_of).exists():
+            shutil.copytree(copy_of, settings.out, dirs_exist_ok=True)
+        sys.stdout = open(os.devnull, "w")
+    dist.barrier()                                             # until every copy is made
+
+
 def print_recommendations(folder, names):
     """Ten titles for a history of titles or ids, oldest first, from a saved model."""
     policy = Policy.from_pretrained(folder)
@@ -744,6 +774,7 @@ def main(settings, arguments):
         elif arguments.sweep:
             print("\n" + sweep(arguments.sweep, settings, run))
         else:
+            join_processes(settings, arguments.resume)
             results = run(settings, arguments.resume)
             print("\n" + table_of(results, METHODS) + "\n\nAn interval that holds 0 is no difference"
                   + (", and one epoch is a smoke test, not a result" if settings.epochs == 1 else "")

@@ -13,6 +13,7 @@ class Batch:
     ends: torch.Tensor                                         # (B, T) items of the row before each target
     targets: torch.Tensor                                      # (B, T)
     valid: torch.Tensor                                        # (B, T) bool, False on padding
+    weights: tuple                                             # of this process's means over targets and over rows; (1, 1) alone
 
 
 def training_rows(histories, window):
@@ -30,13 +31,19 @@ def training_rows(histories, window):
     return rows
 
 
-def batches(rows, histories, size, policy, rng):
-    """The rows of one epoch in random order, as Batches of rows of like length (less padding, twice the speed)."""
+def batches(rows, histories, size, policy, rng, rank=0, world=1):
+    """The rows of one epoch in random order, as Batches of rows of like length (less padding, twice the speed).
+
+    With `world` processes each gets every world-th row of a batch, and weights that make the average of the processes'
+    means the mean over the whole batch.
+    """
     order = rng.permutation(len(rows))
     chunks = [sorted(order[i:i + 32 * size], key=lambda r: rows[r][3] - rows[r][1]) for i in range(0, len(rows), 32 * size)]
     groups = [chunk[i:i + size] for chunk in chunks for i in range(0, len(chunk), size)]
     for g in rng.permutation(len(groups)):
-        chosen = [rows[r] for r in groups[g]]
+        shares = [[rows[r] for r in groups[g][first::world] or groups[g]] for first in range(world)]
+        chosen, targets = shares[rank], [sum(stop - first for _, _, first, stop in share) for share in shares]
+        weights = (targets[rank] * world / sum(targets), len(chosen) * world / sum(map(len, shares)))
         tokens, _ = policy.tokens([histories[u][start:stop - 1] for u, start, _, stop in chosen])
         count = torch.tensor([stop - first for _, _, first, stop in chosen])
         valid = torch.arange(int(count.max()))[None] < count[:, None]
@@ -44,7 +51,7 @@ def batches(rows, histories, size, policy, rng):
         for i, (u, start, first, stop) in enumerate(chosen):
             ends[i, :count[i]] = torch.arange(first - start, stop - start)
             targets[i, :count[i]] = torch.tensor(histories[u][first:stop])
-        yield Batch([row[0] for row in chosen], [row[1] for row in chosen], tokens, ends, targets, valid)
+        yield Batch([row[0] for row in chosen], [row[1] for row in chosen], tokens, ends, targets, valid, weights)
 
 
 def pick_contexts(batch, data, count):

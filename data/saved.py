@@ -3,7 +3,7 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from data.inputs import InputError, one_line, read_json
 from data.report import write_json
@@ -12,8 +12,11 @@ from tokenizer import SemanticIDs
 
 def save_policy(policy, folder):
     """Write config.json and model.safetensors (plain GPT-2) and semantic_ids.json (IDs, item ids, titles)."""
-    part = Path(f"{folder}.part")                          # written beside it, then moved, so no file is ever half there
-    policy.lm.save_pretrained(part)
+    part = Path(f"{folder}.part")                              # written beside it, then moved, so no file is ever half there
+    policy.lm.config.save_pretrained(part)
+    # Not by lm.save_pretrained, which writes in the first of several processes alone. lm_head is tied to wte.
+    save_file({name: w.cpu().contiguous() for name, w in policy.lm.state_dict().items() if name != "lm_head.weight"},
+              part / "model.safetensors", metadata={"format": "pt"})
     ids = {"num_codes": policy.semantic_ids.num_codes, "codes": policy.semantic_ids.codes.tolist(), **policy.catalogue}
     write_json(part / "semantic_ids.json", ids)
     Path(folder).mkdir(parents=True, exist_ok=True)
