@@ -845,6 +845,28 @@ def test_a_training_that_was_killed_goes_on_to_the_same_figures(epoch, tmp_path,
     assert resumed == whole and all(resumed_weights[name].equal(value) for name, value in weights.items())
 
 
+def test_two_processes_train_as_one(tmp_path):
+    """torchrun with two processes: the batches are one process's, halved; only random draws, as dropout's, would differ."""
+    settings = tiny_settings(tmp_path)
+    flags = [str(flag) for flag in tiny_flags(settings)] + ["--methods", "sft,sft-continued,tb", "--dropout", "0", "--epochs", "2"]
+    status, _, err = run_cli(*flags)
+    assert status == 0, err
+    alone = json.loads((tmp_path / "out/results.json").read_text())
+    flags[flags.index("--out") + 1] = str(tmp_path / "two")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           str(ROOT / "gflowgr.py"), *flags], capture_output=True, text=True, cwd=tmp_path, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    together = json.loads((tmp_path / "two/results.json").read_text())
+    for one, two in zip(alone["runs"], together["runs"]):
+        for a, b in zip(one["curve"][1:], two["curve"][1:]):
+            exact = one["method"] != "tb"                      # whose trajectories are drawn
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-4 if exact else 1)
+            assert not exact or a["ndcg@10"] == pytest.approx(b["ndcg@10"], abs=1e-4)
+    assert done.stdout.count("semantic IDs:") == 1             # one process speaks
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "out").iterdir())
+
+
 def test_a_damaged_checkpoint_is_named(finished, tmp_path):
     path, settings, _ = finished
     shutil.copytree(path / "out", tmp_path / "out")
