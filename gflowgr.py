@@ -24,15 +24,12 @@ The order below is that of the story: settings, policy, losses, sampler, trainin
 """
 import copy
 import math
-import os
-import shutil
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.inputs import InputError, check, check_out, check_size, find_item, load_data, one_line, parse_arguments, read_row
+from data.inputs import InputError, check, check_out, check_size, load_data, one_line, parse_arguments, read_row
 
 # --- Settings --------------------------------------------------------------------------------------------------------
 METHODS = {"pop": "Popularity", "cm": "CM alone", "sft": "SFT", "sft-continued": "SFT (continued)",
@@ -101,10 +98,11 @@ from tqdm import tqdm                                          # noqa: E402
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel   # noqa: E402
 
 from data.batches import batches, pick_contexts, training_rows  # noqa: E402
-from data.checkpoint import load_checkpoint, save_checkpoint    # noqa: E402
+from data.checkpoint import load_checkpoint, save_checkpoint   # noqa: E402
+from data.commands import join_processes, print_recommendations, show_oracle   # noqa: E402
 from data.saved import load_policy, save_policy                # noqa: E402
 from data.metrics import beyond_accuracy, exposure_bias, ndcg_at, recall_at   # noqa: E402
-from data.oracle import distribution, exact, plot_flows, train_to_the_oracle   # noqa: E402
+from data.oracle import distribution, exact, plot_flows        # noqa: E402
 from data.report import plot_curves, plot_exposure, results_of, table_of, write_json   # noqa: E402
 from data.sweep import sweep                                   # noqa: E402
 from reward import CollaborativeModel, Reward                  # noqa: E402
@@ -718,57 +716,22 @@ def run(settings, resume=False):
     return results
 
 
-def run_oracle(settings, users=4):
+def run_oracle(settings):
     """GFlowNet training alone, on a few users' contexts, until P = R/Z: prints the distances, draws OUT/flow.png."""
     check(settings, METHODS, SAMPLERS, ["cpu"])
     data, seed = load_data(settings.data), int(settings.seeds.split(",")[0])
+    check_out(settings, data, resume=True)
     _, ids, reward = prepare(seed, data, settings)
-    histories, positives = data.train[:users], torch.tensor([history[-2] for history in data.histories[:users]])
     torch.manual_seed(seed)
     policy = Policy(ids, settings.window, settings.width, settings.layers, dropout=0.0)
-    curve = train_to_the_oracle(policy, trajectory_balance, reward, histories, positives, seed=seed)
-    for step, distance, log_z in curve[::4]:
-        print(f"  step {step:4d}: mean L1(P, R/Z) {distance:.4f}, largest |log Z head − log Z*| {log_z:.4f}")
-    Path(settings.out).mkdir(parents=True, exist_ok=True)
-    plot_flows(Path(settings.out) / "flow.png", ids, exact(reward, histories, positives)[2][0],
-               distribution(policy, histories)[0][0], data.titles, curve)
-    print(f"the learned tree beside the exact one: {settings.out}/flow.png")
-
-
-def join_processes(settings, resume):
-    """Under torchrun: one of several processes. All but the first do the same, unseen, in a folder that is thrown away."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    if torch.cuda.is_available() and settings.device in ("auto", "cuda"):
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if dist.get_rank() > 0:
-        copy_of, settings.out = settings.out, tempfile.mkdtemp()
-        if resume and Path(copy_of).exists():
-            shutil.copytree(copy_of, settings.out, dirs_exist_ok=True)
-        sys.stdout = open(os.devnull, "w")
-    dist.barrier()                                             # until every copy is made
-
-
-def print_recommendations(folder, names):
-    """Ten titles for a history of titles or ids, oldest first, from a saved model."""
-    policy = Policy.from_pretrained(folder)
-    if len(policy.catalogue) < 2:
-        raise InputError(f"{folder} was saved without item ids and titles")
-    ids, titles = policy.catalogue["item_ids"], policy.catalogue["titles"]
-    items, log_probs = policy.recommend([[find_item(name, ids, titles) for name in names]])
-    if items.max() < 0:
-        raise InputError("nothing is left to recommend: all that the search found is in the history")
-    for item, log_prob in zip(items[0].tolist(), log_probs[0].tolist()):
-        if item >= 0:
-            print(f"{math.exp(log_prob):.4f}  {one_line(titles[item])}")
+    show_oracle(policy, trajectory_balance, reward, data, settings.out, seed)
 
 
 def main(settings, arguments):
     """Run what was asked for → the exit status; one line on stderr where it cannot be done."""
     try:
         if arguments.recommend:
-            print_recommendations(arguments.model, arguments.recommend)
+            print_recommendations(Policy.from_pretrained(arguments.model), arguments.recommend)
         elif arguments.oracle:
             run_oracle(settings)
         elif arguments.sweep:

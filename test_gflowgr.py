@@ -32,7 +32,7 @@ from transformers import GPT2LMHeadModel
 import gflowgr
 import reward
 import tokenizer
-from data import batches, exercises, grading, make_toy, metrics, ml_100k    # noqa: F401 (exercises fills grading.EXERCISES)
+from data import batches, exercises, grading, make_toy, metrics, ml_100k, oracle    # noqa: F401 (exercises fills grading.EXERCISES)
 from data.inputs import InputError, check_size, find_item, parse_arguments, read_folder
 from gflowgr import Policy, Settings
 from reward import CollaborativeModel, Reward
@@ -231,6 +231,30 @@ def test_losses_vanish_at_the_exact_flows():
     assert gflowgr.trajectory_balance(log_flow[:, 0, 0], log_pf.sum(-1), R.log()).item() == zero
     assert gflowgr.detailed_balance(log_flow, log_pf).item() == zero
     assert gflowgr.vargrad(log_pf.sum(-1), R.log()).item() == zero
+
+
+def test_training_with_trajectory_balance_alone_reaches_the_oracle(tmp_path):
+    """From random weights to P = R/Z, and to a log Z that differs from user to user."""
+    settings = tiny_settings(tmp_path)
+    data = gflowgr.load_data(settings.data)
+    _, ids, reward = gflowgr.prepare(0, data, settings)
+    torch.manual_seed(0)
+    policy, positives = Policy(ids, window=20, width=64, layers=1, dropout=0.0), torch.tensor([h[-2] for h in data.histories[:3]])
+    r, log_z, target = oracle.exact(reward, data.train[:3], positives)
+    for row, history, positive in zip(r, data.train, positives):   # by the paper's sum, item by item
+        one = reward([history], positive[None], torch.tensor([True]))[0]
+        assert row.tolist() == pytest.approx([one[i].item() for i in range(len(row))])
+    torch.testing.assert_close(log_z, torch.tensor([math.log(sum(row)) for row in r.tolist()]))
+    curve = oracle.train_to_the_oracle(policy, gflowgr.trajectory_balance, reward, data.train[:3], positives, steps=500, samples=32)
+    assert curve[0][1] > 0.5 and curve[0][2] > 1               # far off at first
+    assert curve[-1][1] <= 0.02 and curve[-1][2] <= 0.01
+    found, head = oracle.distribution(policy, data.train[:3])
+    assert (found - target).abs().sum(1).max() <= 0.04
+    assert found.sum(1).tolist() == pytest.approx([1, 1, 1], abs=1e-4)
+    flows, exact_flows = ids.flows(found), ids.flows(target)   # and so every prefix gets its exact flow
+    assert (flows - exact_flows).abs().max() < 0.02
+    oracle.plot_flows(tmp_path / "flow.png", ids, target[0], found[0], data.titles, curve)
+    assert (tmp_path / "flow.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_losses_against_loops():
