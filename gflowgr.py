@@ -18,7 +18,10 @@ Where this departs from the paper, or had to guess (the formulas are known secon
     that were only clicked are targets as well; their r_a is a tenth.
  8. S-DPO keeps L_GR beside its own loss. VarGrad and FM are extra rows; FM is ours: where the catalogue can be
     enumerated, the flow of every prefix is a sum over its subtree, an exact target for each step (flow_matching).
- 9. Items of the history are never recommended, in any row: these data sets hold no repeats.
+    DB's flow head starts at the flow of an even reward, since from nothing it drowns the ranking (Policy.even_flow).
+ 9. The rows NAME+cm are ours: beam search guided by the exact flows of CM^γ, so they need the CM when serving.
+    Of the samplers, mixture is ours.
+10. Items of the history are never recommended, in any row: these data sets hold no repeats.
 
 The order below is that of the story: settings, policy, losses, sampler, training, evaluation, experiment, command line.
 """
@@ -37,8 +40,8 @@ METHODS = {"pop": "Popularity", "cm": "CM alone", "sft": "SFT", "sft-continued":
            "sft+cm": "SFT, guided", "tb+cm": "GFlowGR-TB, guided", "fm+cm": "GFlowGR-FM, guided"}   # guided: needs the CM when serving
 
 
-# λ of each row's own loss beside L_GR, where --lam does not say otherwise: the best of .03, .1, .3 and 1 on validation.
-# Squared log-ratios are large, and more of them drowns L_GR; a divergence (FM) or a preference (S-DPO) is small.
+# λ of each row's own loss beside L_GR, where --lam does not say otherwise. Squared log-ratios are large, and more of them
+# drowns L_GR; a divergence (FM) or a preference (S-DPO) is small. `--sweep lam` shows how little hangs on it.
 LAM = {"sdpo": 1.0, "db": 0.1, "vargrad": 0.1, "tb": 0.1, "fm": 1.0}
 
 
@@ -100,10 +103,10 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel   # noqa: E40
 from data.batches import batches, pick_contexts, training_rows  # noqa: E402
 from data.checkpoint import load_checkpoint, save_checkpoint   # noqa: E402
 from data.commands import join_processes, print_recommendations, show_oracle   # noqa: E402
-from data.saved import load_policy, save_policy                # noqa: E402
 from data.metrics import beyond_accuracy, exposure_bias, ndcg_at, recall_at   # noqa: E402
 from data.oracle import distribution, exact, plot_flows        # noqa: E402
 from data.report import plot_curves, plot_exposure, results_of, table_of, write_json   # noqa: E402
+from data.saved import load_policy, save_policy                # noqa: E402
 from data.sweep import sweep                                   # noqa: E402
 from reward import CollaborativeModel, Reward                  # noqa: E402
 from tokenizer import SemanticIDs, item_features               # noqa: E402
@@ -484,7 +487,7 @@ def next_token_loss(step_log_probs, valid):
 
 
 def loss_of(method, model, reference, batch, reward, data, settings, progress):
-    """L = L_GR(U, v) + λ · mean over n = 1..N+1 of L_GFN(τ_n) (METHOD.md, "Definitions"); SFT is its first term alone.
+    """L = L_GR(U, v) + λ · mean over n = 1..N+1 of L_GFN(τ_n); SFT is its first term alone.
 
     L_GR is taken at all of a row's targets, L_GFN at M of them. The S-DPO row has its own loss in L_GFN's place. model is
     the policy, or DistributedDataParallel around it.

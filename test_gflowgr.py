@@ -32,7 +32,7 @@ from transformers import GPT2LMHeadModel
 import gflowgr
 import reward
 import tokenizer
-from data import batches, exercises, grading, make_toy, metrics, ml_100k, oracle    # noqa: F401 (exercises fills grading.EXERCISES)
+from data import batches, example, exercises, grading, make_toy, metrics, ml_100k, oracle    # noqa: F401 (exercises fills grading.EXERCISES)
 from data.inputs import InputError, check_size, find_item, parse_arguments, read_folder
 from gflowgr import Policy, Settings
 from reward import CollaborativeModel, Reward
@@ -1237,7 +1237,7 @@ def test_the_script_itself_exits_with_status_2_and_no_traceback():
     assert done.returncode == 2 and done.stderr.startswith("error: nowhere is not a folder") and done.stdout == ""
 
 
-@pytest.mark.parametrize("module", [tokenizer, reward, metrics, gflowgr])
+@pytest.mark.parametrize("module", [tokenizer, reward, metrics, gflowgr, example])
 def test_examples_in_docstrings(module):
     assert doctest.testmod(module).failed == 0
 
