@@ -19,8 +19,8 @@ Where this departs from the paper, or had to guess (the formulas are known secon
  8. S-DPO keeps L_GR beside its own loss. VarGrad and FM are extra rows; FM is ours: where the catalogue can be
     enumerated, the flow of every prefix is a sum over its subtree, an exact target for each step (flow_matching).
     DB's flow head starts at the flow of an even reward, since from nothing it drowns the ranking (Policy.even_flow).
- 9. The rows NAME+cm are ours: beam search guided by the exact flows of CM^γ, so they need the CM when serving.
-    Of the samplers, mixture is ours.
+ 9. The rows NAME+cm are ours: beam search guided by the exact flows of r_ŷ^γ, so they need the CM when serving.
+    Of the samplers, mixture is ours, and so is δ, which takes the log's popularity out of r_ŷ (Reward.debias).
 10. Items of the history are never recommended, in any row: these data sets hold no repeats.
 
 The order below is that of the story: settings, policy, losses, sampler, training, evaluation, experiment, command line.
@@ -76,6 +76,7 @@ class Settings:
     lam: float = setting(-1.0, f"λ, the weight of the second loss beside L_GR; negative: each loss's own, {LAM}")
     beta: float = setting(0.1, "β of S-DPO: the paper's")
     gamma: float = setting(2.0, "γ, power of the CM's scores that guide the rows NAME+cm: best of 1/4 … 4 on validation")
+    debias: float = setting(0.0, "δ, power of an item's count that r_ŷ is divided by: 1 or more finds what was never shown, but not what the log holds")
     beams: int = setting(20, "beam width when ranking: twice the ten that are shown; as many as items would be exact")
     validate_users: int = setting(2000, "users that choose the epoch: standard error about .004 in NDCG, in seconds")
 
@@ -596,10 +597,10 @@ def rank_all(recommend, histories, k=10, size=256):
     return ranked
 
 
-def policy_ranker(policy, settings, cm=None):
-    """recommend(histories, k) for rank_all from a policy, guided by CM^γ where a CM is given."""
+def policy_ranker(policy, settings, reward=None):
+    """recommend(histories, k) for rank_all from a policy, guided by r_ŷ^γ where a reward is given."""
     policy.eval()
-    guide = (lambda histories: cm.scores(histories) ** settings.gamma) if cm else lambda histories: None
+    guide = (lambda histories: reward.collaborative(histories) ** settings.gamma) if reward else lambda histories: None
     return lambda histories, k: policy.recommend(histories, k, settings.beams, guide(histories))[0]
 
 
@@ -628,7 +629,7 @@ def prepare(seed, data, settings):
     features = item_features(settings.ids, data.texts, data.train, seed)
     ids = SemanticIDs.fit(features, settings.codes, seed=seed)
     cm = CollaborativeModel.fit(data.train, len(data.item_ids))
-    reward = Reward(ids, cm, [float(w) for w in settings.weights.split(",")])
+    reward = Reward(ids, cm, [float(w) for w in settings.weights.split(",")], debias=settings.debias)
     print(f"seed {seed}: {ids.health()} ({time.time() - started:.1f} s with the CM)", flush=True)
     if settings.codes >= len(data.item_ids):
         print(f"  the first code alone tells all items apart, and the tree is no tree: --codes {settings.codes} is large for them")
@@ -669,7 +670,7 @@ def run_row(method, seed, prepared, data, settings):
         context, positive = [data.histories[0][:-1]], torch.tensor([data.histories[0][-1]])
         plot_flows(Path(settings.out) / "flow.png", ids, exact(reward, context, positive)[2][0],
                    distribution(policy, context)[0][0].cpu(), data.titles)
-    ranker = baseline_ranker(base, cm) if base in ("pop", "cm") else policy_ranker(policy, settings, cm if guided else None)
+    ranker = baseline_ranker(base, cm) if base in ("pop", "cm") else policy_ranker(policy, settings, reward if guided else None)
     histories = [history[:-1] for history in data.histories]
     ranked, target = rank_all(ranker, histories), torch.tensor([history[-1] for history in data.histories])
     metrics = {f"{name}@{k}": f(ranked, target, k).item() for k in (5, 10) for name, f in (("recall", recall_at), ("ndcg", ndcg_at))}

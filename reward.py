@@ -96,11 +96,15 @@ class Reward:
     the similarity of all the catalogue outweighs the one positive.
     """
 
-    def __init__(self, ids, cm, weights=(0.3, 0.65, 0.05), epsilon=1e-3):
-        """ids: SemanticIDs; cm: CollaborativeModel; weights (w_a, w_ŷ, w_s) ≥ 0; epsilon > 0 keeps log R finite."""
+    def __init__(self, ids, cm, weights=(0.3, 0.65, 0.05), epsilon=1e-3, debias=0.0):
+        """ids: SemanticIDs; cm: CollaborativeModel; weights (w_a, w_ŷ, w_s) ≥ 0; epsilon > 0 keeps log R finite.
+
+        debias: δ ≥ 0, a power of an item's count in the log that the CM's score is divided by: what was shown more is
+        logged more, and a CM fitted to the log hands that on.
+        """
         if min(weights) < 0 or epsilon <= 0:
             raise ValueError("the weights must not be negative, and epsilon must be positive")
-        self.ids, self.cm, self.weights, self.epsilon = ids, cm, tuple(weights), epsilon
+        self.ids, self.cm, self.weights, self.epsilon, self.debias = ids, cm, tuple(weights), epsilon, debias
 
     def action(self, positives, liked):
         """r_a: (B, n), 1 at a liked positive, 0.1 at one only clicked (the paper's 10 : 1), else 0; −1 is no positive."""
@@ -110,8 +114,13 @@ class Reward:
         return r
 
     def collaborative(self, histories, following=None):
-        """r_ŷ: (B, n), the CM's score of every item."""
-        return self.cm.scores(histories, following)
+        """r_ŷ: (B, n), the CM's score of every item, over count^δ; rows sum to 1."""
+        # r_ŷ(v) ∝ CM(U, v) / count(v)^δ
+        scores = self.cm.scores(histories, following)
+        if not self.debias:
+            return scores
+        scores = scores / (self.cm.count + 1.0) ** self.debias
+        return scores / scores.sum(1, keepdim=True)
 
     def similarity(self, positives):
         """r_s of every item: codes shared with the positive's ID, as a share of the sum over the catalogue → (B, n) floats.

@@ -215,6 +215,16 @@ def test_reward_signals_against_loops():
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
+def test_debias_divides_by_popularity():
+    train = [[0, 1], [0, 1], [0, 2], [3, 0, 1]]
+    cm = CollaborativeModel.fit(train, 5)
+    ids = SemanticIDs([[0, 0, i] for i in range(5)], 5)
+    plain, fair = Reward(ids, cm).collaborative([[0]])[0], Reward(ids, cm, debias=1.5).collaborative([[0]])[0]
+    expected = np.array([p / (1 + sum(i in h for h in train)) ** 1.5 for i, p in enumerate(plain.tolist())])
+    assert fair.tolist() == pytest.approx((expected / expected.sum()).tolist())
+    assert fair[2] / fair[1] > plain[2] / plain[1]             # seen once, against three times
+
+
 def exact_flow_world():
     """log F*, log P_F and log R of every item's path for two users, by enumeration."""
     ids = SemanticIDs.fit(np.random.default_rng(2).normal(size=(30, 3)), 4, seed=0)
@@ -903,7 +913,7 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path):
 
 @pytest.mark.parametrize("study, methods, labels", [
     ("reward", "tb,fm", ["all three signals", "no action", "no CM in the reward", "no similarity", "no augmentation", "no CM at all"]),
-    ("gamma", "sft+cm", ["γ = 0.5", "γ = 1.0", "γ = 2.0", "γ = 4.0"])])
+    ("debias", "sft+cm", [f"δ = {v}" for v in (0.0, 0.5, 1.0, 1.5, 2.0)])])
 def test_sweep_compares_settings_on_validation(finished, tmp_path, study, methods, labels):
     path, settings, _ = finished
     shutil.copytree(path / "out", tmp_path / "out")
@@ -912,7 +922,8 @@ def test_sweep_compares_settings_on_validation(finished, tmp_path, study, method
     status, out, err = run_cli(*flags, "--seeds", "1", "--methods", "pop," + methods, "--sweep", study)
     assert status == 0, err
     lines = (tmp_path / f"out/sweep-{study}.md").read_text().splitlines()
-    assert lines[0] == f"| {study} | {methods.replace(',', ' | ')} |" and [line.split(" | ")[0][2:] for line in lines[2:]] == labels
+    columns = [name for m in methods.split(",") for name in (m, f"{m}: hidden@10")]
+    assert lines[0] == f"| {study} | {' | '.join(columns)} |" and [line.split(" | ")[0][2:] for line in lines[2:]] == labels
     assert (tmp_path / f"out/sweep-{study}.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "out/results.json").read_bytes() == before     # the main table stays what it was
     rows = [json.loads(p.read_text()) for p in sorted((tmp_path / f"out/sweep-{study}").glob("*/*/row.json"))]
@@ -920,7 +931,9 @@ def test_sweep_compares_settings_on_validation(finished, tmp_path, study, method
     assert len(tuned) == len(labels) * len(methods.split(",")) and len({row["validation"] for row in tuned}) > 1
     assert all(f"{row['validation']:.4f}" in "".join(lines) for row in tuned)
     status, _, err = run_cli(*flags, "--methods", "pop", "--sweep", study)
-    assert status == 2 and "needs a row such as" in err
+    assert status == 2 and "needs a row that it changes" in err
+    status, _, err = run_cli(*flags, "--seeds", "1", "--width", "64", "--methods", "tb", "--sweep", study)
+    assert status == 2 and "holds a run with --width 32, not 64" in err
 
 
 def test_without_resume_every_row_is_made_anew(finished, tmp_path):
@@ -1176,7 +1189,7 @@ def unusual_out(path, case):
     ("nested without end", "not a JSON file of this program"),
     ("no settings", "not a results file of this program"),
     ("settings are a list", "not a results file of this program"),
-    ("another run", "holds a run with --data None, not toy"),
+    ("another run", "holds a run with --codes 512, not 16"),
     ("rows of unknown settings", "their settings are unknown")])
 def test_an_out_that_cannot_be_used_is_refused_and_left_as_it_is(case, message, tmp_path):
     out = unusual_out(tmp_path / "place", case)

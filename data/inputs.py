@@ -19,7 +19,7 @@ import re
 import tempfile
 import unicodedata
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from data import ml_100k
 TEXT_COLUMNS = ("title", "keywords", "genres", "category")
 # The least and the most of a setting that is a number, where it is not from 1 (or just above 0) to a million.
 LIMITS = {"codes": (1, 65536), "width": (32, 8192), "layers": (1, 100), "dropout": (0, 0.99), "lam": (-1, 10 ** 6),
-          "trajectories": (0, 1000)}
+          "trajectories": (0, 1000), "debias": (0, 10)}
 LARGEST_JSON = 2 ** 28                                         # bytes: the IDs and titles of two million items
 
 
@@ -244,7 +244,7 @@ def parse_arguments(argv, Settings, presets, quick):
                             help=f.metadata["help"] + (f" (default: {f.default}{special})" if f.default != "" else ""))
     parser.add_argument("--quick", action="store_true", help="a smoke run in seconds: one epoch of everything")
     parser.add_argument("--resume", action="store_true", help="keep the finished rows in --out and go on")
-    parser.add_argument("--sweep", metavar="STUDY", help="run one of the paper's studies: lam, trajectories, positions, reward, sampler, gamma")
+    parser.add_argument("--sweep", metavar="STUDY", help="run one of the paper's studies: lam, trajectories, positions, reward, sampler, gamma, debias")
     parser.add_argument("--oracle", action="store_true", help="train on four users with TB alone until P = R/Z, and draw it")
     parser.add_argument("--recommend", nargs="+", metavar="TITLE_OR_ID", help="print ten titles for this history, and stop")
     parser.add_argument("--model", metavar="DIR", help="the saved model for --recommend, such as runs/toy/tb-42")
@@ -317,9 +317,11 @@ def check_out(settings, data, resume):
         old, sizes = old.get("settings"), old.get("data")
         if not isinstance(old, dict) or not isinstance(sizes, dict):
             raise InputError(f"{out / 'results.json'} is not a results file of this program; choose another --out")
-        for name, value in asdict(settings).items():
-            if name not in ("methods", "seeds", "out", "device") and old.get(name) != value:
-                raise InputError(f"{out} holds a run with --{name.replace('_', '-')} {old.get(name)}, not {value}; "
+        for f in fields(settings):
+            name, value = f.name, getattr(settings, f.name)
+            before = old.get(name, f.default)                  # of an earlier version, which did not have it
+            if name not in ("methods", "seeds", "out", "device") and before != value:
+                raise InputError(f"{out} holds a run with --{name.replace('_', '-')} {before}, not {value}; "
                                  "choose another --out, or delete that folder")
         if any(sizes.get(name, value) != value for name, value in data.sizes.items()):
             raise InputError(f"{out} holds a run on other data: the files in {settings.data} have changed; "
