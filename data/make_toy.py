@@ -91,6 +91,23 @@ def write(folder, num_users=700, items_per_theme=20, num_themes=12, seed=7):
         out.writerows((u, " ".join(map(str, a)), " ".join(map(str, b))) for u, (a, b) in enumerate(zip(liked, shown)))
 
 
+def ceiling(log, liked, shown, items_per_theme, seed=0):
+    """hidden@10, mean over users, of who knows each user's three favourite themes, and of who knows also what was shown.
+
+    Ten items are drawn from those themes, none that the user had (all but the last of the log, as in a test).
+    """
+    rng, found = np.random.default_rng(seed), []
+    for items, likes, seen in zip(log, liked, shown):
+        hidden = set(likes) - set(seen)
+        if len(items) < 3 or not hidden:
+            continue
+        themes = np.argsort(-np.bincount(np.array(likes) // items_per_theme))[:3]
+        new = [i for t in themes for i in range(t * items_per_theme, (t + 1) * items_per_theme) if i not in items[:-1]]
+        for pool in (new, [i for i in new if i not in seen]):
+            found.append(len(hidden & set(rng.choice(pool, min(10, len(pool)), replace=False).tolist())) / len(hidden))
+    return float(np.mean(found[::2])), float(np.mean(found[1::2]))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default=Path(__file__).parent / "toy", help="folder to write (default: data/toy)")
@@ -98,5 +115,11 @@ if __name__ == "__main__":
     parser.add_argument("--themes", type=int, default=12)
     parser.add_argument("--items-per-theme", type=int, default=20)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--ceiling", action="store_true", help="write nothing; print what could be found at best")
     args = parser.parse_args()
-    write(args.out, args.users, args.items_per_theme, args.themes, args.seed)
+    if args.ceiling:
+        log, liked, shown = make_world(args.users, args.items_per_theme, args.themes, args.seed)
+        themes, both = ceiling(log, liked, shown, args.items_per_theme)
+        print(f"hidden@10 of who knows the favourite themes: {themes:.3f}; and what was shown: {both:.3f}")
+    else:
+        write(args.out, args.users, args.items_per_theme, args.themes, args.seed)
