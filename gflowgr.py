@@ -425,7 +425,7 @@ SAMPLERS = ("session", "random", "curriculum", "policy", "mixture")
 def draw(weight, logged, count):
     """Items (B, count) drawn with replacement in proportion to weight (B, n), none of the B lists `logged`."""
     if count < 1:
-        return torch.empty(len(weight), 0, dtype=torch.long)
+        return torch.empty(len(weight), 0, dtype=torch.long, device=weight.device)
     weight = weight.clone()
     weight[[b for b, items in enumerate(logged) for _ in items], [item for items in logged for item in items]] = 0
     return torch.multinomial(weight + 1e-12, count, replacement=True)
@@ -474,7 +474,7 @@ def augmented(sampler, count, scores, logged, positives, histories, policy, prog
         return curriculum(scores, logged, count, progress)
     own_share = count if sampler == "policy" else count // 3
     policy.eval()                                              # what it would do, not what dropout makes of it
-    items = policy.recommend(histories, own_share, beams=max(1, own_share))[0].cpu()
+    items = policy.recommend(histories, own_share, beams=max(1, own_share))[0].to(positives.device)
     policy.train()
     items = items.where(items >= 0, positives[:, None])        # a catalogue with nothing left
     return torch.cat([items, augmented("curriculum", count - own_share, scores, logged, positives, histories, policy, progress)], 1)
@@ -499,13 +499,13 @@ def loss_of(method, model, reference, batch, reward, data, settings, progress):
         log_probs, _ = model(batch.tokens, batch.ends, batch.targets)
         return batch.weights[0] * next_token_loss(policy.steps(log_probs, batch.targets), batch.valid)
     chosen, context_ends, histories, following, liked = pick_contexts(batch, data, M)
-    positives = batch.targets.gather(1, chosen).flatten()                                            # (B·M,)
+    positives = batch.targets.gather(1, chosen).flatten().to(reward.cm.device)                       # (B·M,)
     scores = reward.collaborative(histories, following)                                              # (B·M, n)
-    r = reward(histories, positives, liked, scores)                                                  # (B·M, n)
+    r = reward(histories, positives, liked.to(positives.device), scores)                             # (B·M, n)
     logged = [past + future for past, future in zip(histories, following)]
     others = augmented(settings.sampler, N, scores, logged, positives, histories, policy, progress)  # (B·M, N)
     # One packed row: a branch for each target (for L_GR, and τ_1), and N for each of the M contexts (τ_2 … τ_{N+1})
-    items = torch.cat([batch.targets, others.reshape(B, M * N)], 1)                               # (B, T + M·N)
+    items = torch.cat([batch.targets, others.cpu().reshape(B, M * N)], 1)                            # (B, T + M·N)
     ends = torch.cat([batch.ends, context_ends.repeat_interleave(N, 1)], 1)
     log_probs, log_flow = model(batch.tokens, ends, items)                                           # (..., L, K), (..., L)
     step = policy.steps(log_probs, items)                                                            # (..., L)
@@ -514,7 +514,7 @@ def loss_of(method, model, reference, batch, reward, data, settings, progress):
         logged_branch = x[torch.arange(B)[:, None], chosen]                                          # (B, M, ...)
         return torch.cat([logged_branch[:, :, None], x[:, T:].unflatten(1, (M, N))], 2).flatten(0, 1)
     paths, flow, log_pf = by_context(items), by_context(log_flow), by_context(step)
-    log_r = r.gather(1, paths).log().to(policy.device)                                               # (B·M, 1 + N)
+    log_r = r.gather(1, paths.to(r.device)).log().to(policy.device)                                          # (B·M, 1 + N)
     if method == "tb":
         gfn = trajectory_balance(flow[:, 0, 0], log_pf.sum(-1), log_r)
     elif method == "db":
@@ -629,6 +629,7 @@ def prepare(seed, data, settings):
     features = item_features(settings.ids, data.texts, data.train, seed)
     ids = SemanticIDs.fit(features, settings.codes, seed=seed)
     cm = CollaborativeModel.fit(data.train, len(data.item_ids))
+    cm.to("cuda" if settings.device == "cuda" else "cpu")      # rewards and samples are made where the CM is; mps has no sparse matrices
     reward = Reward(ids, cm, [float(w) for w in settings.weights.split(",")], debias=settings.debias)
     print(f"seed {seed}: {ids.health()} ({time.time() - started:.1f} s with the CM)", flush=True)
     if settings.codes >= len(data.item_ids):

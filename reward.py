@@ -41,6 +41,15 @@ class CollaborativeModel:
         self.popularity = torch.tensor((count + 1) / (count + 1).sum(), dtype=torch.float32)   # (n,), never 0
         return self
 
+    def to(self, device):
+        """Move what scores() works on to a device with sparse matrices: cpu or cuda; returns self."""
+        self.transitions, self.popularity = self.transitions.to(device), self.popularity.to(device)
+        return self
+
+    @property
+    def device(self):
+        return self.popularity.device
+
     def scores(self, histories, following=None):
         """r_ŷ of histories (B lists of items, oldest first): (B, n), ≥ 0, rows sum to 1; 0 for items of the history, since
         these data sets hold no repeats.
@@ -67,14 +76,15 @@ class CollaborativeModel:
         recent = [item for history in histories for item in history[-self.length:]]
         weights = [self.decay ** age for h in histories for age in reversed(range(min(len(h), self.length)))]
         shape = (len(histories), self.num_items)
-        scores = torch.sparse.mm(_sparse(rows, recent, weights, shape), self.transitions).to_dense()
+        scores = torch.sparse.mm(_sparse(rows, recent, weights, shape).to(self.device), self.transitions).to_dense()
         own = [(b, item, self.decay ** age * self.nearness ** (age + ahead) * self.scale[j])     # 1 + age + ahead places apart
                for b, (history, after) in enumerate(zip(histories, following or []))
                for age, j in enumerate(reversed(history[-self.length:]))
                for ahead, item in enumerate(after[:max(0, self.window - age)])]
         if own:
             b, item, count = zip(*own)
-            scores.index_put_((torch.tensor(b), torch.tensor(item)), -torch.tensor(count, dtype=torch.float32), accumulate=True)
+            place = torch.tensor(b, device=self.device), torch.tensor(item, device=self.device)
+            scores.index_put_(place, -torch.tensor(count, dtype=torch.float32, device=self.device), accumulate=True)
         scores = scores * (scores > 1e-6)                      # what rounding left of a difference is nothing
         popular = self.popularity.repeat(len(histories), 1)
         owners = [b for b, history in enumerate(histories) for _ in history]
@@ -108,7 +118,7 @@ class Reward:
 
     def action(self, positives, liked):
         """r_a: (B, n), 1 at a liked positive, 0.1 at one only clicked (the paper's 10 : 1), else 0; −1 is no positive."""
-        r = torch.zeros(len(positives), len(self.ids.codes))
+        r = torch.zeros(len(positives), len(self.ids.codes), device=positives.device)
         known = positives >= 0
         r[known.nonzero()[:, 0], positives[known]] = torch.where(liked[known], 1.0, 0.1)
         return r
@@ -119,7 +129,7 @@ class Reward:
         scores = self.cm.scores(histories, following)
         if not self.debias:
             return scores
-        scores = scores / (self.cm.count + 1.0) ** self.debias
+        scores = scores / (self.cm.count.to(scores.device) + 1.0) ** self.debias
         return scores / scores.sum(1, keepdim=True)
 
     def similarity(self, positives):
@@ -136,7 +146,7 @@ class Reward:
         >>> reward.similarity(torch.tensor([0])).tolist()
         [[0.75, 0.25, 0.0]]
         """
-        codes = self.ids.codes
+        codes = self.ids.codes.to(positives.device)
         shared = sum((codes[positives, level, None] == codes[None, :, level]).float() for level in range(codes.shape[1]))
         shared[positives < 0] = 1                              # no positive: nothing to be similar to
         return shared / shared.sum(1, keepdim=True)

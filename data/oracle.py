@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 def exact(reward, histories, positives):
     """R (B, n), log Z (B,) in nats, and P* = R/Z (B, n) of each user's context, by enumeration; every positive is liked."""
-    r = reward(histories, positives, torch.ones(len(positives), dtype=torch.bool))
+    r = reward(histories, positives.to(reward.cm.device), torch.ones(len(positives), dtype=torch.bool, device=reward.cm.device)).cpu()
     return r, r.sum(1).log(), r / r.sum(1, keepdim=True)
 
 
