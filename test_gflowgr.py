@@ -540,6 +540,23 @@ def test_training_lowers_its_own_loss(method, tmp_path):
     assert gflowgr.validate(gflowgr.policy_ranker(saved, settings), data, settings) == max(point["ndcg@10"] for point in curve[1:])
 
 
+@pytest.mark.parametrize("method", ["sft", "sdpo", "db", "vargrad", "tb", "fm"])
+def test_losses_in_bf16_are_those_in_full_precision(method, tmp_path):
+    """What a GPU does under autocast; here the CPU's stands in for it. Log-probabilities and losses stay float32."""
+    settings = tiny_settings(tmp_path)
+    data = gflowgr.load_data(settings.data)
+    features, ids, reward = gflowgr.prepare(0, data, settings)
+    policy = Policy(ids, settings.window, settings.width, settings.layers, 0.0)
+    policy.start_from(features)
+    batch = next(batches.batches(batches.training_rows(data.train, 8), data.train, 16, policy, np.random.default_rng(0)))
+    found = []
+    for bf16 in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            found.append(gflowgr.loss_of(method, policy, policy, batch, reward, data, settings, 0.5))
+    assert found[1].dtype == torch.float32 and found[1].item() == pytest.approx(found[0].item(), rel=0.01)
+
+
 def test_a_loss_that_is_not_finite_stops_with_step_and_users(tmp_path, monkeypatch):
     settings = tiny_settings(tmp_path)
     data = gflowgr.load_data(settings.data)
