@@ -16,12 +16,16 @@ Where this departs from the paper, or had to guess (the formulas are known secon
  6. The curriculum's pool is drawn half from the CM's scores and half evenly, not evenly alone (curriculum).
  7. L_GR is taken at every item of a row, L_GFN at a few of them, and with a smaller λ than the paper's (loss_of). Items
     that were only clicked are targets as well; their r_a is a tenth.
- 8. S-DPO keeps L_GR beside its own loss. VarGrad and FM are extra rows; FM is ours: where the catalogue can be
+ 8. S-DPO keeps L_GR beside its own loss. Its negatives are the augmented items, so some are items that the CM likes. VarGrad and FM are extra rows; FM is ours: where the catalogue can be
     enumerated, the flow of every prefix is a sum over its subtree, an exact target for each step (flow_matching).
-    DB's flow head starts at the flow of an even reward, since from nothing it drowns the ranking (Policy.even_flow).
+    DB's flow head starts at the flow of an even reward: from log F = 0 everywhere its residuals are as large as log n,
+    and drown L_GR (Policy.even_flow).
  9. The rows NAME+cm are ours: beam search guided by the exact flows of r_ŷ^γ, so they need the CM when serving.
-    Of the samplers, mixture is ours, and so is δ, which takes the log's popularity out of r_ŷ (Reward.debias).
-10. Items of the history are never recommended, in any row: these data sets hold no repeats.
+    Of the samplers, mixture is ours, and so is δ, which takes the log's popularity out of r_ŷ (Reward.debias). The policy
+    sampler gives N items, not N−1, and may give one that is logged later.
+10. Of an item that a user had twice the first time alone is read, and items of the history are never recommended, in any row.
+
+Begin with data/example.py, one user followed by hand from titles to a ranked list; data/oracle.py shows that TB reaches R/Z.
 
 The order below is that of the story: settings, policy, losses, sampler, training, evaluation, experiment, command line.
 """
@@ -75,7 +79,7 @@ class Settings:
     weights: str = setting("0.3,0.65,0.05", "w_a,w_ŷ,w_s of the reward, its shares of action, CM and ID similarity: the CM says most about the unobserved")
     lam: float = setting(-1.0, f"λ, the weight of the second loss beside L_GR; negative: each loss's own, {LAM}")
     beta: float = setting(0.1, "β of S-DPO: the paper's")
-    gamma: float = setting(2.0, "γ, power of the CM's scores that guide the rows NAME+cm: best of 1/4 … 4 on validation")
+    gamma: float = setting(2.0, "γ, power of the CM's scores that guide the rows NAME+cm: about the best of 1/2 … 4 on validation (--sweep gamma)")
     debias: float = setting(0.0, "δ, power of an item's count that r_ŷ is divided by: 1 or more finds what was never shown, but not what the log holds")
     beams: int = setting(20, "beam width when ranking: twice the ten that are shown; as many as items would be exact")
     validate_users: int = setting(2000, "users that choose the epoch: standard error about .004 in NDCG, in seconds")
@@ -105,7 +109,7 @@ from data.batches import batches, pick_contexts, training_rows  # noqa: E402
 from data.checkpoint import load_checkpoint, save_checkpoint   # noqa: E402
 from data.commands import join_processes, print_recommendations, show_oracle   # noqa: E402
 from data.metrics import beyond_accuracy, exposure_bias, ndcg_at, recall_at   # noqa: E402
-from data.oracle import distribution, exact, plot_flows        # noqa: E402
+from data.oracle import distribution, exact, plot_flows, rate_at   # noqa: E402
 from data.report import plot_curves, plot_exposure, results_of, table_of, write_json   # noqa: E402
 from data.saved import load_policy, save_policy                # noqa: E402
 from data.sweep import sweep                                   # noqa: E402
@@ -117,6 +121,7 @@ NEVER = -1e9                                                   # log-probability
 
 
 # --- The policy: P_F(next code | user, codes so far) -----------------------------------------------------------------
+# All paths of a user in one row: the history once, then a branch for each path, so that 1 + M·N paths cost one pass.
 def tree_mask(ends, C, L):
     """Who sees whom in a packed row: floats (B, S, S), S = C + E·(L−1); 0 where place i may look at place j, else NEVER.
 
@@ -182,7 +187,7 @@ class Policy(torch.nn.Module):
             activation_function="gelu_pytorch_tanh",           # gelu_new's values, faster on CPU
             resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,   # attention dropout would double the time of a step
             bos_token_id=L * K, eos_token_id=L * K))
-        # log F(s) of a prefix, of the root log Z(U), over what an even reward would send through s: its share of the items
+        # log F(s), of the root log Z(U), is the head's output plus even_flow: log of the share of all items that lie below s
         self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)
         torch.nn.init.zeros_(self.flow_head.weight), torch.nn.init.zeros_(self.flow_head.bias)
         self.register_buffer("even_flow", semantic_ids.flows(torch.full((1, n), 1 / n))[0].log(), persistent=False)   # (P + n,)
@@ -342,7 +347,7 @@ class Policy(torch.nn.Module):
         return below[node], self.steps(log_probs, below[node]).sum(-1)
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors (plain GPT-2) and semantic_ids.json (IDs, item ids, titles)."""
+        """Write config.json and model.safetensors (plain GPT-2) and semantic_ids.json (IDs, item ids, titles) into a folder."""
         save_policy(self, folder)
 
     @classmethod
@@ -394,7 +399,11 @@ def vargrad(log_pf, log_r):
 
 
 def flow_matching(flow, log_pf):
-    """FM: child flows F* (..., L, K), ≥ 0, against log P_F (..., L, K) → scalar, KL summed over steps, mean over the rest."""
+    """FM: child flows F* (..., L, K), ≥ 0, against log P_F (..., L, K) → scalar, KL summed over steps, mean over the rest.
+
+    Our name: not the flow matching of Bengio et al. 2021 (in-flow = out-flow), but the divergence of each step from the
+    exact flows.
+    """
     # Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), 0 where P_F follows the exact flows
     target = flow / flow.sum(-1, keepdim=True)
     return (target * (target.clamp(min=1e-30).log() - log_pf)).sum((-2, -1)).mean()
@@ -514,7 +523,7 @@ def loss_of(method, model, reference, batch, reward, data, settings, progress):
         logged_branch = x[torch.arange(B)[:, None], chosen]                                          # (B, M, ...)
         return torch.cat([logged_branch[:, :, None], x[:, T:].unflatten(1, (M, N))], 2).flatten(0, 1)
     paths, flow, log_pf = by_context(items), by_context(log_flow), by_context(step)
-    log_r = r.gather(1, paths.to(r.device)).log().to(policy.device)                                          # (B·M, 1 + N)
+    log_r = r.gather(1, paths.to(r.device)).log().to(policy.device)                              # (B·M, 1 + N)
     if method == "tb":
         gfn = trajectory_balance(flow[:, 0, 0], log_pf.sum(-1), log_r)
     elif method == "db":
@@ -533,35 +542,34 @@ def loss_of(method, model, reference, batch, reward, data, settings, progress):
 
 
 def train(method, policy, reward, data, settings, epochs, seed, folder, reference=None):
-    """The one training loop; the best epoch on validation is saved in `folder`, at once, so that a crash leaves it.
+    """The one training loop; the best epoch on validation is saved in `folder` at once, so that a crash leaves it.
 
     Returns the curve, a list of {"epoch", "loss", "ndcg@10"} with the start as epoch 0 (which is never the one that is
     saved: a row is what its training does); raises FloatingPointError when the loss is not finite. Goes on from
     folder/checkpoint.safetensors where that is left from a training that was interrupted.
     """
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
     rows = training_rows(data.train, settings.window)
     steps = epochs * math.ceil(len(rows) / settings.batch)
     rate = settings.rate if method == "sft" else settings.fine_rate
-    optimizer = torch.optim.AdamW([{"params": policy.lm.parameters()},          # one number to learn: 10 times the rate
-                                   {"params": policy.flow_head.parameters(), "lr": 10 * rate}],
+    optimizer = torch.optim.AdamW([{"params": policy.lm.parameters()},
+                                   {"params": policy.flow_head.parameters(), "lr": 10 * rate}],   # one number a user: faster
                                   lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model = DistributedDataParallel(policy, find_unused_parameters=True) if world > 1 else policy   # SFT leaves the flow head out
-    torch.manual_seed(seed + rank)                             # the processes' weights are one by now; dropout and draws differ
     warm = min(200, steps // 10 + 1)
     checkpoint, full_rates = Path(folder) / "checkpoint.safetensors", [group["lr"] for group in optimizer.param_groups]
-    curve = load_checkpoint(checkpoint, policy, optimizer, rng)
+    curve = load_checkpoint(checkpoint, policy, optimizer)
     curve = curve or [{"epoch": 0, "loss": None, "ndcg@10": validate(policy_ranker(policy, settings), data, settings)}]
     step = (len(curve) - 1) * steps // epochs
     with tqdm(total=steps, initial=step, desc=method, disable=None, leave=False) as bar:
         for epoch in range(len(curve), epochs + 1):
-            losses = []
+            # Each epoch has its own random numbers, on every device: one that is resumed draws what it would have drawn.
+            rng, losses = np.random.default_rng((seed, epoch)), []   # the order of the rows, the same in all processes
+            torch.manual_seed(int(np.random.default_rng((seed, epoch, rank)).integers(2 ** 63)))
             policy.train()
             for batch in batches(rows, data.train, settings.batch, policy, rng, rank, world):
-                for group, full in zip(optimizer.param_groups, full_rates):     # warm-up, then cosine
-                    group["lr"] = full * min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+                for group, full in zip(optimizer.param_groups, full_rates):
+                    group["lr"] = full * rate_at(step, steps, warm)
                 with torch.autocast("cuda", torch.bfloat16, enabled=settings.device.startswith("cuda")):
                     loss = loss_of(method, model, reference, batch, reward, data, settings, step / steps)
                 if not torch.isfinite(loss):
@@ -574,7 +582,7 @@ def train(method, policy, reward, data, settings, epochs, seed, folder, referenc
                 bar.update()
                 step += 1                                      # tqdm's own count stands still where there is no terminal
                 losses.append(loss.item())
-            mean = torch.tensor(np.mean(losses) / world, device=policy.device)
+            mean = torch.tensor(float(np.mean(losses)) / world, device=policy.device)
             if world > 1:
                 dist.all_reduce(mean)
             curve.append({"epoch": epoch, "loss": mean.item(),
@@ -582,7 +590,7 @@ def train(method, policy, reward, data, settings, epochs, seed, folder, referenc
             tqdm.write(f"  {method}: epoch {epoch}/{epochs}, loss {curve[-1]['loss']:.3f}, validation NDCG@10 {curve[-1]['ndcg@10']:.4f}")
             if curve[-1]["ndcg@10"] > max((point["ndcg@10"] for point in curve[1:-1]), default=-1):
                 policy.save_pretrained(folder)
-            save_checkpoint(checkpoint, policy, optimizer, rng, curve)
+            save_checkpoint(checkpoint, policy, optimizer, curve)
     return curve
 
 
@@ -629,7 +637,7 @@ def prepare(seed, data, settings):
     features = item_features(settings.ids, data.texts, data.train, seed)
     ids = SemanticIDs.fit(features, settings.codes, seed=seed)
     cm = CollaborativeModel.fit(data.train, len(data.item_ids))
-    cm.to("cuda" if settings.device == "cuda" else "cpu")      # rewards and samples are made where the CM is; mps has no sparse matrices
+    cm.to("cuda" if settings.device == "cuda" else "cpu")      # rewards and samples are made there; mps has no sparse matrices
     reward = Reward(ids, cm, [float(w) for w in settings.weights.split(",")], debias=settings.debias)
     print(f"seed {seed}: {ids.health()} ({time.time() - started:.1f} s with the CM)", flush=True)
     if settings.codes >= len(data.item_ids):
@@ -670,19 +678,19 @@ def run_row(method, seed, prepared, data, settings):
     if method == "tb":                                         # where the flow goes for the first user's held-out item
         context, positive = [data.histories[0][:-1]], torch.tensor([data.histories[0][-1]])
         plot_flows(Path(settings.out) / "flow.png", ids, exact(reward, context, positive)[2][0],
-                   distribution(policy, context)[0][0].cpu(), data.titles)
+                   distribution(policy, context)[0][0].cpu(), data.titles, exact_title="R/Z, which knows the held-out item")
     ranker = baseline_ranker(base, cm) if base in ("pop", "cm") else policy_ranker(policy, settings, reward if guided else None)
     histories = [history[:-1] for history in data.histories]
     ranked, target = rank_all(ranker, histories), torch.tensor([history[-1] for history in data.histories])
     metrics = {f"{name}@{k}": f(ranked, target, k).item() for k in (5, 10) for name, f in (("recall", recall_at), ("ndcg", ndcg_at))}
-    metrics |= beyond_accuracy(ranked, ids.codes, cm.count)
-    bias = exposure_bias(ranked, data.truth, histories, cm.count) if data.truth else {}
+    metrics |= beyond_accuracy(ranked, ids.codes, cm.count.cpu())
+    bias = exposure_bias(ranked, data.truth, histories, cm.count.cpu()) if data.truth else {}
     metrics |= {name: float(np.mean(values)) for name, values in bias.items()}
     if not guided and base not in ("pop", "cm"):
-        # H(P_F) = −E log P(v) in nats, by one draw from the policy for each of at most `validate_users` users
+        # H(P_F) = −E log P(v) in nats, by 16 draws from the policy for each of at most `validate_users` users
         torch.manual_seed(seed)
         some = histories[::math.ceil(len(histories) / settings.validate_users)]
-        metrics["entropy"] = -torch.cat([policy.sample(some[i:i + 256], 1)[1] for i in range(0, len(some), 256)]).mean().item()
+        metrics["entropy"] = -torch.cat([policy.sample(some[i:i + 256], 16)[1] for i in range(0, len(some), 256)]).mean().item()
     return {"method": method, "seed": seed, "metrics": metrics,
             "seconds": {"train": trained - started, "eval": time.time() - trained},
             "train_examples": max(0, len(curve) - 1) * sum(map(len, data.train)), "curve": curve,
@@ -722,7 +730,7 @@ def run(settings, resume=False):
 
 
 def run_oracle(settings):
-    """GFlowNet training alone, on a few users' contexts, until P = R/Z: prints the distances, draws OUT/flow.png."""
+    """GFlowNet training alone, on a few users' contexts, until P = R/Z: prints the distances, draws OUT/oracle.png."""
     check(settings, METHODS, SAMPLERS, ["cpu"])
     data, seed = load_data(settings.data), int(settings.seeds.split(",")[0])
     check_out(settings, data, resume=True)
@@ -744,7 +752,7 @@ def main(settings, arguments):
         else:
             join_processes(settings, arguments.resume)
             results = run(settings, arguments.resume)
-            print("\n" + table_of(results, METHODS) + "\n\nAn interval that holds 0 is no difference"
+            print("\n" + table_of(results, METHODS) + "\n\nAn interval that holds 0 shows no difference"
                   + (", and one epoch is a smoke test, not a result" if settings.epochs == 1 else "")
                   + f". results.json, results.md, curves.png and the models are in {settings.out}/")
         return 0

@@ -22,7 +22,8 @@ class CollaborativeModel:
     """CM(U, v) ∝ Σ_j decay^age(j) · T[j, v] over the recent items j of the history, plus a little popularity.
 
     T[j, v] counts how often v stood within `window` places of j, nearer ones and later ones for more, divided by
-    count(j)^power. The defaults were chosen on the validation items of Beauty and ml-100k.
+    count(j)^power. The defaults were chosen on the validation items of ml-100k and of Amazon Beauty,
+    which is not part of this repository.
     """
 
     @classmethod
@@ -43,7 +44,7 @@ class CollaborativeModel:
 
     def to(self, device):
         """Move what scores() works on to a device with sparse matrices: cpu or cuda; returns self."""
-        self.transitions, self.popularity = self.transitions.to(device), self.popularity.to(device)
+        self.transitions, self.popularity, self.count = (x.to(device) for x in (self.transitions, self.popularity, self.count))
         return self
 
     @property
@@ -109,8 +110,8 @@ class Reward:
     def __init__(self, ids, cm, weights=(0.3, 0.65, 0.05), epsilon=1e-3, debias=0.0):
         """ids: SemanticIDs; cm: CollaborativeModel; weights (w_a, w_ŷ, w_s) ≥ 0; epsilon > 0 keeps log R finite.
 
-        debias: δ ≥ 0, a power of an item's count in the log that the CM's score is divided by: what was shown more is
-        logged more, and a CM fitted to the log hands that on.
+        debias: δ ≥ 0, a power of an item's count in the log plus one, that the CM's score is divided by here (not in the row
+        CM alone): what was shown more is logged more, and a CM fitted to the log hands that on.
         """
         if min(weights) < 0 or epsilon <= 0:
             raise ValueError("the weights must not be negative, and epsilon must be positive")
@@ -124,12 +125,12 @@ class Reward:
         return r
 
     def collaborative(self, histories, following=None):
-        """r_ŷ: (B, n), the CM's score of every item, over count^δ; rows sum to 1."""
-        # r_ŷ(v) ∝ CM(U, v) / count(v)^δ
+        """r_ŷ: (B, n), the CM's score of every item, over (count + 1)^δ; rows sum to 1."""
+        # r_ŷ(v) ∝ CM(U, v) / (count(v) + 1)^δ
         scores = self.cm.scores(histories, following)
         if not self.debias:
             return scores
-        scores = scores / (self.cm.count.to(scores.device) + 1.0) ** self.debias
+        scores = scores / (self.cm.count + 1.0) ** self.debias
         return scores / scores.sum(1, keepdim=True)
 
     def similarity(self, positives):

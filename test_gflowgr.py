@@ -32,7 +32,7 @@ from transformers import GPT2LMHeadModel
 import gflowgr
 import reward
 import tokenizer
-from data import batches, example, exercises, grading, make_toy, metrics, ml_100k, oracle    # noqa: F401 (exercises fills grading.EXERCISES)
+from data import batches, example, exercises, grading, make_toy, metrics, ml_100k, oracle, report    # noqa: F401 (exercises fills grading.EXERCISES)
 from data.inputs import InputError, check_size, find_item, parse_arguments, read_folder
 from gflowgr import Policy, Settings
 from reward import CollaborativeModel, Reward
@@ -251,9 +251,6 @@ def test_training_with_trajectory_balance_alone_reaches_the_oracle(tmp_path):
     torch.manual_seed(0)
     policy, positives = Policy(ids, window=20, width=64, layers=1, dropout=0.0), torch.tensor([h[-2] for h in data.histories[:3]])
     r, log_z, target = oracle.exact(reward, data.train[:3], positives)
-    for row, history, positive in zip(r, data.train, positives):   # by the paper's sum, item by item
-        one = reward([history], positive[None], torch.tensor([True]))[0]
-        assert row.tolist() == pytest.approx([one[i].item() for i in range(len(row))])
     torch.testing.assert_close(log_z, torch.tensor([math.log(sum(row)) for row in r.tolist()]))
     curve = oracle.train_to_the_oracle(policy, gflowgr.trajectory_balance, reward, data.train[:3], positives, steps=500, samples=32)
     assert curve[0][1] > 0.5 and curve[0][2] > 1               # far off at first
@@ -314,6 +311,16 @@ def test_metrics_against_loops():
                 ndcg += 1 / math.log2(row.index(t) + 2) / 4
         assert gflowgr.recall_at(ranked, target, k).item() == pytest.approx(recall)
         assert gflowgr.ndcg_at(ranked, target, k).item() == pytest.approx(ndcg)
+
+
+def test_the_interval_is_that_of_a_mean_over_users():
+    rng = np.random.default_rng(0)
+    rows = [{"method": m, "by_user": {}, "ranks": rng.integers(0, 11, 800).tolist()} for m in ("sft", "tb") for _ in range(2)]
+    found = report.paired_gains(rows, ["tb"], "sft", ["ndcg@10"])["tb"]["ndcg@10"]
+    by_user = {m: np.mean([[1 / math.log2(r + 1) if r else 0 for r in row["ranks"]] for row in rows if row["method"] == m], 0) for m in ("sft", "tb")}
+    gain = by_user["tb"] - by_user["sft"]
+    assert found["gain"] == pytest.approx(gain.mean())
+    assert [found["low"], found["high"]] == pytest.approx([gain.mean() + z * gain.std() / math.sqrt(800) for z in (-1.96, 1.96)], abs=0.15 * gain.std() / math.sqrt(800))
 
 
 def test_beyond_accuracy_against_loops():
@@ -483,8 +490,12 @@ def test_samplers_draw_from_where_they_say(small):
                 assert set(row) <= set(own) - {positive}
             elif name in ("random", "curriculum"):
                 assert not set(row) & set(own)
-    assert drawn["policy"].equal(small.recommend(histories, 6, beams=6)[0])
-    assert drawn["mixture"][:, :2].equal(small.recommend(histories, 2, beams=2)[0])
+    with torch.no_grad():
+        log_p = small.path_log_probs(histories, torch.arange(60).expand(3, 60)).sum(-1)
+    for row, history, own in zip(log_p, histories, drawn["policy"].tolist()):
+        row[history] = -math.inf
+        assert row[own].min() >= row.sort().values[-15] and len(set(own)) == 6   # a beam of six finds most of the best
+    assert drawn["mixture"][:, 0].equal(drawn["policy"][:, 0])
     assert all(gflowgr.augmented(name, 0, scores, logged, positives, histories, small, 0.5).shape == (3, 0)
                for name in gflowgr.SAMPLERS)
 
@@ -525,18 +536,90 @@ def test_batches_hold_the_histories(small):
     assert sorted(seen) == [(u, t) for u, h in enumerate(histories) for t in range(len(h))]
 
 
-@pytest.mark.parametrize("method", ["sft", "sdpo", "db", "vargrad", "tb", "fm"])
-def test_training_lowers_its_own_loss(method, tmp_path):
-    """The loop at work on a tiny world: the loss falls, and validation is never worse than the best epoch."""
+@pytest.mark.parametrize("method", ["tb", "db", "vargrad", "fm", "sdpo"])
+def test_the_whole_loss_against_one_path_at_a_time(method, tmp_path, monkeypatch):
+    """loss_of packs, gathers and pairs; here every context and every path is computed alone, and only then put together."""
     settings = tiny_settings(tmp_path)
+    data = gflowgr.load_data(settings.data)
+    data.liked = [[i % 3 > 0 for i in range(len(h))] for h in data.histories]
+    _, ids, reward = gflowgr.prepare(0, data, settings)
+    torch.manual_seed(0)
+    policy, reference = (Policy(ids, settings.window, settings.width, settings.layers, 0.0).eval() for _ in range(2))
+    torch.nn.init.normal_(policy.flow_head.weight)
+    rows, kept = batches.training_rows(data.train, settings.window), {}
+    batch = next(batches.batches(rows, data.train, 5, policy, np.random.default_rng(0)))
+    for name in ("pick_contexts", "augmented"):
+        def keep(*args, name=name, original=getattr(gflowgr, name)):
+            kept[name] = original(*args)
+            return kept[name]
+        monkeypatch.setattr(gflowgr, name, keep)
+    with torch.no_grad():
+        found = gflowgr.loss_of(method, policy, reference, batch, reward, data, settings, 0.5).item()
+        (_, ends, *_), others = kept["pick_contexts"], kept["augmented"]
+        l_gr = [-path_by_plain_gpt2(policy, data.train[u][start:start + end], target).sum()
+                for u, start, *row in zip(batch.users, batch.starts, batch.ends.tolist(), batch.targets.tolist(), batch.valid.tolist())
+                for end, target, valid in zip(*row) if valid]
+        l_gfn = []
+        for c, (b, m) in enumerate(np.ndindex(*ends.shape)):
+            u, start, end = batch.users[b], batch.starts[b], ends[b, m].item()
+            past, read, v = data.train[u][:start + end], data.train[u][start:start + end], data.train[u][start + end]
+            r_y = reward.collaborative([past], [data.train[u][start + end:]])
+            R = reward([past], torch.tensor([v]), torch.tensor([data.liked[u][start + end]]), r_y)[0]
+            paths = [v, *others[c].tolist()]
+            log_p = torch.stack([path_by_plain_gpt2(policy, read, item) for item in paths])            # (1 + N, L)
+            even = [[sum(row[:l] == ids.codes[item, :l].tolist() for row in ids.codes.tolist()) for l in range(3)] for item in paths]
+            hidden = [policy.lm.transformer(torch.tensor([[policy.user_token] + [policy.user_token + 1 + i for i in read]
+                      + [l * ids.num_codes + ids.codes[item, l].item() for l in range(2)]])).last_hidden_state[0, len(read):] for item in paths]
+            log_f = policy.flow_head(torch.stack(hidden))[..., 0] + (torch.tensor(even) / len(ids.codes)).log()   # (1 + N, L)
+            log_r = R[paths].log()
+            if method == "tb":
+                l_gfn.append(np.mean([(log_f[0, 0] + log_p[j].sum() - log_r[j]).item() ** 2 for j in range(len(paths))]))
+            elif method == "db":
+                f = torch.cat([log_f, log_r[:, None]], 1)
+                l_gfn.append(np.mean([sum((f[j, l] + log_p[j, l] - f[j, l + 1]).item() ** 2 for l in range(3)) for j in range(len(paths))]))
+            elif method == "vargrad":
+                l_gfn.append(np.var([(log_r[j] - log_p[j].sum()).item() for j in range(len(paths))]))
+            elif method == "sdpo":
+                up = [(log_p[j].sum() - path_by_plain_gpt2(reference, read, item).sum()).item() for j, item in enumerate(paths)]
+                l_gfn.append(math.log(1 + sum(math.exp(settings.beta * (x - up[0])) for x in up[1:])))
+            else:                                              # FM: KL from the exact flows, prefix by prefix
+                kl, codes = 0.0, ids.codes.tolist()
+                for item in paths:
+                    for l in range(3):
+                        below = {}
+                        for i, row in enumerate(codes):
+                            if row[:l] == codes[item][:l]:
+                                below.setdefault(row[l], []).append(i)
+                        total = sum(R[i].item() for items in below.values() for i in items)
+                        for items in below.values():
+                            share = sum(R[i].item() for i in items) / total
+                            kl += share * (math.log(share) - path_by_plain_gpt2(policy, read, items[0])[l].item()) / len(paths)
+                l_gfn.append(kl)
+    assert found == pytest.approx(torch.stack(l_gr).mean().item() + gflowgr.LAM[method] * np.mean(l_gfn), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["sft", "sdpo", "db", "vargrad", "tb", "fm"])
+def test_training_lowers_its_own_loss(method, tmp_path, monkeypatch):
+    """On the same rows, contexts and draws before and after; L_GR is left out where there is a second loss."""
+    settings = tiny_settings(tmp_path)
+    settings.beta = 1.0
     data = gflowgr.load_data(settings.data)
     features, ids, reward = gflowgr.prepare(0, data, settings)
     torch.manual_seed(0)
     policy = Policy(ids, settings.window, settings.width, settings.layers, 0.0)
-    curve = gflowgr.train(method, policy, reward, data, settings, 4, 0, tmp_path / "model", copy.deepcopy(policy))
-    losses = [point["loss"] for point in curve[1:]]
-    assert losses[-1] < 0.95 * losses[0]
-    saved = Policy.from_pretrained(tmp_path / "model")
+    start = copy.deepcopy(policy)
+    if method != "sft":
+        monkeypatch.setattr(gflowgr, "next_token_loss", lambda step, valid: 0 * step.sum())
+    rows = batches.training_rows(data.train, settings.window)
+    batch = next(batches.batches(rows, data.train, len(rows), policy, np.random.default_rng(0)))
+
+    def loss(policy):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return gflowgr.loss_of(method, policy.eval(), start, batch, reward, data, settings, 0.5).item()
+    curve = gflowgr.train(method, policy, reward, data, settings, 4, 0, tmp_path / "model", start)
+    assert loss(policy) < 0.98 * loss(start)
+    saved = Policy.from_pretrained(tmp_path / "model")         # and the best epoch is the one that is kept
     assert gflowgr.validate(gflowgr.policy_ranker(saved, settings), data, settings) == max(point["ndcg@10"] for point in curve[1:])
 
 
@@ -568,17 +651,17 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_users(tmp_path, monkeypat
 
 
 def test_validation_and_test_items_never_reach_training(tmp_path):
-    """Other last two items, same IDs, same CM, same training rows."""
-    settings = tiny_settings(tmp_path)
-    data = gflowgr.load_data(settings.data)
-    changed = gflowgr.load_data(settings.data)
-    changed.histories = [h[:-2] + [(i + 1) % 48 for i in h[-2:]] for h in changed.histories]
-    (features, ids, reward), (other_features, other_ids, other_reward) = [gflowgr.prepare(0, d, settings) for d in (data, changed)]
-    assert ids.codes.equal(other_ids.codes) and np.array_equal(features, other_features)
-    assert reward.cm.transitions.to_dense().equal(other_reward.cm.transitions.to_dense())
-    for d in (data, changed):
-        assert all(h == full[:-2] for h, full in zip(d.train, d.histories)) or d is changed
-    assert data.train == changed.train
+    """Other last two items: same IDs, same CM, and weight for weight the same policy after an epoch."""
+    settings, found = tiny_settings(tmp_path), []
+    for shift in (0, 1):
+        data = gflowgr.load_data(settings.data)
+        data.histories = [h[:-2] + [(i + shift) % 48 for i in h[-2:]] for h in data.histories]
+        features, ids, reward = gflowgr.prepare(0, data, settings)
+        torch.manual_seed(0)
+        policy = Policy(ids, settings.window, settings.width, settings.layers)
+        gflowgr.train("tb", policy, reward, data, settings, 1, 0, tmp_path / f"model{shift}")
+        found.append([torch.tensor(features), ids.codes, reward.cm.transitions.to_dense(), *policy.state_dict().values()])
+    assert all(one.equal(other) for one, other in zip(*found))
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -894,6 +977,19 @@ def test_a_training_that_was_killed_goes_on_to_the_same_figures(epoch, tmp_path,
     monkeypatch.setattr(gflowgr, "loss_of", loss_of)
     resumed, resumed_weights = train("cut")
     assert resumed == whole and all(resumed_weights[name].equal(value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_the_average_over_processes_is_the_mean_over_the_batch(small, world):
+    histories = [list(range(1 + i % 9)) for i in range(21)]
+    rows = batches.training_rows(histories, 10)
+    whole, *parts = [list(batches.batches(rows, histories, 4, small, np.random.default_rng(0), rank, size))
+                     for rank, size in [(0, 1), *((rank, world) for rank in range(world))]]
+    for batch, *shares in zip(whole, *parts):
+        def means(one):                                        # a figure of each target, and one of each row
+            return [(one.targets * one.valid).sum().item() / one.valid.sum().item(), np.mean([len(histories[u]) for u in one.users])]
+        for i in (0, 1):
+            assert np.mean([share.weights[i] * means(share)[i] for share in shares]) == pytest.approx(means(batch)[i])
 
 
 def test_two_processes_train_as_one(tmp_path):

@@ -41,9 +41,9 @@ def batches(rows, histories, size, policy, rng, rank=0, world=1):
     chunks = [sorted(order[i:i + 32 * size], key=lambda r: rows[r][3] - rows[r][1]) for i in range(0, len(rows), 32 * size)]
     groups = [chunk[i:i + size] for chunk in chunks for i in range(0, len(chunk), size)]
     for g in rng.permutation(len(groups)):
-        shares = [[rows[r] for r in groups[g][first::world] or groups[g]] for first in range(world)]
-        chosen, targets = shares[rank], [sum(stop - first for _, _, first, stop in share) for share in shares]
-        weights = (targets[rank] * world / sum(targets), len(chosen) * world / sum(map(len, shares)))
+        shares = [[rows[r] for r in groups[g][process::world] or groups[g]] for process in range(world)]
+        chosen, num_targets = shares[rank], [sum(stop - first for _, _, first, stop in share) for share in shares]
+        weights = (num_targets[rank] * world / sum(num_targets), len(chosen) * world / sum(map(len, shares)))
         tokens, _ = policy.tokens([histories[u][start:stop - 1] for u, start, _, stop in chosen])
         count = torch.tensor([stop - first for _, _, first, stop in chosen])
         valid = torch.arange(int(count.max()))[None] < count[:, None]

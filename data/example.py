@@ -22,7 +22,7 @@ Five films, and their semantic IDs: L = 3 levels, K = 3 codes. The two about the
 >>> [ids.legal(prefix).int().tolist() for prefix in ([], [0], [0, 1])]
 [[1, 1, 1], [0, 1, 0], [1, 0, 1]]
 
-**Path.** A policy whose weights are all zero finds every legal code equally likely: 1/3 · 1 · 1/2 for Golden Tide.
+**Path.** A policy whose token embeddings are zero finds every legal code equally likely: 1/3 · 1 · 1/2 for Golden Tide.
 
 >>> _ = policy.lm.transformer.wte.weight.data.zero_()
 >>> steps = policy.path_log_probs([history], [[v]])            # log P_F of each step, (1 user, 1 item, 3 steps)
@@ -33,12 +33,16 @@ Five films, and their semantic IDs: L = 3 levels, K = 3 codes. The two about the
 codes shared with v: 3 with itself, 2 with Silent Reef, 0, 0 and 0 with the others, as shares of 5.
 
 >>> cm = CollaborativeModel.fit([[0, 1], [2, 3, 1]], num_items=5, popularity=0.0)
->>> reward = Reward(ids, cm, weights=(0.3, 0.6, 0.1), epsilon=1e-3)
+>>> reward = Reward(ids, cm, weights=(0.3, 0.6, 0.1), epsilon=1e-3)   # round numbers, for the hand
 >>> liked = torch.tensor([True])
 >>> def row(values): return [round(x, 3) for x in values[0].tolist()]
 >>> row(reward.action(torch.tensor([v]), liked)), row(reward.similarity(torch.tensor([v])))
 ([0.0, 1.0, 0.0, 0.0, 0.0], [0.4, 0.6, 0.0, 0.0, 0.0])
->>> row(reward.collaborative([history]))                       # Golden Tide: (.6 · 1 + .8) / (.6 · 1 + 1 + .8) = .583
+
+Silent Reef is one item older (decay .6), and Golden Tide stood next to it once, and two places after Last Orbit
+(nearness .8): (.6 · 1 + .8) / (.6 · 1 + .8 + 1) = .583.
+
+>>> row(reward.collaborative([history]))
 [0.0, 0.583, 0.0, 0.417, 0.0]
 >>> R = reward([history], torch.tensor([v]), liked)            # .3 · r_a + .6 · r_ŷ + .1 · r_s + .001/5
 >>> row(R)
@@ -57,10 +61,15 @@ a policy, log P_F = log F(child) − log F(parent), the loss is nothing.
 2.1
 >>> log_F = F[ids.nodes[v]].log()[None, None]                  # log F of s_0 … s_3 on the way to v
 >>> log_pf = log_F[..., 1:] - log_F[..., :-1]
->>> abs(round(trajectory_balance(log_F[:, 0, 0], log_pf.sum(-1), R[:, [v]].log()).item(), 6))
+>>> round(trajectory_balance(log_F[:, 0, 0], log_pf.sum(-1), R[:, [v]].log()).item(), 6)
 0.0
->>> abs(round(detailed_balance(log_F, log_pf).item(), 6))
+>>> round(detailed_balance(log_F, log_pf).item(), 6)
 0.0
+
+L = L_GR + λ · TB; L_GR = −log 1/6 = 1.79, and with λ = .1 it is 1.79 + .1 · 2.1 = 2.0.
+
+>>> round(-steps.sum().item() + 0.1 * 2.1, 1)
+2.0
 
 **Ranked list.** What the user had is left out. The untrained policy prefers Little Oasis, alone under its first code
 (1/3); guided by the CM (its power γ = 2) the list begins with Golden Tide.

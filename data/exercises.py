@@ -375,7 +375,7 @@ def no_leak(found, ends, C, L):
     "1 and 0": ("return mask", "return (mask == 0).float()"),
     "who is seen for who sees": ("return mask", "return mask.transpose(1, 2)")})
 def tree_mask(ends, C, L):
-    (B, E), S = ends.shape, C + ends.shape[1] * (L - 1)
+    B, S = len(ends), C + ends.shape[1] * (L - 1)
     mask = torch.full((B, S, S), NEVER)
     for b, i, j in itertools.product(range(B), range(S), range(S)):
         branch, other = (i - C) // (L - 1), (j - C) // (L - 1)

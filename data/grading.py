@@ -151,7 +151,7 @@ def listing():
     """A line for each exercise, the easy ones first, and how to go on."""
     exercises = sorted(EXERCISES.items(), key=lambda entry: (entry[1].difficulty, entry[1].minutes))
     return "\n".join([f"{'name':28}{'difficulty':12}{'minutes':9}file"]
-                     + [f"{name:28}{'*' * e.difficulty:12}{e.minutes:<9}{inspect.getmodule(e.reference).__name__}.py"
+                     + [f"{name:28}{'*' * e.difficulty:12}{e.minutes:<9}{inspect.getmodule(e.reference).__name__.replace('.', '/')}.py"
                         for name, e in exercises]
                      + ["", "python test_gflowgr.py --stub NAME > mine.py, write the body, then",
                         "MINE=mine.py python -m pytest -q test_gflowgr.py -k NAME", ""])

@@ -44,7 +44,7 @@ def beyond_accuracy(ranked, codes, counts):
     # tail: share of the recommendations that go to the less popular half of the catalogue (ties: the later item)
     tail = torch.zeros(n, dtype=torch.bool)
     tail[counts.argsort(descending=True, stable=True)[n - n // 2:]] = True
-    # diversity: share of the codes in which two items of a list differ, 1 − Σ_l 1[t_l = t'_l] / L, mean over all pairs
+    # diversity, to be compared under the same IDs alone: share of the codes in which two items of a list differ, 1 − Σ_l 1[t_l = t'_l] / L, mean over all pairs
     first, second = torch.combinations(torch.arange(ranked.shape[1])).T
     both = filled[:, first] & filled[:, second]
     differ = (codes[ranked[:, first]] != codes[ranked[:, second]]).float().mean(-1)
@@ -58,7 +58,7 @@ def exposure_bias(ranked, truth, histories, counts):
 
     truth: {"liked": B sets, "shown": B sets} of items; histories: what the recommender read, B lists; counts (n,) of the
     items in the log. Returns three lists of B numbers: "hidden@10", the share of the items that the user likes but was
-    never shown that are in the list (0 if there are none); "liked@10", the share of the list that is truly liked;
+    never shown that are in the list (0 if there are none; ten of more than ten at most, .43 in the toy world); "liked@10", the share of the list that is truly liked;
     "lift@10", how often the list's items stand in the log, over how often those stand there that the user likes and has
     not had: 1 is fair, more is popularity bias.
     """

@@ -29,6 +29,11 @@ def distribution(policy, histories, size=256):
     return torch.cat(parts, 1), log_z
 
 
+def rate_at(step, steps, warm):
+    """The share of the peak learning rate at a step: linear warm-up over `warm` steps, then a cosine to 0."""
+    return min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
 def train_to_the_oracle(policy, loss, reward, histories, positives, steps=1200, samples=64, rate=2e-3, seed=0):
     """Trajectory balance alone (loss), from a policy with random weights, on a few contexts, until P = R/Z and the head
     says log Z. The curve: [(step, mean L1 distance of P from P*, largest |log Z head − log Z*|)].
@@ -42,8 +47,7 @@ def train_to_the_oracle(policy, loss, reward, histories, positives, steps=1200, 
     r, log_z, target = exact(reward, histories, positives)
     log_r, log_z = (r * scale[:, None]).log(), log_z + scale.log()
     optimizer = torch.optim.Adam([{"params": policy.lm.parameters()}, {"params": policy.flow_head.parameters(), "lr": 10 * rate}], lr=rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps, warm=50))
     tokens, lengths = policy.tokens(histories)
     ends, curve = lengths[:, None].expand(-1, samples), []
     for step in tqdm(range(steps + 1), desc="oracle", disable=None):
@@ -62,7 +66,7 @@ def train_to_the_oracle(policy, loss, reward, histories, positives, steps=1200, 
     return curve
 
 
-def plot_flows(path, ids, exact_flow, learned_flow, titles, curve=(), branches=5):
+def plot_flows(path, ids, exact_flow, learned_flow, titles, curve=(), branches=5, exact_title="exact, R/Z"):
     """flow.png: the tree of one user, where the flow goes: exact beside learned, both (n,) over items, summing to one.
 
     A bar is a prefix, as wide as its share of the flow; below it stand its `branches` largest children by the exact flow,
@@ -73,7 +77,7 @@ def plot_flows(path, ids, exact_flow, learned_flow, titles, curve=(), branches=5
     import matplotlib.pyplot as plt
     flows = torch.stack([ids.flows(f[None].float())[0] for f in (exact_flow, learned_flow)])        # (2, P + n)
     figure, axes = plt.subplots(1, 3 if curve else 2, figsize=(15 if curve else 11, 4.2))
-    for axis, flow, name in zip(axes, flows, ("exact, R/Z", "learned, P_F")):
+    for axis, flow, name in zip(axes, flows, (exact_title, "learned, P_F")):
         _draw(axis, ids, flow, flows[0], titles, 0, 0, 0.0, branches)
         axis.set_xlim(0, 1), axis.set_ylim(-ids.num_levels - 0.6, 1), axis.axis("off"), axis.set_title(name)
     if curve:
@@ -90,7 +94,7 @@ def _draw(axis, ids, flow, order, titles, node, level, left, branches):
     axis.bar(left, 0.8, share, -level, align="edge", color=f"C{level}", edgecolor="white", linewidth=1)
     if level == ids.num_levels:
         if share > 0.02:
-            axis.text(left + share / 2, -level - 0.05, titles[node - ids.num_prefixes], rotation=90, ha="center", va="top", fontsize=7)
+            axis.text(left + share / 2, -level - 0.05, titles[node - ids.num_prefixes], rotation=90, ha="center", va="top", fontsize=7, parse_math=False)
         return
     if share > 0.06:
         axis.text(left + share / 2, 0.4 - level, f"{share:.2f}", ha="center", va="center", fontsize=8, color="white")

@@ -26,7 +26,10 @@ def _per_user(rows, method, metric):
 
 
 def paired_gains(rows, methods, base, metrics, seed=0, samples=1000):
-    """{method: {metric: gain over the base, with a 95 % bootstrap interval over users}}; users are drawn once for all."""
+    """{method: {metric: gain over the base, with a 95 % bootstrap interval over users}}; users are drawn once for all.
+
+    The seeds are taken as they are: their luck is not in the interval.
+    """
     pairs = [(method, metric) for method in methods for metric in metrics]
     gains = np.array([_per_user(rows, method, metric) - _per_user(rows, base, metric) for method, metric in pairs])
     rng, users = np.random.default_rng(seed), gains.shape[-1]

@@ -11,7 +11,7 @@ from data.report import write_json
 
 
 def studies(settings):
-    """{study: {label: the settings that differ}}; in each study the first label is what the others are compared with."""
+    """{study: {label: the settings that differ}}."""
     w_a, w_y, w_s = settings.weights.split(",")
     return {
         "lam": {f"λ = {v}": {"lam": v} for v in (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)},
@@ -41,8 +41,12 @@ def sweep(name, settings, run):
     methods = [m for m in settings.methods.split(",") if m not in ("pop", "cm", "sft", "sft-continued")]
     if not methods:
         raise InputError("--sweep needs a row that it changes in --methods, such as tb, or sft+cm for gamma and debias")
-    if not all((Path(settings.out) / f"sft-{seed}" / "row.json").exists() for seed in settings.seeds.split(",")):
-        run(replace(settings, methods="sft"), resume=True)
+    missing = [seed for seed in settings.seeds.split(",") if not (Path(settings.out) / f"sft-{seed}" / "row.json").exists()]
+    if missing and (Path(settings.out) / "results.json").exists():
+        raise InputError(f"--sweep starts from the SFT models in {settings.out}, which has none for seed {','.join(missing)}; "
+                         "run them there first, without --sweep, or choose another --out")
+    if missing:
+        run(replace(settings, methods="sft"))
     check_out(settings, load_data(settings.data), resume=True)   # else a study would start from models of other settings
     figures = {}
     for label, changes in tqdm(known[name].items(), desc=f"sweep {name}", disable=None):
@@ -77,7 +81,7 @@ def _plot(name, figures, path):
     figure, axis = plt.subplots(figsize=(7, 3.5))
     for i, (method, by_label) in enumerate(figures.items()):
         place = np.arange(len(by_label)) + 0.1 * i
-        axis.errorbar(place, [np.mean(v) for v in by_label.values()], [np.std(v) for v in by_label.values()],
+        axis.errorbar(place, [np.mean(v) for v in by_label.values()], [np.std(v, ddof=len(v) > 1) for v in by_label.values()],
                       fmt="o", capsize=3, label=method)
     axis.set_xticks(range(len(by_label)), by_label, rotation=20)
     axis.set_ylabel("validation NDCG@10, or as named"), axis.set_title(f"study: {name}"), axis.legend()
