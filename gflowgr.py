@@ -16,10 +16,10 @@ Where this departs from the paper, or had to guess (the formulas are known secon
  6. The curriculum's pool is drawn half from the CM's scores and half evenly, not evenly alone (curriculum).
  7. L_GR is taken at every item of a row, L_GFN at a few of them, and with a smaller λ than the paper's (loss_of). Items
     that were only clicked are targets as well; their r_a is a tenth.
- 8. S-DPO keeps L_GR beside its own loss. Its negatives are the augmented items, so some are items that the CM likes. VarGrad and FM are extra rows; FM is ours: where the catalogue can be
-    enumerated, the flow of every prefix is a sum over its subtree, an exact target for each step (flow_matching).
-    DB's flow head starts at the flow of an even reward: from log F = 0 everywhere its residuals are as large as log n,
-    and drown L_GR (Policy.even_flow).
+ 8. S-DPO keeps L_GR beside its own loss, and its negatives are the augmented items, of which the CM likes some. VarGrad
+    and FM are extra rows; FM is ours: where the catalogue can be enumerated, the flow of every prefix is a sum over its
+    subtree, an exact target for each step (flow_matching). DB's flow head starts at the flow of an even reward: from
+    log F = 0 everywhere its residuals are as large as log n, and drown L_GR (Policy.even_flow).
  9. The rows NAME+cm are ours: beam search guided by the exact flows of r_ŷ^γ, so they need the CM when serving.
     Of the samplers, mixture is ours, and so is δ, which takes the log's popularity out of r_ŷ (Reward.debias). The policy
     sampler gives N items, not N−1, and may give one that is logged later.
