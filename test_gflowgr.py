@@ -778,6 +778,18 @@ def test_toy_log_is_what_was_shown_and_liked():
         assert set(history) <= liked & shown and liked - shown
 
 
+def test_a_log_without_the_truth_is_as_one_with_it():
+    """The same shares of items liked and of items that were shown often, though only shown items get a like or none."""
+    worlds = [make_toy.make_world(1500, 20, 12, seed=1, truth=truth) for truth in (True, False)]
+    liked, top = [], []
+    for log, likes, shown in worlds:
+        assert all(set(kept) == set(a) & set(b) and len(set(b)) == len(b) for kept, a, b in zip(log, likes, shown))
+        liked.append(sum(map(len, log)) / sum(map(len, shown)))
+        top.append(np.sort(np.bincount(np.concatenate(shown), minlength=240))[-24:].sum() / sum(map(len, shown)))
+    assert liked[0] == pytest.approx(liked[1], abs=0.02) and top[0] == pytest.approx(top[1], abs=0.02)
+    assert all(set(a) <= set(b) for a, b in zip(worlds[1][1], worlds[1][2]))
+
+
 def test_ml_100k_explains_itself_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/")     # nothing listens there
     monkeypatch.setenv("PIP_RETRIES", "0")
