@@ -71,6 +71,7 @@ def run_cli(*args):
     ("random", np.random.default_rng(1).normal(size=(50, 4)), 4),
     ("all equal and full", np.ones((27, 3)), 3),
     ("two kinds, full", np.repeat([[0.0], [1.0]], 32, 0), 4),
+    ("more than k-means reads", np.random.default_rng(1).normal(size=(1300, 4)), 11),
     ("one item", np.zeros((1, 2)), 2),
     ("no features", np.zeros((8, 0)), 2)])
 def test_ids_are_unique_and_decodable(name, features, K):
