@@ -303,9 +303,10 @@ class Policy(torch.nn.Module):
         node = torch.zeros(B, 1, dtype=torch.long, device=self.device)
         for level in range(L):
             child = self.id_children[node]                                                     # (B, W, K)
-            log_probs = self._logits(hidden, level).masked_fill(child < 0, NEVER).log_softmax(-1)
-            total = (score[..., None] + log_probs).masked_fill(child < 0, -math.inf).flatten(1)   # (B, W·K)
-            child = child.flatten(1)
+            # In place: passes over (B, W, K) cost as much as a block of the model. A path that does not exist keeps a
+            # score below NEVER / 2, whatever is added to it.
+            total = self._logits(hidden, level).masked_fill_(child < 0, NEVER).log_softmax(-1).add_(score[..., None]).flatten(1)
+            child = child.flatten(1)                                                           # (B, W·K)
             value = total if flow is None else total + flow.gather(1, child.clamp(min=0))
             if level == L - 1:
                 break                                          # the children are items now
@@ -318,12 +319,14 @@ class Policy(torch.nn.Module):
             hidden = self.lm.transformer(level * K + best % K, cache, attention_mask=beam_mask[:, None],
                                          position_ids=(lengths[:, None] + 1 + level).expand(B, W),
                                          use_cache=True).last_hidden_state                     # (B, W, d)
-        item = torch.where(child < 0, -1, child - self.semantic_ids.num_prefixes)
+        # Enough of the best that k are left without the items of the history
+        value, best = value.topk(min(k + max(map(len, histories)), value.shape[1]), 1)
+        item = child.gather(1, best) - self.semantic_ids.num_prefixes
         owned = torch.zeros(B, len(self.id_codes), dtype=torch.bool)
         for b, history in enumerate(histories):
             owned[b, history] = True
-        value = value.masked_fill(owned.to(self.device).gather(1, item.clamp(min=0)), -math.inf)
-        value, item = F.pad(value, (0, k), value=-math.inf), F.pad(item, (0, k), value=-1)
+        gone = (value < NEVER / 2) | owned.to(self.device).gather(1, item.clamp(min=0))
+        value, item = F.pad(value.masked_fill(gone, -math.inf), (0, k), value=-math.inf), F.pad(item, (0, k), value=-1)
         score, best = value.topk(k, 1)
         return item.gather(1, best).masked_fill(score == -math.inf, -1), score
 
