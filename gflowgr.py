@@ -246,7 +246,9 @@ class Policy(torch.nn.Module):
                                      use_cache=False).last_hidden_state                  # (B, C + E·(L-1), d)
         root = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1]))        # (B, E, d)
         prefixes = torch.cat([root[:, :, None], hidden[:, C:].reshape(B, E, L - 1, -1)], 2)   # (B, E, L, d)
-        logits = torch.stack([self._logits(prefixes[:, :, level], level) for level in range(L)], 2).float()   # also in bf16
+        # One slice of the embedding for all levels' heads: the gradient of each is as large as the whole, items and all
+        heads = self.lm.transformer.wte.weight[:L * K].unflatten(0, (L, K))      # (L, K, d)
+        logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()         # (B, E, L, K); float also in bf16
         legal = self.id_children[self.id_nodes[items][..., :-1]] >= 0            # (B, E, L, K)
         log_probs = logits.masked_fill(~legal, NEVER).log_softmax(-1)
         return log_probs, self.flow_head(prefixes)[..., 0] + self.even_flow[self.id_nodes[items][..., :-1]]
