@@ -122,6 +122,15 @@ def test_legal_codes_against_the_list_of_ids():
     assert not ids.legal([[4, 0], [-1, 0]]).any()              # no codes at all: a dead end, not an IndexError
 
 
+def test_the_table_of_legal_codes_grows_with_the_prefixes():
+    """Of 10^9 possible IDs five are in use: 11 prefixes at most, and a row of K for each."""
+    for n in (5, 50):
+        ids = SemanticIDs(np.random.default_rng(n).integers(0, 1000, (n, 3)), num_codes=1000)
+        assert ids.num_prefixes <= 1 + 2 * n and ids.children.shape == (ids.num_prefixes + 1, 1000)
+        size = sum(x.numel() for x in vars(ids).values() if torch.is_tensor(x))
+        assert size <= (2 + 2 * n) * 1000 + 7 * n
+
+
 def test_capacity_keeps_the_nearest():
     cost = np.array([[0.0, 5.0], [1.0, 2.0], [0.5, 9.0], [3.0, 0.0]])
     code = tokenizer.assign_with_capacity(cost, np.zeros(4, np.int64), 2)
