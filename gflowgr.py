@@ -102,6 +102,7 @@ from tqdm import tqdm                                          # noqa: E402
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel   # noqa: E402
 
 from data.batches import batches, pick_contexts, training_rows  # noqa: E402
+from data.benchmark import benchmark                           # noqa: E402
 from data.checkpoint import load_checkpoint, save_checkpoint   # noqa: E402
 from data.commands import join_processes, print_recommendations, show_oracle   # noqa: E402
 from data.metrics import beyond_accuracy, exposure_bias, ndcg_at, recall_at   # noqa: E402
@@ -737,6 +738,14 @@ def run_oracle(settings):
     show_oracle(policy, trajectory_balance, reward, data, settings.out, seed)
 
 
+def run_benchmark(settings):
+    """Speed side by side with the usual ways of doing the same: a table on the screen, OUT/benchmark.md and .png."""
+    check(settings, METHODS, SAMPLERS, ["cpu"])
+    data = load_data(settings.data)
+    check_out(settings, data, resume=True)
+    benchmark(settings, data, prepare(0, data, settings), Policy, loss_of, trajectory_balance)
+
+
 def main(settings, arguments):
     """Run what was asked for → the exit status; one line on stderr where it cannot be done."""
     try:
@@ -744,6 +753,8 @@ def main(settings, arguments):
             print_recommendations(Policy.from_pretrained(arguments.model), arguments.recommend)
         elif arguments.oracle:
             run_oracle(settings)
+        elif arguments.benchmark:
+            run_benchmark(settings)
         elif arguments.sweep:
             print("\n" + sweep(arguments.sweep, settings, run))
         else:

@@ -32,7 +32,7 @@ from transformers import GPT2LMHeadModel
 import gflowgr
 import reward
 import tokenizer
-from data import batches, example, exercises, grading, make_toy, metrics, ml_100k, oracle    # noqa: F401 (exercises fills grading.EXERCISES)
+from data import batches, benchmark, example, exercises, grading, make_toy, metrics, ml_100k, oracle    # noqa: F401 (exercises: grading.EXERCISES)
 from data.inputs import InputError, check_size, find_item, parse_arguments, read_folder
 from gflowgr import Policy, Settings
 from reward import CollaborativeModel, Reward
@@ -447,6 +447,21 @@ def test_recommendations_are_new_distinct_catalogue_items(small, beams):
         assert values == sorted(values, reverse=True) and [v == -math.inf for v in values] == [i < 0 for i in row]
     if beams == 60:
         assert [sum(i >= 0 for i in row) for row in items.tolist()] == [10] * 5 + [3, 0]
+
+
+def test_generate_gives_the_same_answers_as_recommend():
+    *seconds, same = benchmark.decoding(Policy, 300, repeats=1, users=8, codes=24, history=6, width=32, layers=1)
+    assert same == 8 and len(seconds) == 3 and min(seconds) > 0
+    policy, histories = benchmark.random_policy(Policy, 300, 24, 6, 2, width=32, layers=1)
+    theirs = benchmark.by_generate(policy, histories, 10, 20, benchmark.allowed_tokens(policy.semantic_ids), scores=True)
+    assert not any(set(row) & set(history) for row, history in zip(theirs[0].tolist(), histories))
+    torch.testing.assert_close(policy.path_log_probs(histories, theirs[0]).sum(-1), theirs[1], atol=1e-4, rtol=0)
+
+
+def test_packed_trajectories_are_the_same_as_a_row_for_each():
+    packed, rows, error = benchmark.packing(Policy, gflowgr.trajectory_balance, 8, 6, repeats=1, users=3, n=300, codes=24,
+                                            width=32, layers=1)
+    assert error < 1e-5 and min(packed, rows) > 0
 
 
 def test_saved_model_is_a_plain_gpt2_and_comes_back(small, tmp_path):
@@ -985,6 +1000,22 @@ def test_without_resume_every_row_is_made_anew(finished, tmp_path):
     status, _, err = run_cli(*flags, "--seeds", "1", "--methods", "pop")
     assert status == 0, err
     assert json.loads((tmp_path / "out/pop-1/row.json").read_text())["ranks"] == json.loads(old)["ranks"]
+
+
+def test_benchmark_writes_its_table_and_picture(tmp_path, monkeypatch):
+    """With stand-ins for what takes minutes; nothing here looks at a time."""
+    large = benchmark.large_world(users=200, themes=4, items_per_theme=30, codes=8, share=3)
+    assert large["items"] == 120 and large["measured"] * 3 >= large["steps"] and large["GB"] > 0
+    monkeypatch.setattr(benchmark.subprocess, "check_output", lambda *_, **kw: json.dumps(large))
+    monkeypatch.setattr(benchmark, "decoding", lambda Policy, n: (0.1, 2.0, 3.0, 64))
+    monkeypatch.setattr(benchmark, "packing", lambda *_: (0.1, 0.75, 1e-6))
+    monkeypatch.setattr(benchmark, "growth", lambda Policy: {name: {1: 0.02, 9: 0.03} for name in ("n", "beams", "history")})
+    status, out, err = run_cli("--benchmark", *tiny_flags(tiny_settings(tmp_path)))
+    assert status == 0, err
+    text = (tmp_path / "out/benchmark.md").read_text()
+    assert text in out and (tmp_path / "out/benchmark.png").read_bytes()[:4] == b"\x89PNG"
+    assert "64 of 64 answers equal | 100 ms | 2.0 s | 20.00 × | ≥ 19 × |" in text and "| 100 ms | 750 ms | 7.50 × | ≥ 7 × |" in text
+    assert all(line.count("|") == 6 for line in text.splitlines() if line.startswith("|")) and "transformers" in text
 
 
 def test_recommend_prints_ten_titles_for_titles_or_ids(finished):
