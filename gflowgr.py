@@ -106,6 +106,7 @@ from tqdm import tqdm                                          # noqa: E402
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel   # noqa: E402
 
 from data.batches import batches, pick_contexts, training_rows  # noqa: E402
+from data.benchmark import benchmark                           # noqa: E402
 from data.checkpoint import load_checkpoint, save_checkpoint   # noqa: E402
 from data.commands import join_processes, print_recommendations, show_oracle   # noqa: E402
 from data.metrics import beyond_accuracy, exposure_bias, ndcg_at, recall_at   # noqa: E402
@@ -251,7 +252,9 @@ class Policy(torch.nn.Module):
                                      use_cache=False).last_hidden_state                  # (B, C + E·(L-1), d)
         root = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1]))        # (B, E, d)
         prefixes = torch.cat([root[:, :, None], hidden[:, C:].reshape(B, E, L - 1, -1)], 2)   # (B, E, L, d)
-        logits = torch.stack([self._logits(prefixes[:, :, level], level) for level in range(L)], 2).float()   # also in bf16
+        # One slice of the embedding for all levels' heads: the gradient of each is as large as the whole, items and all
+        heads = self.lm.transformer.wte.weight[:L * K].unflatten(0, (L, K))      # (L, K, d)
+        logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()         # (B, E, L, K); float also in bf16
         legal = self.id_children[self.id_nodes[items][..., :-1]] >= 0            # (B, E, L, K)
         log_probs = logits.masked_fill(~legal, NEVER).log_softmax(-1)
         return log_probs, self.flow_head(prefixes)[..., 0] + self.even_flow[self.id_nodes[items][..., :-1]]
@@ -308,9 +311,10 @@ class Policy(torch.nn.Module):
         node = torch.zeros(B, 1, dtype=torch.long, device=self.device)
         for level in range(L):
             child = self.id_children[node]                                                     # (B, W, K)
-            log_probs = self._logits(hidden, level).masked_fill(child < 0, NEVER).log_softmax(-1)
-            total = (score[..., None] + log_probs).masked_fill(child < 0, -math.inf).flatten(1)   # (B, W·K)
-            child = child.flatten(1)
+            # In place: passes over (B, W, K) cost as much as a block of the model. A path that does not exist keeps a
+            # score below NEVER / 2, whatever is added to it.
+            total = self._logits(hidden, level).masked_fill_(child < 0, NEVER).log_softmax(-1).add_(score[..., None]).flatten(1)
+            child = child.flatten(1)                                                           # (B, W·K)
             value = total if flow is None else total + flow.gather(1, child.clamp(min=0))
             if level == L - 1:
                 break                                          # the children are items now
@@ -323,12 +327,14 @@ class Policy(torch.nn.Module):
             hidden = self.lm.transformer(level * K + best % K, cache, attention_mask=beam_mask[:, None],
                                          position_ids=(lengths[:, None] + 1 + level).expand(B, W),
                                          use_cache=True).last_hidden_state                     # (B, W, d)
-        item = torch.where(child < 0, -1, child - self.semantic_ids.num_prefixes)
+        # Enough of the best that k are left without the items of the history
+        value, best = value.topk(min(k + max(map(len, histories)), value.shape[1]), 1)
+        item = child.gather(1, best) - self.semantic_ids.num_prefixes
         owned = torch.zeros(B, len(self.id_codes), dtype=torch.bool)
         for b, history in enumerate(histories):
             owned[b, history] = True
-        value = value.masked_fill(owned.to(self.device).gather(1, item.clamp(min=0)), -math.inf)
-        value, item = F.pad(value, (0, k), value=-math.inf), F.pad(item, (0, k), value=-1)
+        gone = (value < NEVER / 2) | owned.to(self.device).gather(1, item.clamp(min=0))
+        value, item = F.pad(value.masked_fill(gone, -math.inf), (0, k), value=-math.inf), F.pad(item, (0, k), value=-1)
         score, best = value.topk(k, 1)
         return item.gather(1, best).masked_fill(score == -math.inf, -1), score
 
@@ -740,6 +746,14 @@ def run_oracle(settings):
     show_oracle(policy, trajectory_balance, reward, data, settings.out, seed)
 
 
+def run_benchmark(settings):
+    """Speed side by side with the usual ways of doing the same: a table on the screen, OUT/benchmark.md and .png."""
+    check(settings, METHODS, SAMPLERS, ["cpu"])
+    data = load_data(settings.data)
+    check_out(settings, data, resume=True)
+    benchmark(settings, data, prepare(0, data, settings), Policy, loss_of, trajectory_balance)
+
+
 def main(settings, arguments):
     """Run what was asked for → the exit status; one line on stderr where it cannot be done."""
     try:
@@ -747,6 +761,8 @@ def main(settings, arguments):
             print_recommendations(Policy.from_pretrained(arguments.model), arguments.recommend)
         elif arguments.oracle:
             run_oracle(settings)
+        elif arguments.benchmark:
+            run_benchmark(settings)
         elif arguments.sweep:
             print("\n" + sweep(arguments.sweep, settings, run))
         else:

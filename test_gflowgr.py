@@ -32,7 +32,8 @@ from transformers import GPT2LMHeadModel
 import gflowgr
 import reward
 import tokenizer
-from data import batches, example, exercises, grading, make_toy, metrics, ml_100k, oracle, report    # noqa: F401 (exercises fills grading.EXERCISES)
+from data import (batches, benchmark, example, exercises, grading, make_toy, metrics, ml_100k, oracle,    # noqa: F401
+                  report)                                      # exercises fills grading.EXERCISES
 from data.inputs import InputError, check_size, find_item, parse_arguments, read_folder
 from gflowgr import Policy, Settings
 from reward import CollaborativeModel, Reward
@@ -71,6 +72,7 @@ def run_cli(*args):
     ("random", np.random.default_rng(1).normal(size=(50, 4)), 4),
     ("all equal and full", np.ones((27, 3)), 3),
     ("two kinds, full", np.repeat([[0.0], [1.0]], 32, 0), 4),
+    ("more than k-means reads", np.random.default_rng(1).normal(size=(1300, 4)), 11),
     ("one item", np.zeros((1, 2)), 2),
     ("no features", np.zeros((8, 0)), 2)])
 def test_ids_are_unique_and_decodable(name, features, K):
@@ -119,6 +121,15 @@ def test_legal_codes_against_the_list_of_ids():
             expected = [any(row[:length + 1] == prefix + (c,) for row in rows) for c in range(4)]
             assert ids.legal(prefix).tolist() == expected, prefix
     assert not ids.legal([[4, 0], [-1, 0]]).any()              # no codes at all: a dead end, not an IndexError
+
+
+def test_the_table_of_legal_codes_grows_with_the_prefixes():
+    """Of 10^9 possible IDs five are in use: 11 prefixes at most, and a row of K for each."""
+    for n in (5, 50):
+        ids = SemanticIDs(np.random.default_rng(n).integers(0, 1000, (n, 3)), num_codes=1000)
+        assert ids.num_prefixes <= 1 + 2 * n and ids.children.shape == (ids.num_prefixes + 1, 1000)
+        size = sum(x.numel() for x in vars(ids).values() if torch.is_tensor(x))
+        assert size <= (2 + 2 * n) * 1000 + 7 * n
 
 
 def test_capacity_keeps_the_nearest():
@@ -444,6 +455,21 @@ def test_recommendations_are_new_distinct_catalogue_items(small, beams):
         assert values == sorted(values, reverse=True) and [v == -math.inf for v in values] == [i < 0 for i in row]
     if beams == 60:
         assert [sum(i >= 0 for i in row) for row in items.tolist()] == [10] * 5 + [3, 0]
+
+
+def test_generate_gives_the_same_answers_as_recommend():
+    *seconds, same = benchmark.decoding(Policy, 300, repeats=1, users=8, codes=24, history=6, width=32, layers=1)
+    assert same == 8 and len(seconds) == 3 and min(seconds) > 0
+    policy, histories = benchmark.random_policy(Policy, 300, 24, 6, 2, width=32, layers=1)
+    theirs = benchmark.by_generate(policy, histories, 10, 20, benchmark.allowed_tokens(policy.semantic_ids), scores=True)
+    assert not any(set(row) & set(history) for row, history in zip(theirs[0].tolist(), histories))
+    torch.testing.assert_close(policy.path_log_probs(histories, theirs[0]).sum(-1), theirs[1], atol=1e-4, rtol=0)
+
+
+def test_packed_trajectories_are_the_same_as_a_row_for_each():
+    packed, rows, error = benchmark.packing(Policy, gflowgr.trajectory_balance, 8, 6, repeats=1, users=3, n=300, codes=24,
+                                            width=32, layers=1)
+    assert error < 1e-5 and min(packed, rows) > 0
 
 
 def test_saved_model_is_a_plain_gpt2_and_comes_back(small, tmp_path):
@@ -861,6 +887,18 @@ def test_toy_log_is_what_was_shown_and_liked():
         assert set(history) <= liked & shown and liked - shown
 
 
+def test_a_log_without_the_truth_is_as_one_with_it():
+    """The same shares of items liked and of items that were shown often, though only shown items get a like or none."""
+    worlds = [make_toy.make_world(1500, 20, 12, seed=1, truth=truth) for truth in (True, False)]
+    liked, top = [], []
+    for log, likes, shown in worlds:
+        assert all(set(kept) == set(a) & set(b) and len(set(b)) == len(b) for kept, a, b in zip(log, likes, shown))
+        liked.append(sum(map(len, log)) / sum(map(len, shown)))
+        top.append(np.sort(np.bincount(np.concatenate(shown), minlength=240))[-24:].sum() / sum(map(len, shown)))
+    assert liked[0] == pytest.approx(liked[1], abs=0.02) and top[0] == pytest.approx(top[1], abs=0.02)
+    assert all(set(a) <= set(b) for a, b in zip(worlds[1][1], worlds[1][2]))
+
+
 def test_ml_100k_explains_itself_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/")     # nothing listens there
     monkeypatch.setenv("PIP_RETRIES", "0")
@@ -1059,6 +1097,22 @@ def test_without_resume_every_row_is_made_anew(finished, tmp_path):
     status, _, err = run_cli(*flags, "--seeds", "1", "--methods", "pop")
     assert status == 0, err
     assert json.loads((tmp_path / "out/pop-1/row.json").read_text())["ranks"] == json.loads(old)["ranks"]
+
+
+def test_benchmark_writes_its_table_and_picture(tmp_path, monkeypatch):
+    """With stand-ins for what takes minutes; nothing here looks at a time."""
+    large = benchmark.large_world(users=200, themes=4, items_per_theme=30, codes=8, share=3)
+    assert large["items"] == 120 and large["measured"] * 3 >= large["steps"] and large["GB"] > 0
+    monkeypatch.setattr(benchmark.subprocess, "check_output", lambda *_, **kw: json.dumps(large))
+    monkeypatch.setattr(benchmark, "decoding", lambda Policy, n: (0.1, 2.0, 3.0, 64))
+    monkeypatch.setattr(benchmark, "packing", lambda *_: (0.1, 0.75, 1e-6))
+    monkeypatch.setattr(benchmark, "growth", lambda Policy: {name: {1: 0.02, 9: 0.03} for name in ("n", "beams", "history")})
+    status, out, err = run_cli("--benchmark", *tiny_flags(tiny_settings(tmp_path)))
+    assert status == 0, err
+    text = (tmp_path / "out/benchmark.md").read_text()
+    assert text in out and (tmp_path / "out/benchmark.png").read_bytes()[:4] == b"\x89PNG"
+    assert "64 of 64 answers equal | 100 ms | 2.0 s | 20.00 × | ≥ 19 × |" in text and "| 100 ms | 750 ms | 7.50 × | ≥ 7 × |" in text
+    assert all(line.count("|") == 6 for line in text.splitlines() if line.startswith("|")) and "transformers" in text
 
 
 def test_recommend_prints_ten_titles_for_titles_or_ids(finished):

@@ -79,7 +79,12 @@ def item_features(kind, texts, histories, seed, dim=64):
 
 
 def kmeans(points, k, rng, steps=20):
-    """(k, d) centroids of points (n, d): k-means++ seeding, then Lloyd's steps; an empty cluster stays where it is."""
+    """(k, d) centroids of points (n, d): k-means++ seeding, then Lloyd's steps; an empty cluster stays where it is.
+
+    Of more than 100 points a centroid only so many are read, drawn at random: the others move a mean by little.
+    """
+    if len(points) > 100 * k:
+        points = points[rng.choice(len(points), 100 * k, replace=False)]
     centroids, cost = np.empty((k, points.shape[1])), np.full(len(points), np.inf)
     for j in range(k):
         # The next seed is a point drawn with probability ∝ its squared distance from the nearest seed so far.

@@ -246,6 +246,7 @@ def parse_arguments(argv, Settings, presets, quick):
     parser.add_argument("--resume", action="store_true", help="keep the finished rows in --out and go on")
     parser.add_argument("--sweep", metavar="STUDY", help="run one of the paper's studies: lam, trajectories, positions, reward, sampler, gamma, debias")
     parser.add_argument("--oracle", action="store_true", help="train on four users with TB alone until P = R/Z, and draw it")
+    parser.add_argument("--benchmark", action="store_true", help="measure speed: decoding, packing, a step, growth, 10^5 items")
     parser.add_argument("--recommend", nargs="+", metavar="TITLE_OR_ID", help="print ten titles for this history, and stop")
     parser.add_argument("--model", metavar="DIR", help="the saved model for --recommend, such as runs/toy/tb-42")
     args = parser.parse_args(argv)

@@ -11,7 +11,9 @@ likes what fits their taste, shown or not. Only liked items that were shown ente
                        would like but never saw, so exposure bias can be measured
 """
 import argparse
+import bisect
 import csv
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -27,35 +29,51 @@ ADJECTIVES = ("Silent Golden Broken Hidden Last Crimson Endless Little Wild Froz
               "Distant Velvet Second Hollow Gentle Bitter Northern Paper Secret Borrowed Rising Empty").split()
 
 
-def make_world(num_users, items_per_theme, num_themes, seed):
-    """The log and the truth: lists `log`, `liked` and `shown` of item indices for each user."""
+def draw(left, right, gone, exposure, before, rng):
+    """An item of left … right − 1, none of gone (a sorted list of some of them), drawn in proportion to its exposure.
+
+    before[i] is the exposure of all items before i. A point is drawn on the line of exposures, and jumps over those of
+    items that are gone: so a draw costs nothing for the rest of the catalogue.
+    """
+    place = before[left] + rng.random() * (before[right] - before[left] - sum(exposure[item] for item in gone))
+    for item in gone:
+        if before[item] <= place:
+            place += exposure[item]
+    return bisect.bisect_right(before, place) - 1
+
+
+def make_world(num_users, items_per_theme, num_themes, seed, truth=True):
+    """The log and the truth: lists `log`, `liked` and `shown` of item indices for each user.
+
+    Without the truth, whether a user likes an item is drawn for shown items alone, and `liked` holds no others: of 10^5
+    items a user likes two thousand.
+    """
     rng = np.random.default_rng(seed)
     n = num_themes * items_per_theme
     theme = np.repeat(np.arange(num_themes), items_per_theme)
     # Exposure falls as 1/rank inside a theme; the ranks say nothing about how good an item is.
     rank = np.concatenate([rng.permutation(items_per_theme) for _ in range(num_themes)])
-    exposure = 1.0 / (1 + rank)
+    exposure = (1.0 / (1 + rank)).tolist()
+    before = list(itertools.accumulate(exposure, initial=0.0))
     log, liked, shown = [], [], []
     for _ in range(num_users):
-        favourites = rng.choice(num_themes, size=min(3, num_themes), replace=False)
+        favourites = rng.choice(num_themes, size=min(3, num_themes), replace=False).tolist()
         # A user likes half of each favourite theme and one other item in fifty.
-        likes = rng.random(n) < np.where(np.isin(theme, favourites), 0.5, 0.02)
-        mood, seen, kept = favourites[0], [], []
-        available = np.ones(n, bool)
+        likes = set()
+        if truth:
+            likes.update(np.flatnonzero(rng.random(n) < np.where(np.isin(theme, favourites), 0.5, 0.02)).tolist())
+        mood, seen = favourites[0], []
         for _ in range(rng.integers(12, 30)):
             if rng.random() < 0.35:                            # moods last about three items
-                mood = rng.choice(favourites)
+                mood = favourites[rng.integers(len(favourites))]
             # Mostly the current mood; now and then whatever is popular anywhere.
-            pool = available & (theme == mood) if rng.random() < 0.9 else available
-            if not pool.any():
-                continue
-            weight = exposure * pool
-            item = int(rng.choice(n, p=weight / weight.sum()))
-            available[item] = False
-            seen.append(item)
-            if likes[item]:
-                kept.append(item)
-        log.append(kept), shown.append(seen), liked.append(np.flatnonzero(likes).tolist())
+            left, right = (mood * items_per_theme, (mood + 1) * items_per_theme) if rng.random() < 0.9 else (0, n)
+            gone = sorted([item for item in seen if left <= item < right])
+            if len(gone) < right - left:
+                seen.append(draw(left, right, gone, exposure, before, rng))
+                if not truth and rng.random() < (0.5 if seen[-1] // items_per_theme in favourites else 0.02):
+                    likes.add(seen[-1])
+        log.append([item for item in seen if item in likes]), shown.append(seen), liked.append(sorted(likes))
     return log, liked, shown
 
 
