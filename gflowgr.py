@@ -45,7 +45,7 @@ METHODS = {"pop": "Popularity", "cm": "CM alone", "sft": "SFT", "sft-continued":
 
 
 # λ of each row's own loss beside L_GR, where --lam does not say otherwise. Squared log-ratios are large, and more of them
-# drowns L_GR; a divergence (FM) or a preference (S-DPO) is small. `--sweep lam` shows how little hangs on it.
+# drowns L_GR; a divergence (FM) or a preference (S-DPO) is small.
 LAM = {"sdpo": 1.0, "db": 0.1, "vargrad": 0.1, "tb": 0.1, "fm": 1.0}
 
 
