@@ -114,7 +114,7 @@ from data.oracle import distribution, exact, plot_flows, rate_at   # noqa: E402
 from data.report import plot_curves, plot_exposure, results_of, table_of, write_json   # noqa: E402
 from data.saved import load_policy, save_policy                # noqa: E402
 from data.sweep import sweep                                   # noqa: E402
-from reward import CollaborativeModel, Reward                  # noqa: E402
+from reward import CollaborativeModel, Reward, entries         # noqa: E402
 from tokenizer import SemanticIDs, item_features               # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()              # these models load in no time
@@ -442,7 +442,7 @@ def draw(weight, logged, count):
     if count < 1:
         return torch.empty(len(weight), 0, dtype=torch.long, device=weight.device)
     weight = weight.clone()
-    weight[[b for b, items in enumerate(logged) for _ in items], [item for items in logged for item in items]] = 0
+    weight[entries(logged)] = 0
     return torch.multinomial(weight + 1e-12, count, replacement=True)
 
 
@@ -481,7 +481,7 @@ def augmented(sampler, count, scores, logged, positives, histories, policy, prog
     """
     if sampler == "session":
         own = torch.zeros_like(scores)
-        own[[b for b, items in enumerate(logged) for _ in items], [item for items in logged for item in items]] = 1
+        own[entries(logged)] = 1
         return draw(own, positives[:, None].tolist(), count)
     if sampler == "random":
         return draw(torch.ones_like(scores), logged, count)
@@ -700,7 +700,7 @@ def run_row(method, seed, prepared, data, settings):
     return {"method": method, "seed": seed, "metrics": metrics,
             "seconds": {"train": trained - started, "eval": time.time() - trained},
             "train_examples": max(0, len(curve) - 1) * sum(map(len, data.train)), "curve": curve,
-            "validation": validate(ranker, data, settings), "by_user": bias, "example": ranked[0].tolist(),
+            "validation": max(point["ndcg@10"] for point in curve[1:]) if curve else validate(ranker, data, settings), "by_user": bias, "example": ranked[0].tolist(),
             "ranks": ((ranked == target[:, None]) * torch.arange(1, ranked.shape[1] + 1)).sum(1).tolist()}   # 0: not among the ten
 
 
@@ -735,12 +735,17 @@ def run(settings, resume=False):
     return results
 
 
+def prepare_alone(settings):
+    """What --oracle and --benchmark work on, on the CPU: the data, the first seed, and what prepare makes of them."""
+    seed = check(settings, METHODS, SAMPLERS, ["cpu"])[1][0]
+    data = load_data(settings.data)
+    check_out(settings, data, resume=True)
+    return data, seed, prepare(seed, data, settings)
+
+
 def run_oracle(settings):
     """GFlowNet training alone, on a few users' contexts, until P = R/Z: prints the distances, draws OUT/oracle.png."""
-    check(settings, METHODS, SAMPLERS, ["cpu"])
-    data, seed = load_data(settings.data), int(settings.seeds.split(",")[0])
-    check_out(settings, data, resume=True)
-    _, ids, reward = prepare(seed, data, settings)
+    data, seed, (_, ids, reward) = prepare_alone(settings)
     torch.manual_seed(seed)
     policy = Policy(ids, settings.window, settings.width, settings.layers, dropout=0.0)
     show_oracle(policy, trajectory_balance, reward, data, settings.out, seed)
@@ -748,10 +753,8 @@ def run_oracle(settings):
 
 def run_benchmark(settings):
     """Speed side by side with the usual ways of doing the same: a table on the screen, OUT/benchmark.md and .png."""
-    check(settings, METHODS, SAMPLERS, ["cpu"])
-    data = load_data(settings.data)
-    check_out(settings, data, resume=True)
-    benchmark(settings, data, prepare(0, data, settings), Policy, loss_of, trajectory_balance)
+    data, _, prepared = prepare_alone(settings)
+    benchmark(settings, data, prepared, Policy, loss_of, trajectory_balance)
 
 
 def main(settings, arguments):

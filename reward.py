@@ -18,6 +18,11 @@ def _sparse(rows, cols, values, shape):
     return torch.sparse_coo_tensor(index, torch.as_tensor(values, dtype=torch.float32), shape, check_invariants=False)
 
 
+def entries(lists):
+    """Row and column numbers of all items of B lists, to index a (B, n) matrix with."""
+    return [b for b, items in enumerate(lists) for _ in items], [item for items in lists for item in items]
+
+
 class CollaborativeModel:
     """CM(U, v) ∝ Σ_j decay^age(j) · T[j, v] over the recent items j of the history, plus a little popularity.
 
@@ -88,10 +93,9 @@ class CollaborativeModel:
             scores.index_put_(place, -torch.tensor(count, dtype=torch.float32, device=self.device), accumulate=True)
         scores.masked_fill_(scores <= 1e-6, 0)                 # what rounding left of a difference is nothing
         popular = self.popularity.repeat(len(histories), 1)
-        owners = [b for b, history in enumerate(histories) for _ in history]
-        owned = [item for history in histories for item in history]
-        scores[owners, owned] = 0
-        popular[owners, owned] = 0
+        owned = entries(histories)
+        scores[owned] = 0
+        popular[owned] = 0
         popular[popular.sum(1) == 0] = self.popularity         # a history of the whole catalogue: nothing is left
         total = scores.sum(1, keepdim=True)                    # 0 for an empty history or one of unseen items
         share = torch.where(total > 0, self.popularity_share, 1.0)

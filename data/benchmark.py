@@ -18,6 +18,7 @@ import transformers
 
 from data.batches import batches, training_rows
 from data.make_toy import make_world, titles
+from data.report import picture
 from reward import CollaborativeModel
 from tokenizer import SemanticIDs, item_features
 
@@ -92,6 +93,7 @@ def decoding(Policy, n, repeats=3, users=64, beams=20, k=10, history=20, codes=2
 
 # --- Training --------------------------------------------------------------------------------------------------------
 def step(loss, policy, optimizer):
+    """One step of the optimiser, as in train."""
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -144,16 +146,12 @@ def growth(Policy, repeats=5, users=64):
 
 
 def plot_growth(found, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), sharey=True)
-    for axis, (name, times), label in zip(axes, found.items(), ("items", "beams", "items of the history")):
-        axis.plot(list(times), [1000 * t for t in times.values()], marker="o")
-        axis.set_xlabel(label)
-    axes[0].set_xscale("log"), axes[0].set_ylim(bottom=0), axes[0].set_ylabel("ms for 64 users")
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    """benchmark.png: the three curves of growth."""
+    with picture(path, 1, 3, figsize=(11, 3.2), sharey=True) as axes:
+        for axis, (name, times), label in zip(axes, found.items(), ("items", "beams", "items of the history")):
+            axis.plot(list(times), [1000 * t for t in times.values()], marker="o")
+            axis.set_xlabel(label)
+        axes[0].set_xscale("log"), axes[0].set_ylim(bottom=0), axes[0].set_ylabel("ms for 64 users")
 
 
 # --- A large catalogue -----------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ import math
 import torch
 from tqdm import tqdm
 
+from data.report import picture
+
 
 def exact(reward, histories, positives):
     """R (B, n), log Z (B,) in nats, and P* = R/Z (B, n) of each user's context, by enumeration; every positive is liked."""
@@ -72,20 +74,15 @@ def plot_flows(path, ids, exact_flow, learned_flow, titles, curve=(), branches=5
     A bar is a prefix, as wide as its share of the flow; below it stand its `branches` largest children by the exact flow,
     in the same order on both sides, and a gap for the rest. With a curve, the distances against steps stand beside it.
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     flows = torch.stack([ids.flows(f[None].float())[0] for f in (exact_flow, learned_flow)])        # (2, P + n)
-    figure, axes = plt.subplots(1, 3 if curve else 2, figsize=(15 if curve else 11, 4.2))
-    for axis, flow, name in zip(axes, flows, (exact_title, "learned, P_F")):
-        _draw(axis, ids, flow, flows[0], titles, 0, 0, 0.0, branches)
-        axis.set_xlim(0, 1), axis.set_ylim(-ids.num_levels - 0.6, 1), axis.axis("off"), axis.set_title(name)
-    if curve:
-        step, distance, z = zip(*curve)
-        axes[2].semilogy(step, distance, label="mean L1(P, R/Z)"), axes[2].semilogy(step, z, label="largest |log Z head − log Z*|")
-        axes[2].set_xlabel("step of trajectory balance"), axes[2].legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    with picture(path, 1, 3 if curve else 2, figsize=(15 if curve else 11, 4.2)) as axes:
+        for axis, flow, name in zip(axes, flows, (exact_title, "learned, P_F")):
+            _draw(axis, ids, flow, flows[0], titles, 0, 0, 0.0, branches)
+            axis.set_xlim(0, 1), axis.set_ylim(-ids.num_levels - 0.6, 1), axis.axis("off"), axis.set_title(name)
+        if curve:
+            step, distance, z = zip(*curve)
+            axes[2].semilogy(step, distance, label="mean L1(P, R/Z)"), axes[2].semilogy(step, z, label="largest |log Z head − log Z*|")
+            axes[2].set_xlabel("step of trajectory balance"), axes[2].legend()
 
 
 def _draw(axis, ids, flow, order, titles, node, level, left, branches):

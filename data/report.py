@@ -1,4 +1,5 @@
 """The report: results.json, the Markdown table, the pictures. Nothing in here knows how a policy is trained."""
+import contextlib
 import json
 import os
 import sys
@@ -69,7 +70,8 @@ def _cells(results, method, columns):
     return [f"{row[c]['mean']:.4f}" + (f" ± {row[c]['std']:.4f}" if seeds > 1 else "") if c in row else "" for c in columns]
 
 
-def _markdown(head, rows):
+def markdown_table(head, rows):
+    """A Markdown table of lists of text."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -82,39 +84,46 @@ def table_of(results, names):
 
     def seconds(method):
         return f"{np.mean([run['seconds']['train'] for run in results['runs'] if run['method'] == method]):.0f}"
-    tables = [_markdown(["method", *ranking, "NDCG@10 over SFT, % [95 %]", "over SFT (continued), %", "train s"],
+    tables = [markdown_table(["method", *ranking, "NDCG@10 over SFT, % [95 %]", "over SFT (continued), %", "train s"],
                         [[names[m], *_cells(results, m, ranking), _percent(results, "paired", "sft", m),
                           _percent(results, "paired_continued", "sft-continued", m), seconds(m)] for m in results["summary"]]),
-              _markdown(["method", *beyond], [[names[m], *_cells(results, m, beyond)] for m in results["summary"]])]
+              markdown_table(["method", *beyond], [[names[m], *_cells(results, m, beyond)] for m in results["summary"]])]
     if bias:
-        tables.append(_markdown(["method", *bias, "hidden@10 over SFT, % [95 %]"],
+        tables.append(markdown_table(["method", *bias, "hidden@10 over SFT, % [95 %]"],
                                 [[names[m], *_cells(results, m, bias), _percent(results, "paired", "sft", m, "hidden@10")]
                                  for m in results["summary"]]))
     return "\n\n".join(tables)
 
 
-def plot_curves(results, names, path):
-    """curves.png: validation NDCG@10 of every method and seed; SFT's epochs end at 0, where the fine-tunings begin."""
+@contextlib.contextmanager
+def picture(path, *grid, **options):
+    """`with picture(path, rows, columns, figsize=…) as axes`: what is drawn there is written to path. matplotlib loads late."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
-    figure, axis = plt.subplots(figsize=(7, 4))
-    trained = [run for run in results["runs"] if run["curve"]]
-    for color, method in enumerate(dict.fromkeys(run["method"] for run in trained)):
-        for run in (run for run in trained if run["method"] == method):
-            start = run["curve"][-1]["epoch"] if method == "sft" else 0
-            axis.plot([p["epoch"] - start for p in run["curve"]], [p["ndcg@10"] for p in run["curve"]], color=f"C{color}",
-                      marker=".", label=names[method] if run["seed"] == trained[0]["seed"] else None)
-    if trained:
-        best = max(p["ndcg@10"] for run in trained for p in run["curve"])
-        axis.set_ylim(0.6 * best, 1.03 * best or 1)            # what happens far below is only SFT's first epoch
-        axis.legend()
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_title(results["data"]["name"], parse_math=False), axis.set_ylabel("validation NDCG@10")
-    axis.set_xlabel("epoch of fine-tuning; SFT ends at 0")
+    figure, axes = plt.subplots(*grid, **options)
+    yield axes
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
+
+
+def plot_curves(results, names, path):
+    """curves.png: validation NDCG@10 of every method and seed; SFT's epochs end at 0, where the fine-tunings begin."""
+    from matplotlib.ticker import MaxNLocator
+    with picture(path, figsize=(7, 4)) as axis:
+        trained = [run for run in results["runs"] if run["curve"]]
+        for color, method in enumerate(dict.fromkeys(run["method"] for run in trained)):
+            for run in (run for run in trained if run["method"] == method):
+                start = run["curve"][-1]["epoch"] if method == "sft" else 0
+                axis.plot([p["epoch"] - start for p in run["curve"]], [p["ndcg@10"] for p in run["curve"]], color=f"C{color}",
+                          marker=".", label=names[method] if run["seed"] == trained[0]["seed"] else None)
+        if trained:
+            best = max(p["ndcg@10"] for run in trained for p in run["curve"])
+            axis.set_ylim(0.6 * best, 1.03 * best or 1)            # what happens far below is only SFT's first epoch
+            axis.legend()
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_title(results["data"]["name"], parse_math=False), axis.set_ylabel("validation NDCG@10")
+        axis.set_xlabel("epoch of fine-tuning; SFT ends at 0")
 
 
 def plot_exposure(rows, data, names, path):
@@ -122,26 +131,21 @@ def plot_exposure(rows, data, names, path):
 
     One column an item, the catalogue sorted by genre and, within it, by how often it stands in the log.
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     counts = np.bincount(np.concatenate(data.train), minlength=len(data.item_ids))
     genre = [text.removeprefix(title).strip() for text, title in zip(data.texts, data.titles)]
-    place = {item: x for x, item in enumerate(sorted(range(len(counts)), key=lambda i: (genre[i], -counts[i], i)))}
+    order = sorted(range(len(counts)), key=lambda i: (genre[i], -counts[i], i))
+    place = {item: x for x, item in enumerate(order)}
     liked, shown, logged = data.truth["liked"][0], data.truth["shown"][0], set(data.histories[0])
     first = {row["method"]: row["example"] for row in reversed(rows)}
     lines = {"logged": logged, "shown": shown, "truly liked": liked,
              **{names[m]: [i for i in items if i >= 0] for m, items in reversed(first.items())}}
-    figure, axis = plt.subplots(figsize=(12, 0.5 + 0.32 * len(lines)))
-    for y, items in enumerate(lines.values()):
-        for item in items:
-            color = "C2" if item in liked - shown else "C0" if item in liked else "0.75"
-            axis.plot([place[item]] * 2, [-y - 0.4, -y + 0.4], color=color, linewidth=2)
-    edges = [x for x in range(1, len(counts)) if genre[sorted(place, key=place.get)[x]] != genre[sorted(place, key=place.get)[x - 1]]]
-    for x in edges:
-        axis.axvline(x - 0.5, color="0.9", zorder=0)
-    axis.set_yticks([-y for y in range(len(lines))], list(lines)), axis.set_xlim(-1, len(counts))
-    axis.set_xlabel("items, by genre, the most logged first; green: liked but never shown, blue: liked, grey: not liked")
-    axis.set_xticks([])
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    with picture(path, figsize=(12, 0.5 + 0.32 * len(lines))) as axis:
+        for y, items in enumerate(lines.values()):
+            for item in items:
+                color = "C2" if item in liked - shown else "C0" if item in liked else "0.75"
+                axis.plot([place[item]] * 2, [-y - 0.4, -y + 0.4], color=color, linewidth=2)
+        for x in (x for x in range(1, len(order)) if genre[order[x]] != genre[order[x - 1]]):
+            axis.axvline(x - 0.5, color="0.9", zorder=0)
+        axis.set_yticks([-y for y in range(len(lines))], list(lines)), axis.set_xlim(-1, len(counts))
+        axis.set_xlabel("items, by genre, the most logged first; green: liked but never shown, blue: liked, grey: not liked")
+        axis.set_xticks([])

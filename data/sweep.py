@@ -7,7 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.inputs import InputError, check_out, load_data, read_json
-from data.report import write_json
+from data.report import markdown_table, picture, write_json
 
 
 def studies(settings):
@@ -64,26 +64,20 @@ def sweep(name, settings, run):
             if "hidden@10" in rows[0]["metrics"]:              # the toy world tells what no log can
                 figures.setdefault(f"{method}: hidden@10", {})[label] = [row["metrics"]["hidden@10"] for row in rows]
     methods = list(figures)
-    table = ["| " + name + " | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
-    for label in known[name]:
-        cells = [f"{np.mean(figures[m][label]):.4f} ± {np.std(figures[m][label], ddof=len(figures[m][label]) > 1):.4f}" for m in methods]
-        table.append(f"| {label} | " + " | ".join(cells) + " |")
+    rows = [[label] + [f"{np.mean(figures[m][label]):.4f} ± {np.std(figures[m][label], ddof=len(figures[m][label]) > 1):.4f}"
+                       for m in methods] for label in known[name]]
+    table = markdown_table([name, *methods], rows)
     path = Path(settings.out) / f"sweep-{name}.md"
-    path.write_text("\n".join(table) + "\n", encoding="utf-8")
+    path.write_text(table + "\n", encoding="utf-8")
     _plot(name, figures, path.with_suffix(".png"))
-    return "\n".join(table) + f"\n\nvalidation NDCG@10 where no other figure is named, {len(settings.seeds.split(','))} seeds; also in {path} and {path.with_suffix('.png')}"
+    return table + f"\n\nvalidation NDCG@10 where no other figure is named, {len(settings.seeds.split(','))} seeds; also in {path} and {path.with_suffix('.png')}"
 
 
 def _plot(name, figures, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(7, 3.5))
-    for i, (method, by_label) in enumerate(figures.items()):
-        place = np.arange(len(by_label)) + 0.1 * i
-        axis.errorbar(place, [np.mean(v) for v in by_label.values()], [np.std(v, ddof=len(v) > 1) for v in by_label.values()],
-                      fmt="o", capsize=3, label=method)
-    axis.set_xticks(range(len(by_label)), by_label, rotation=20)
-    axis.set_ylabel("validation NDCG@10, or as named"), axis.set_title(f"study: {name}"), axis.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    with picture(path, figsize=(7, 3.5)) as axis:
+        for i, (method, by_label) in enumerate(figures.items()):
+            place = np.arange(len(by_label)) + 0.1 * i
+            axis.errorbar(place, [np.mean(v) for v in by_label.values()], [np.std(v, ddof=len(v) > 1) for v in by_label.values()],
+                          fmt="o", capsize=3, label=method)
+        axis.set_xticks(range(len(by_label)), by_label, rotation=20)
+        axis.set_ylabel("validation NDCG@10, or as named"), axis.set_title(f"study: {name}"), axis.legend()
