@@ -482,7 +482,7 @@ def augmented(sampler, count, scores, logged, positives, histories, policy, prog
     if sampler == "session":
         own = torch.zeros_like(scores)
         own[entries(logged)] = 1
-        return draw(own, positives[:, None].tolist(), count)
+        return draw(own.scatter_(1, positives[:, None], 0), [], count)
     if sampler == "random":
         return draw(torch.ones_like(scores), logged, count)
     if sampler == "curriculum":
@@ -520,7 +520,7 @@ def loss_of(method, model, reference, batch, reward, data, settings, progress):
     logged = [past + future for past, future in zip(histories, following)]
     others = augmented(settings.sampler, N, scores, logged, positives, histories, policy, progress)  # (B·M, N)
     # One packed row: a branch for each target (for L_GR, and τ_1), and N for each of the M contexts (τ_2 … τ_{N+1})
-    items = torch.cat([batch.targets, others.cpu().reshape(B, M * N)], 1)                            # (B, T + M·N)
+    items = torch.cat([batch.targets.to(policy.device), others.to(policy.device).reshape(B, M * N)], 1)   # (B, T + M·N)
     ends = torch.cat([batch.ends, context_ends.repeat_interleave(N, 1)], 1)
     log_probs, log_flow = model(batch.tokens, ends, items)                                           # (..., L, K), (..., L)
     step = policy.steps(log_probs, items)                                                            # (..., L)
@@ -537,7 +537,7 @@ def loss_of(method, model, reference, batch, reward, data, settings, progress):
     elif method == "vargrad":
         gfn = vargrad(log_pf.sum(-1), log_r)
     elif method == "fm":
-        gfn = flow_matching(policy.semantic_ids.child_flows(r, paths).to(policy.device), by_context(log_probs))
+        gfn = flow_matching(reward.ids.child_flows(r, paths.to(r.device)).to(policy.device), by_context(log_probs))
     else:                                                      # S-DPO: prefer the positive to the augmented items
         with torch.no_grad():
             reference_pf = by_context(reference.steps(reference(batch.tokens, ends, items)[0], items)).sum(-1)
@@ -643,8 +643,8 @@ def prepare(seed, data, settings):
     features = item_features(settings.ids, data.texts, data.train, seed)
     ids = SemanticIDs.fit(features, settings.codes, seed=seed)
     cm = CollaborativeModel.fit(data.train, len(data.item_ids))
-    cm.to("cuda" if settings.device == "cuda" else "cpu")      # rewards and samples are made there; mps has no sparse matrices
     reward = Reward(ids, cm, [float(w) for w in settings.weights.split(",")], debias=settings.debias)
+    reward.to("cuda" if settings.device == "cuda" else "cpu")  # rewards and samples are made there; mps has no sparse matrices
     print(f"seed {seed}: {ids.health()} ({time.time() - started:.1f} s with the CM)", flush=True)
     if settings.codes >= len(data.item_ids):
         print(f"  the first code alone tells all items apart, and the tree is no tree: --codes {settings.codes} is large for them")

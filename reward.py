@@ -96,7 +96,8 @@ class CollaborativeModel:
         owned = entries(histories)
         scores[owned] = 0
         popular[owned] = 0
-        popular[popular.sum(1) == 0] = self.popularity         # a history of the whole catalogue: nothing is left
+        whole = [b for b, history in enumerate(histories) if len(set(history)) == self.num_items]
+        popular[whole] = self.popularity                       # a history of the whole catalogue: nothing is left
         total = scores.sum(1, keepdim=True)                    # 0 for an empty history or one of unseen items
         share = torch.where(total > 0, self.popularity_share, 1.0)
         # In place: at 10^4 items each pass over (B, n) counts
@@ -121,12 +122,17 @@ class Reward:
             raise ValueError("the weights must not be negative, and epsilon must be positive")
         self.ids, self.cm, self.weights, self.epsilon, self.debias = ids, cm, tuple(weights), epsilon, debias
 
+    def to(self, device):
+        """Move what rewards are made of to a device with sparse matrices, cpu or cuda, so that training waits for nothing
+        on the CPU; returns self."""
+        self.ids, self.cm = self.ids.to(device), self.cm.to(device)
+        return self
+
     def action(self, positives, liked):
         """r_a: (B, n), 1 at a liked positive, 0.1 at one only clicked (the paper's 10 : 1), else 0; −1 is no positive."""
         r = torch.zeros(len(positives), len(self.ids.codes), device=positives.device)
-        known = positives >= 0
-        r[known.nonzero()[:, 0], positives[known]] = torch.where(liked[known], 1.0, 0.1)
-        return r
+        value = torch.where(liked, 1.0, 0.1) * (positives >= 0)
+        return r.scatter_(1, positives.clamp(min=0)[:, None], value[:, None])
 
     def collaborative(self, histories, following=None):
         """r_ŷ: (B, n), the CM's score of every item, over (count + 1)^δ; rows sum to 1."""
@@ -151,7 +157,7 @@ class Reward:
         >>> reward.similarity(torch.tensor([0])).tolist()
         [[0.75, 0.25, 0.0]]
         """
-        codes = self.ids.codes.to(positives.device)
+        codes = self.ids.codes
         shared = sum((codes[positives, level, None] == codes[None, :, level]).byte() for level in range(codes.shape[1])).float()
         shared[positives < 0] = 1                              # no positive: nothing to be similar to
         return shared / shared.sum(1, keepdim=True)

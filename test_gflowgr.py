@@ -666,6 +666,24 @@ def test_losses_in_bf16_are_those_in_full_precision(method, tmp_path):
     assert found[1].dtype == torch.float32 and found[1].item() == pytest.approx(found[0].item(), rel=0.01)
 
 
+@pytest.mark.parametrize("method, sampler", [("sft", "curriculum"), *itertools.product(["tb"], gflowgr.SAMPLERS),
+                                             *itertools.product(["db", "vargrad", "fm", "sdpo"], ["curriculum"])])
+def test_a_step_waits_for_nothing_on_the_cpu(method, sampler, tmp_path, monkeypatch):
+    """On the meta device, whose tensors hold no numbers, so whatever would be copied back from a GPU raises. The sparse
+    product alone does not exist there."""
+    settings = tiny_settings(tmp_path)
+    settings.sampler = sampler
+    data = gflowgr.load_data(settings.data)
+    _, ids, reward = gflowgr.prepare(0, data, settings)
+    reward.to("meta")
+    monkeypatch.setattr(torch.sparse, "mm", lambda a, b: torch.zeros(a.shape[0], b.shape[1], device="meta"))
+    policy = Policy(ids, settings.window, settings.width, settings.layers).to("meta")
+    batch = next(batches.batches(batches.training_rows(data.train, 8), data.train, 16, policy, np.random.default_rng(0)))
+    loss = gflowgr.loss_of(method, policy, policy, batch, reward, data, settings, 0.5)
+    loss.backward()
+    assert loss.device.type == policy.recommend([[1], []], guide=reward.collaborative([[1], []]))[0].device.type == "meta"
+
+
 def test_a_loss_that_is_not_finite_stops_with_step_and_users(tmp_path, monkeypatch):
     settings = tiny_settings(tmp_path)
     data = gflowgr.load_data(settings.data)

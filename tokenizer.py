@@ -6,6 +6,8 @@ Like RQ-VAE in TIGER and LETTER, k-means on residuals gives similar items the sa
 training loop and reads in a minute. Uniqueness is built in: below a prefix of l codes there is room for K^(L-l)
 items, so a code that is full refuses the items farthest from its centroid, and they take their next-best code.
 """
+import copy
+
 import numpy as np
 import torch
 
@@ -198,6 +200,12 @@ class SemanticIDs:
             parent = np.unique(parent * num_codes + code, return_inverse=True)[1]
         return cls(np.stack(codes, 1), num_codes)
 
+    def to(self, device):
+        """A copy with its tables on that device; the policy keeps tables of its own."""
+        moved = copy.copy(self)
+        moved.codes, moved.children, moved.nodes = (x.to(device) for x in (self.codes, self.children, self.nodes))
+        return moved
+
     def node(self, prefix):
         """The node (...) of a prefix (..., l) of codes, l ≤ L; −1 for one that no item has."""
         prefix = torch.as_tensor(prefix, dtype=torch.long)
@@ -252,7 +260,7 @@ class SemanticIDs:
 
     def child_flows(self, values, items):
         """F* of every child of s_0 … s_{L-1} on the paths of items (C, J) → (C, J, L, K); 0 where a code is illegal."""
-        child = self.children[self.nodes[items.cpu()][..., :-1]].to(values.device)              # (C, J, L, K)
+        child = self.children[self.nodes[items][..., :-1]]                                      # (C, J, L, K)
         flow = self.flows(values).gather(1, child.clamp(min=0).flatten(1)).reshape(child.shape)
         return flow * (child >= 0)
 
