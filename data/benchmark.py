@@ -4,6 +4,7 @@ What is compared runs in turn, A, B, A, B, …, and the least time of each count
 to it. (Threads that wait for one another are another matter: on a busy machine set OMP_NUM_THREADS=1.) The models have
 random weights, which cost the same as trained ones. All of it is on the CPU.
 """
+import copy
 import json
 import os
 import platform
@@ -118,17 +119,17 @@ def packing(Policy, trajectory_balance, J, history, repeats=2, users=32, n=12000
     return *seconds, (found["packed"] - found["rows"]).abs().max().item()
 
 
-def fine_tuning(settings, data, prepared, Policy, loss_of, count=6, repeats=3):
-    """(seconds of a TB step, seconds of an SFT step) on the same batches, everything from CM scores to the optimiser."""
+def fine_tuning(methods, settings, data, prepared, Policy, loss_of, count=6, repeats=3):
+    """Seconds of a step of each method, on the same batches: everything from CM scores to the optimiser."""
     _, ids, reward = prepared
     policy = Policy(ids, settings.window, settings.width, settings.layers, settings.dropout).train()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
     rows, rng = training_rows(data.train, settings.window), np.random.default_rng(0)
-    total = np.zeros(2)
+    reference, total = copy.deepcopy(policy).eval(), np.zeros(len(methods))
     for batch, _ in zip(batches(rows, data.train, settings.batch, policy, rng), range(count)):
         total += side_by_side(repeats, *(
-            lambda method=method: step(loss_of(method, policy, None, batch, reward, data, settings, 0.5), policy, optimizer)
-            for method in ("tb", "sft")))
+            lambda method=method: step(loss_of(method, policy, reference, batch, reward, data, settings, 0.5), policy, optimizer)
+            for method in methods))
     return total / count
 
 
@@ -158,7 +159,8 @@ def plot_growth(found, path):
 def large_world(users=107_800, themes=500, items_per_theme=200, codes=512, share=40):
     """IDs and CM of 10^5 items and 10^6 interactions, then 1/share of an SFT epoch's steps → figures as a dict.
 
-    It is run in a process of its own (at the end of this file), so that the peak of memory is its own as well.
+    It is run in a process of its own (at the end of this file), so that the peak of memory is its own as well;
+    `python -m data.benchmark 1` measures the whole epoch.
     """
     import resource                                            # not on Windows
 
@@ -216,8 +218,10 @@ def benchmark(settings, data, prepared, Policy, loss_of, trajectory_balance):
             lines.append(row(f"TB step, J = {J}, {history} items of history: packed, a row each; log P_F within {error:.0e}",
                              ours, other, goal))
     print("a step of fine-tuning, and growth …", flush=True)
-    tb, sft = fine_tuning(settings, data, prepared, Policy, loss_of)
-    lines.append(row(f"training step, {data.name}: TB, SFT", tb, sft, "≤ 2.1 ×", tb / sft))
+    methods = ("sft", "tb", "db", "vargrad", "fm", "sdpo")
+    sft, *others = fine_tuning(methods, settings, data, prepared, Policy, loss_of)
+    lines += [row(f"training step, {data.name}: {method}, sft", seconds, sft, "≤ 2.1 ×", seconds / sft)
+              for method, seconds in zip(methods[1:], others)]
     found = growth(Policy)
     for (name, times), label, goal in zip(found.items(), ("items", "beams", "items of history"), ("≤ 1.5 ×", "", "")):
         (few, fast), (many, slow) = min(times.items()), max(times.items())
@@ -239,4 +243,4 @@ ratio is J(C + 2)/(C + 2J): 7.0 and 12.4 for 100 items, 5.0 and 6.9 for 20."""
 
 
 if __name__ == "__main__":
-    print(json.dumps(large_world()))
+    print(json.dumps(large_world(share=int(sys.argv[1]) if len(sys.argv) > 1 else 40)))
