@@ -85,9 +85,10 @@ class Settings:
     validate_users: int = setting(2000, "users that choose the epoch: standard error about .004 in NDCG, in seconds")
 
 
-# What differs from the defaults above on the two data sets that come by themselves, and in a smoke run.
+# What differs from the defaults above on the two data sets that come by themselves, and in a smoke run. Histories of a
+# hundred items fill a narrow beam with what the user had: on ml-100k 20 beams cost SFT 4 % of its NDCG, guided rows nothing.
 PRESETS = {"toy": dict(codes=16, width=64, layers=2, sft_epochs=8, epochs=4, rate=2e-3),
-           "ml-100k": dict(codes=256, width=96, sft_epochs=8, epochs=2, rate=3e-3)}
+           "ml-100k": dict(codes=256, width=96, sft_epochs=8, epochs=2, rate=3e-3, beams=50)}
 QUICK = dict(sft_epochs=1, epochs=1)
 
 
