@@ -32,7 +32,7 @@ from transformers import GPT2LMHeadModel
 import gflowgr
 import reward
 import tokenizer
-from data import (batches, benchmark, example, exercises, grading, make_toy, metrics, ml_100k, oracle,    # noqa: F401
+from data import (batches, benchmark, diagnosis, example, exercises, grading, make_toy, metrics, ml_100k, oracle,    # noqa: F401
                   report)                                      # exercises fills grading.EXERCISES
 from data.inputs import InputError, check_size, find_item, parse_arguments, read_folder
 from gflowgr import Policy, Settings
@@ -1078,6 +1078,28 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path):
     flags = [tmp_path / "out" if flag == settings.out else flag for flag in tiny_flags(settings)]
     status, _, err = run_cli(*flags, "--seeds", "1,2", "--resume")
     assert status == 2 and "tb-2/checkpoint.safetensors is damaged" in err and err.count("\n") == 1
+
+
+def test_diagnosis_against_the_rankers_and_a_loop(finished, capsys):
+    path, settings, _ = finished
+    data = read_folder(settings.data)
+    diagnosis.diagnose(path / "out", few=3)
+    printed = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in capsys.readouterr().out.splitlines()}
+    _, _, reward = gflowgr.prepare(1, data, settings)
+    policy = Policy.from_pretrained(path / "out/sft-1").eval()
+    everything = argparse.Namespace(beams=48, gamma=settings.gamma, validate_users=60)
+    users = [u for u in range(60) if len(data.train[u]) > 2]
+    data.train, data.histories = [data.train[u] for u in users], [data.histories[u] for u in users]
+    for name, ranker in (("SFT", gflowgr.policy_ranker(policy, everything)), ("CM", gflowgr.baseline_ranker("cm", reward.cm)),
+                         ("SFT · CM^γ, what guiding ranks by", gflowgr.policy_ranker(policy, everything, reward))):
+        assert float(printed[name][0]) == pytest.approx(gflowgr.validate(ranker, data, everything), abs=1e-4)
+    found = []
+    for history in data.train[::-(-len(users) // 3)]:
+        p = policy.path_log_probs([history], torch.arange(48)[None]).sum(-1)[0].exp().tolist()
+        cm, left = reward.cm.scores([history])[0].tolist(), sum(p[v] for v in range(48) if v not in history)
+        found.append(sum(cm[v] * math.log(cm[v] * left / p[v]) for v in range(48) if v not in history))
+    assert float(printed["sft"][0]) == pytest.approx(np.mean(found), abs=1e-3)
+    assert all(float(printed[loss][0]) != 0 for loss in ("L_GR", "db", "tb", "fm", "sdpo", "vargrad"))
 
 
 @pytest.mark.parametrize("study, methods, labels", [
