@@ -541,7 +541,8 @@ def loss_of(method, model, reference, batch, reward, data, settings, progress):
         gfn = flow_matching(reward.ids.child_flows(r, paths.to(r.device)).to(policy.device), by_context(log_probs))
     else:                                                      # S-DPO: prefer the positive to the augmented items
         with torch.no_grad():
-            reference_pf = by_context(reference.steps(reference(batch.tokens, ends, items)[0], items)).sum(-1)
+            compared, after = paths.view(B, M * (1 + N)), context_ends.repeat_interleave(1 + N, 1)
+            reference_pf = reference.steps(reference(batch.tokens, after, compared)[0], compared).sum(-1).view(B * M, 1 + N)
         log_pf = log_pf.sum(-1)
         gfn = sdpo(log_pf[:, 0], log_pf[:, 1:], reference_pf[:, 0], reference_pf[:, 1:], settings.beta)
     lam = settings.lam if settings.lam >= 0 else LAM[method]
