@@ -489,9 +489,10 @@ def augmented(sampler, count, scores, logged, positives, histories, policy, prog
     if sampler == "curriculum":
         return curriculum(scores, logged, count, progress)
     own_share = count if sampler == "policy" else count // 3
+    training = policy.training
     policy.eval()                                              # what it would do, not what dropout makes of it
     items = policy.recommend(histories, own_share, beams=max(1, own_share))[0].to(positives.device)
-    policy.train()
+    policy.train(training)
     items = items.where(items >= 0, positives[:, None])        # a catalogue with nothing left
     return torch.cat([items, augmented("curriculum", count - own_share, scores, logged, positives, histories, policy, progress)], 1)
 
