@@ -1093,12 +1093,19 @@ def test_diagnosis_against_the_rankers_and_a_loop(finished, capsys):
     for name, ranker in (("SFT", gflowgr.policy_ranker(policy, everything)), ("CM", gflowgr.baseline_ranker("cm", reward.cm)),
                          ("SFT · CM^γ, what guiding ranks by", gflowgr.policy_ranker(policy, everything, reward))):
         assert float(printed[name][0]) == pytest.approx(gflowgr.validate(ranker, data, everything), abs=1e-4)
-    found = []
+    whole, first = [], []                                      # KL of the items, and of the first codes alone
     for history in data.train[::-(-len(users) // 3)]:
         p = policy.path_log_probs([history], torch.arange(48)[None]).sum(-1)[0].exp().tolist()
-        cm, left = reward.cm.scores([history])[0].tolist(), sum(p[v] for v in range(48) if v not in history)
-        found.append(sum(cm[v] * math.log(cm[v] * left / p[v]) for v in range(48) if v not in history))
-    assert float(printed["sft"][0]) == pytest.approx(np.mean(found), abs=1e-3)
+        cm, allowed = reward.cm.scores([history])[0].tolist(), [v for v in range(48) if v not in history]
+        left = sum(p[v] for v in allowed)
+        cells = {code: [v for v in allowed if reward.ids.codes[v, 0] == code] for code in set(reward.ids.codes[allowed, 0].tolist())}
+        for kl, groups in (whole, [[v] for v in allowed]), (first, cells.values()):
+            kl.append(sum(sum(cm[v] for v in group) * math.log(sum(cm[v] for v in group) * left / sum(p[v] for v in group))
+                          for group in groups))
+    assert float(printed["sft"][0]) == pytest.approx(np.mean(whole), abs=1e-3)
+    assert float(printed["sft"][1]) == pytest.approx(np.mean(first), abs=1e-3)
+    for columns in (printed["sft"][:4], printed["sft"][4:]):
+        assert float(columns[0]) == pytest.approx(sum(map(float, columns[1:])), abs=2e-3)
     assert all(float(printed[loss][0]) != 0 for loss in ("L_GR", "db", "tb", "fm", "sdpo", "vargrad"))
 
 

@@ -2,6 +2,7 @@
 the policy, where it over-fits, how noisy the losses are.
 
     python -m data.diagnosis runs/ml-100k               # wants the rows sft, and any of sft-continued, tb, db, fm, sdpo
+    python -m data.diagnosis runs/beauty 300            # of 300 users: with 12,000 items a user takes a second
 
 On validation items, all items ranked by their exact probabilities instead of a beam; the first seed of the run.
 """
@@ -28,9 +29,15 @@ def without(share, histories):
     return share / share.sum(1, keepdim=True)
 
 
-def divergence(target, share):
-    """KL(target ‖ share), mean over users, in nats; both (B, n)."""
-    return (target * (target.clamp(min=1e-30).log() - share.clamp(min=1e-30).log())).sum(1).mean().item()
+def divergence(ids, target, share):
+    """KL(target ‖ share) of each code given those before it (L,), mean over users, in nats; target, share (B, n).
+
+    Their sum is the KL of the items.
+    """
+    target, share = (ids.flows(x).clamp(min=1e-30) for x in (target, share))               # (B, P + n), of all prefixes
+    kl = (target * (target / share).log()).mean(0)
+    # KL(c_l | c_1 … c_{l−1}) = KL(c_1 … c_l) − KL(c_1 … c_{l−1}): a sum over a level's prefixes less that over the one before
+    return torch.stack([kl[level.unique()].sum() for level in ids.nodes.T]).diff()
 
 
 def gradient_noise(method, policy, reward, data, settings, steps=40):
@@ -70,10 +77,12 @@ def diagnose(out, users=1000, few=100):
         return torch.cat([distribution(policy, histories[i:i + 32])[0] for i in range(0, len(histories), 32)])
 
     def distance(method, histories, following=None):
-        return f"{divergence(reward.cm.scores(histories, following), without(share(method, histories), histories)):.3f}"
-    print("\nKL(CM ‖ policy) in nats, items of the history left out\n")
-    print(markdown_table(["row", "at validation contexts", "at training contexts"], [
-        [method, distance(method, contexts[::step]), distance(method, parts[::step], following[::step])]
+        parts = divergence(reward.ids, reward.cm.scores(histories, following), without(share(method, histories), histories))
+        return [f"{nats:.3f}" for nats in (parts.sum(), *parts)]
+    codes = [f"code {level}" for level in range(1, reward.ids.num_levels + 1)]
+    print("\nKL(CM ‖ policy) in nats, items of the history left out; of each code given those before it\n")
+    print(markdown_table(["row", "at validation contexts", *codes, "at training contexts", *codes], [
+        [method, *distance(method, contexts[::step]), *distance(method, parts[::step], following[::step])]
         for method in ROWS if (Path(out) / f"{method}-{seed}/row.json").exists()]), flush=True)
     sft, (w_a, w_y, _) = without(share("sft", contexts), contexts), reward.weights
     print("\nWhat SFT and the CM could be together, exact ranking\n")
@@ -88,4 +97,4 @@ def diagnose(out, users=1000, few=100):
 
 
 if __name__ == "__main__":
-    diagnose(sys.argv[1])
+    diagnose(sys.argv[1], *map(int, sys.argv[2:]))
