@@ -58,7 +58,7 @@ def setting(default, help):
 class Settings:
     """Everything that can be set; each field is a flag of the same name."""
     data: str = setting("toy", "toy, ml-100k, or a folder with interactions.csv and items.csv")
-    methods: str = setting("pop,cm,sft,sft-continued,tb,tb+cm", "rows of the table, of: " + ", ".join(METHODS))
+    methods: str = setting("pop,cm,sft,sft-continued,tb,fm,tb+cm", "rows of the table, of: " + ", ".join(METHODS))
     seeds: str = setting("42", "comma-separated; every method runs once with each")
     out: str = setting("", "folder for results, picture and models (default: runs/NAME-OF-DATA)")
     device: str = setting("auto", "auto, cuda, mps or cpu")

@@ -2,7 +2,7 @@
 the policy, where it over-fits, how noisy the losses are.
 
     python -m data.diagnosis runs/ml-100k               # wants the rows sft, and any of sft-continued, tb, db, fm, sdpo
-    python -m data.diagnosis runs/beauty 300            # of 300 users: with 12,000 items a user takes a second
+    python -m data.diagnosis runs/beauty 200 30         # rankings of 200 users, divergences of 30: 12,000 items take a second each
 
 On validation items, all items ranked by their exact probabilities instead of a beam; the first seed of the run.
 """
@@ -74,7 +74,7 @@ def diagnose(out, users=1000, few=100):
 
     def share(method, histories):
         policy = gflowgr.Policy.from_pretrained(Path(out) / f"{method}-{seed}")
-        return torch.cat([distribution(policy, histories[i:i + 32])[0] for i in range(0, len(histories), 32)])
+        return torch.cat([distribution(policy, histories[i:i + 32], size=64)[0] for i in range(0, len(histories), 32)])
 
     def distance(method, histories, following=None):
         parts = divergence(reward.ids, reward.cm.scores(histories, following), without(share(method, histories), histories))
