@@ -956,7 +956,7 @@ def test_a_run_leaves_table_results_pictures_and_models(finished):
     results = json.loads((path / "out/results.json").read_text())
     assert (path / "out/results.md").read_text() in printed and "| GFlowGR-TB |" in printed
     assert (path / "out/curves.png").read_bytes()[:4] == b"\x89PNG" and " ± " in printed
-    methods = ["pop", "cm", "sft", "sft-continued", "tb", "tb+cm"]
+    methods = ["pop", "cm", "sft", "sft-continued", "tb", "fm", "tb+cm"]
     assert [(r["method"], r["seed"]) for r in results["runs"]] == [(m, s) for s in (1, 2) for m in methods]
     data = read_folder(settings.data)
     for run in results["runs"]:
