@@ -41,7 +41,7 @@ def divergence(ids, target, share):
 
 
 def gradient_noise(method, policy, reward, data, settings, steps=40):
-    """Noise over signal of a step's gradient of a row's own loss (of L_GR for sft): tr Σ / |g|², over `steps` batches."""
+    """Noise over signal of a step's gradient of a row's own loss (of L_GR for sft): tr Σ / ‖g‖², over `steps` batches."""
     torch.manual_seed(0)
     rows, gradients = training_rows(data.train, settings.window), []
     for batch, _ in zip(batches(rows, data.train, settings.batch, policy, np.random.default_rng(0)), range(steps)):
@@ -91,7 +91,7 @@ def diagnose(out, users=1000, few=100):
         ("SFT · CM^γ, what guiding ranks by", sft * cm ** settings.gamma))]))
     policy = gflowgr.Policy.from_pretrained(Path(out) / f"sft-{seed}").eval()
     print("\nNoise over signal of a step's gradient, at the SFT model\n")
-    print(markdown_table(["loss", "tr Σ / |g|²"], [["L_GR" if method == "sft" else method,
+    print(markdown_table(["loss", "tr Σ / ‖g‖²"], [["L_GR" if method == "sft" else method,
                                                    f"{gradient_noise(method, policy, reward, data, settings):.1f}"]
                                                   for method in ("sft", "sdpo", "db", "vargrad", "tb", "fm")]), flush=True)
 
