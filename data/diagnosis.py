@@ -77,8 +77,9 @@ def diagnose(out, users=1000, few=100):
         return torch.cat([distribution(policy, histories[i:i + 32], size=64)[0] for i in range(0, len(histories), 32)])
 
     def distance(method, histories, following=None):
-        parts = divergence(reward.ids, reward.cm.scores(histories, following), without(share(method, histories), histories))
-        return [f"{nats:.3f}" for nats in (parts.sum(), *parts)]
+        kl = divergence(reward.ids, reward.cm.scores(histories, following), without(share(method, histories), histories))
+        return [f"{nats:.3f}" for nats in (kl.sum(), *kl)]
+
     codes = [f"code {level}" for level in range(1, reward.ids.num_levels + 1)]
     print("\nKL(CM ‖ policy) in nats, items of the history left out; of each code given those before it\n")
     print(markdown_table(["row", "at validation contexts", *codes, "at training contexts", *codes], [
