@@ -46,11 +46,8 @@ def gradient_noise(method, policy, reward, data, settings, steps=40):
     rows, gradients = training_rows(data.train, settings.window), []
     for batch, _ in zip(batches(rows, data.train, settings.batch, policy, np.random.default_rng(0)), range(steps)):
         policy.zero_grad()
-        loss = gflowgr.loss_of(method, policy, policy, batch, reward, data, settings, 0.5)
-        if method != "sft":                                    # loss_of is L_GR + λ·(the row's own): what is left is λ times that
-            log_probs, _ = policy(batch.tokens, batch.ends, batch.targets)
-            loss = loss - gflowgr.next_token_loss(policy.steps(log_probs, batch.targets), batch.valid)
-        loss.backward()
+        batch.weights = (1, 0) if method == "sft" else (0, 1)  # of L_GR and of λ · the row's own loss, of which λ cancels below
+        gflowgr.loss_of(method, policy, policy, batch, reward, data, settings, 0.5).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.lm.parameters()]))
     gradients = torch.stack(gradients)
     noise = gradients.var(0).sum()
