@@ -1,155 +1,193 @@
 """GFlowGR in one file: fine-tune a generative recommender so that P(item | user) follows a reward.
 
-A generative recommender writes the next item's semantic ID code by code. Fine-tuning on the log alone (SFT) teaches it
-what was shown, not what would be liked: exposure bias. GFlowGR reads an ID as a path down a tree and trains a GFlowNet
-on it: logged items, and unobserved ones picked with the help of a collaborative model (CM), get probabilities in
-proportion to their reward.
+A generative recommender writes the next item's semantic ID, code by code, after a user's history.
+Supervised fine-tuning (SFT) on the log teaches it what was shown, not what would be liked: exposure
+bias. GFlowGR reads an ID as a path down a tree and trains a GFlowNet on it: the probability of an
+item shall be proportional to its reward R, which mixes the logged action, the score of a
+collaborative model (CM) and the similarity of IDs. Trajectory balance (TB) is the main loss.
 
-Where this departs from the paper, or had to guess (the formulas are known second-hand, from notes on its later version):
-
- 1. The policy is a GPT-2 trained from scratch with a few hundred thousand weights, not a pre-trained model.
- 2. An item of the history is one token, not L: rows are a third as long, and SFT learns faster (Policy).
- 3. Semantic IDs come from residual k-means with capacities, not from a trained RQ-VAE (tokenizer.py).
- 4. The CM counts item-to-item transitions; the paper uses a neural recommender. A training context is scored without
-    the counts of its own user, else the CM would know the answer (reward.py).
- 5. Every reward signal is normalised over the catalogue before it is weighted, so Z(U) is about 1 (Reward).
- 6. The curriculum's pool is drawn half from the CM's scores and half evenly, not evenly alone (curriculum).
- 7. L_GR is taken at every item of a row, L_GFN at a few of them, and with a smaller λ than the paper's (loss_of). Items
-    that were only clicked are targets as well; their r_a is a tenth.
- 8. S-DPO keeps L_GR beside its own loss, and its negatives are the augmented items, of which the CM likes some. VarGrad
-    and FM are extra rows; FM is ours: where the catalogue can be enumerated, the flow of every prefix is a sum over its
-    subtree, an exact target for each step (flow_matching). DB's flow head starts at the flow of an even reward: from
-    log F = 0 everywhere its residuals are as large as log n, and drown L_GR (Policy.even_flow).
- 9. The rows NAME+cm are ours: beam search guided by the exact flows of r_ŷ^γ, so they need the CM when serving.
-    Of the samplers, mixture is ours, and so is δ, which takes the log's popularity out of r_ŷ (Reward.debias). The policy
-    sampler gives N items, not N−1, and may give one that is logged later.
-10. Of an item that a user had twice the first time alone is read, and items of the history are never recommended, in any row.
-
-Begin with data/example.py, one user followed by hand from titles to a ranked list; data/oracle.py shows that TB reaches R/Z.
-
-The order below is that of the story: settings, policy, losses, sampler, training, evaluation, experiment, command line.
+Letters in shapes: B rows of a batch (users), H tokens of a row's history, T targets in a row,
+M contexts a row, C contexts in all, N augmented trajectories a context, J trajectories, E branches
+in a row, L levels, K codes a level, n items, P prefixes, W beams, d hidden size.
+The order: settings, rows, policy, losses, sampler, training, evaluation, experiment, command line.
 """
 import copy
+import itertools
+import json
 import math
+import os
+import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
-from data.inputs import InputError, check, check_out, check_size, load_data, one_line, parse_arguments, read_row
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
-# --- Settings --------------------------------------------------------------------------------------------------------
+from data import InputError, find_item, load_data
+
 METHODS = {"pop": "Popularity", "cm": "CM alone", "sft": "SFT", "sft-continued": "SFT (continued)",
-           "sdpo": "S-DPO", "db": "GFlowGR-DB", "vargrad": "GFlowGR-VarGrad", "tb": "GFlowGR-TB", "fm": "GFlowGR-FM",
-           "sft+cm": "SFT, guided", "tb+cm": "GFlowGR-TB, guided", "fm+cm": "GFlowGR-FM, guided"}   # guided: needs the CM when serving
-
-
-# λ of each row's own loss beside L_GR, where --lam does not say otherwise. Squared log-ratios are large, and more of them
-# drowns L_GR; a divergence (FM) or a preference (S-DPO) is small.
-LAM = {"sdpo": 1.0, "db": 0.1, "vargrad": 0.1, "tb": 0.1, "fm": 1.0}
-
-
-def setting(default, help):
-    """A field of Settings whose flag has this help text."""
-    return field(default=default, metadata={"help": help})
+           "sdpo": "S-DPO", "db": "GFlowGR-DB", "tb": "GFlowGR-TB", "fm": "GFlowGR-FM",
+           "sft+cm": "SFT, guided", "tb+cm": "GFlowGR-TB, guided", "fm+cm": "GFlowGR-FM, guided"}
+# λ of each loss. Squared log-ratios are large and drown L_GR; a KL or a preference is small.
+LAM = {"sdpo": 1.0, "db": 0.1, "tb": 0.1, "fm": 1.0}
 
 
 @dataclass
 class Settings:
-    """Everything that can be set; each field is a flag of the same name."""
-    data: str = setting("toy", "toy, ml-100k, or a folder with interactions.csv and items.csv")
-    methods: str = setting("pop,cm,sft,sft-continued,tb,fm,tb+cm", "rows of the table, of: " + ", ".join(METHODS))
-    seeds: str = setting("42", "comma-separated; every method runs once with each")
-    out: str = setting("", "folder for results, picture and models (default: runs/NAME-OF-DATA)")
-    device: str = setting("auto", "auto, cuda, mps or cpu")
-    ids: str = setting("mixed", "semantic IDs from content (text alone, as TIGER) or mixed (with training co-occurrence, as LETTER)")
-    codes: int = setting(512, "K, codes a level: large ones leave few items below a first code, and the later codes easy")
-    window: int = setting(20, "items of the history that the policy reads: the last ones say most")
-    width: int = setting(128, "hidden size: enough for 10^4 items, trains on two cores")
-    layers: int = setting(3, "transformer blocks: enough to compare an item with those before it")
-    dropout: float = setting(0.2, "less over-fits in ten epochs on 10^5 interactions")
-    batch: int = setting(64, "rows a step: on two cores more and smaller steps learn more in the same minutes")
-    rate: float = setting(1.5e-3, "peak learning rate of SFT, by AdamW with warm-up and cosine: small models like it high")
-    fine_rate: float = setting(5e-4, "peak learning rate of every fine-tuning: a fresh high rate first undoes what SFT learned")
-    sft_epochs: int = setting(8, "passes of SFT over the training rows: validation stops rising there")
-    epochs: int = setting(2, "passes of each fine-tuning, the same for every method: more only over-fit")
-    sampler: str = setting("curriculum", "who picks the augmented trajectories: session, random, curriculum, policy or mixture")
-    trajectories: int = setting(3, "N, augmented trajectories a context: the paper's best")
-    positions: int = setting(3, "M, contexts a row that get trajectories: few enough to keep a step near twice that of SFT")
-    weights: str = setting("0.3,0.65,0.05", "w_a,w_ŷ,w_s of the reward, its shares of action, CM and ID similarity: the CM says most about the unobserved")
-    lam: float = setting(-1.0, f"λ, the weight of the second loss beside L_GR; negative: each loss's own, {LAM}")
-    beta: float = setting(0.1, "β of S-DPO: the paper's")
-    gamma: float = setting(2.0, "γ, power of the CM's scores that guide the rows NAME+cm: about the best of 1/2 … 4 on validation (--sweep gamma)")
-    debias: float = setting(0.0, "δ, power of an item's count that r_ŷ is divided by: 1 or more finds what was never shown, but not what the log holds")
-    beams: int = setting(20, "beam width when ranking: twice the ten that are shown; as many as items would be exact")
-    validate_users: int = setting(2000, "users that choose the epoch: standard error about .004 in NDCG, in seconds")
+    """All settings; each field is a flag, the help says why the default is what it is."""
+    data: str = HfArg(default="toy", help="toy, ml-100k, or a folder with two CSV files")
+    methods: str = HfArg(default="pop,cm,sft,sft-continued,tb,fm,tb+cm",
+                         help="comma-separated, of " + ", ".join(METHODS))
+    seeds: str = HfArg(default="42", help="comma-separated: every method runs once with each")
+    out: str = HfArg(default="", help="folder for results (default: runs/NAME-OF-DATA)")
+    device: str = HfArg(default="auto", help="auto, cuda, mps or cpu")
+    threads: int = HfArg(default=1, help="CPU threads: these models are small, one is enough")
+    quick: bool = HfArg(default=False, help="a smoke run in seconds: one epoch of everything")
+    resume: bool = HfArg(default=False, help="keep the finished methods in --out and go on")
+    sft: str = HfArg(default="", help="folder of a finished run: start from its SFT models")
+    ids: str = HfArg(default="mixed", help="semantic IDs: content (text alone, as TIGER), mixed "
+                     "(with co-occurrence, as LETTER)")
+    codes: int = HfArg(default=512, help="K, codes a level: many make the later codes easy")
+    levels: int = HfArg(default=3, help="L, levels of an ID: the paper's example")
+    window: int = HfArg(default=20, help="items of the history that are read: the last say most")
+    width: int = HfArg(default=128, help="hidden size: enough for 10^4 items on two cores")
+    layers: int = HfArg(default=3, help="transformer blocks: enough to compare items")
+    dropout: float = HfArg(default=0.2, help="less over-fits in ten epochs on 10^5 interactions")
+    batch: int = HfArg(default=64, help="rows a step: on a CPU many small steps learn more")
+    rate: float = HfArg(default=1.5e-3, help="peak learning rate of SFT: small models like it high")
+    fine_rate: float = HfArg(default=5e-4, help="peak rate of fine-tuning: a high one undoes SFT")
+    sft_epochs: int = HfArg(default=8, help="epochs of SFT: validation stops rising there")
+    epochs: int = HfArg(default=2, help="epochs of each fine-tuning: more over-fit")
+    sampler: str = HfArg(default="curriculum", help="session, random, curriculum or policy")
+    trajectories: int = HfArg(default=3, help="N, augmented trajectories a context: as the paper")
+    positions: int = HfArg(default=3, help="M, contexts a row: a step stays near 2 x SFT's")
+    weights: str = HfArg(default="0.3,0.65,0.05", help="w_a,w_y,w_s of the reward: action, CM, "
+                         "similarity; the CM says most about what was not shown")
+    lam: float = HfArg(default=-1.0, help=f"lambda; negative: each loss's own, {LAM}")
+    beta: float = HfArg(default=0.1, help="beta of S-DPO: the paper's")
+    gamma: float = HfArg(default=2.0, help="power of the CM that guides NAME+cm: best of 1/2 to 4")
+    debias: float = HfArg(default=0.0, help="delta: the CM's score is over popularity^delta")
+    beams: int = HfArg(default=20, help="beam width: twice the ten that are shown")
+    validate_users: int = HfArg(default=2000, help="users that choose the epoch: +-.004 in NDCG")
+    oracle: str = HfArg(default="", help="train with this loss alone until P = R/Z, and draw it")
+    recommend: str = HfArg(default="", help="print ten titles for a history")
+    model: str = HfArg(default="", help="the saved model for --recommend, such as runs/toy/tb-42")
 
 
-# What differs from the defaults above on the two data sets that come by themselves, and in a smoke run. Histories of a
-# hundred items fill a narrow beam with what the user had: on ml-100k 20 beams cost SFT 4 % of its NDCG, guided rows nothing.
+# Settings that differ on the data sets that come by themselves. Histories of a hundred items fill a
+# narrow beam with what the user already had, so ml-100k has 50 beams.
 PRESETS = {"toy": dict(codes=16, width=64, layers=2, sft_epochs=8, epochs=4, rate=2e-3),
            "ml-100k": dict(codes=256, width=96, sft_epochs=8, epochs=2, rate=3e-3, beams=50)}
-QUICK = dict(sft_epochs=1, epochs=1)
+
+
+def parse(argv):
+    """Settings from the command line; exit status 2 and one line on stderr for what is unknown."""
+    parser = HfArgumentParser(Settings, allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
+    known, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]}")
+    parser.set_defaults(**PRESETS.get(known.data, {}))
+    if known.quick:
+        parser.set_defaults(sft_epochs=1, epochs=1)
+    settings = parser.parse_args_into_dataclasses(argv)[0]
+    name = Path(settings.data).resolve().name + "-quick" * settings.quick
+    settings.out = settings.out or f"runs/{name}"
+    return settings
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")          # a terminal that knows no ± or é still gets the rest
-    SETTINGS, ARGUMENTS = parse_arguments(sys.argv[1:], Settings, PRESETS, QUICK)   # before torch, so --help answers at once
+    SETTINGS = parse(sys.argv[1:])                              # before torch, so --help is fast
+    os.environ["OMP_NUM_THREADS"] = str(SETTINGS.threads)       # torch reads it when imported
 
-import numpy as np                                             # noqa: E402
-import torch                                                   # noqa: E402
-import torch.distributed as dist                               # noqa: E402
-import torch.nn.functional as F                                # noqa: E402
-import transformers                                            # noqa: E402
-from safetensors import SafetensorError                        # noqa: E402
-from torch.nn.parallel import DistributedDataParallel          # noqa: E402
-from tqdm import tqdm                                          # noqa: E402
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel   # noqa: E402
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from data.batches import batches, pick_contexts, training_rows  # noqa: E402
-from data.benchmark import benchmark                           # noqa: E402
-from data.checkpoint import load_checkpoint, save_checkpoint   # noqa: E402
-from data.commands import join_processes, print_recommendations, show_oracle   # noqa: E402
-from data.metrics import beyond_accuracy, exposure_bias, ndcg_at, recall_at   # noqa: E402
-from data.oracle import distribution, exact, plot_flows, rate_at   # noqa: E402
-from data.report import plot_curves, plot_exposure, results_of, table_of, write_json   # noqa: E402
-from data.saved import load_policy, save_policy                # noqa: E402
-from data.sweep import sweep                                   # noqa: E402
-from reward import CollaborativeModel, Reward, entries         # noqa: E402
-from tokenizer import SemanticIDs, item_features               # noqa: E402
+from data import figures
+from reward import CollaborativeModel, Reward, entries
+from tokenizer import SemanticIDs, item_features
 
-transformers.utils.logging.disable_progress_bar()              # these models load in no time
-NEVER = -1e9                                                   # log-probability of what cannot be; finite, so 0 · NEVER is 0
+transformers.utils.logging.disable_progress_bar()
+NEVER = -1e9                                # log-probability of what cannot be; finite: 0 · NEVER = 0
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # torchrun's
 
 
-# --- The policy: P_F(next code | user, codes so far) -----------------------------------------------------------------
-# All paths of a user in one row: the history once, then a branch for each path, so that 1 + M·N paths cost one pass.
-def tree_mask(ends, C, L):
-    """Who sees whom in a packed row: floats (B, S, S), S = C + E·(L−1); 0 where place i may look at place j, else NEVER.
+# --- Rows of a batch ------------------------------------------------------------------------------
+def training_rows(histories, window):
+    """(user, start, first, stop): the row is items[start:stop], its targets are items[first:stop].
 
-    A row holds the C tokens of a history, <user> first, and behind them E branches of L−1 codes, one after the other.
-    ends (B, E): branch e of row b goes on from the first ends[b, e] items, so it may look at the places 0 … ends[b, e] of
-    the history. A place of the history looks at itself and at those before it, never at a branch; a code looks at its
-    own branch up to itself, and never at another branch.
+    A history longer than the window is cut into rows that overlap by half a window, so that
+    all but the first targets have half a window of history or more.
+    """
+    rows = []
+    for user, history in enumerate(histories):
+        first, stop = 0, min(len(history), window + 1)
+        while first < len(history):
+            rows.append((user, max(0, stop - 1 - window), first, stop))
+            first, stop = stop, min(len(history), stop + max(1, window // 2))
+    return rows
 
-    Example: the history <user> a b, one branch c d that goes on from a, and one e f that goes on from b; L = 3.
 
-    >>> for place, row in zip("uabcdef", tree_mask(torch.tensor([[1, 2]]), C=3, L=3)[0]):
-    ...     print(place, "", *["1" if x == 0 else "." for x in row])
-    u  1 . . . . . .
-    a  1 1 . . . . .
-    b  1 1 1 . . . .
-    c  1 1 . 1 . . .
-    d  1 1 . 1 1 . .
-    e  1 1 1 . . 1 .
-    f  1 1 1 . . 1 1
+def batches(rows, histories, size, policy, rng):
+    """One epoch of batches in random order; the rows of a batch have like lengths (less padding).
+
+    A batch: users and starts (lists), tokens (B, H), ends (B, T) = items of the row before each
+    target, targets (B, T), valid (B, T) bool, False on padding.
+    """
+    order = rng.permutation(len(rows))
+    groups = []
+    for i in range(0, len(rows), 32 * size):
+        chunk = sorted(order[i:i + 32 * size], key=lambda r: rows[r][3] - rows[r][1])
+        groups += [chunk[j:j + size] for j in range(0, len(chunk), size)]
+    for g in rng.permutation(len(groups)):
+        chosen = [rows[r] for r in groups[g]]
+        tokens, _ = policy.tokens([histories[u][start:stop - 1] for u, start, _, stop in chosen])
+        count = torch.tensor([stop - first for _, _, first, stop in chosen])
+        valid = torch.arange(int(count.max())) < count[:, None]                     # (B, T)
+        ends, targets = torch.zeros_like(valid, dtype=torch.long), torch.zeros_like(valid).long()
+        for b, (u, start, first, stop) in enumerate(chosen):
+            ends[b, :count[b]] = torch.arange(first - start, stop - start)
+            targets[b, :count[b]] = torch.tensor(histories[u][first:stop])
+        yield SimpleNamespace(users=[row[0] for row in chosen], starts=[row[1] for row in chosen],
+                              tokens=tokens, ends=ends, targets=targets, valid=valid)
+
+
+# --- The policy: P_F(next code | user, codes so far) ----------------------------------------------
+def tree_mask(ends, H, L):
+    """Who sees whom in a packed row: floats (B, S, S), 0 where place i sees place j, else NEVER.
+
+    A row is H tokens of history, <user> first, then E branches of L−1 codes: S = H + E·(L−1).
+    Branch e of row b goes on from the first ends[b, e] items (ends (B, E)) and sees the places
+    0 … ends[b, e]. A place of the history sees itself and those before it, never a branch; a code
+    sees its own branch up to itself, never another branch.
+
+    The history <user> a b, one branch c d that goes on from a, one e f from b; L = 3:
+
+    >>> for place, row in zip("uabcdef", tree_mask(torch.tensor([[1, 2]]), H=3, L=3)[0]):
+    ...     print(place, *["1" if x == 0 else "." for x in row])
+    u 1 . . . . . .
+    a 1 1 . . . . .
+    b 1 1 1 . . . .
+    c 1 1 . 1 . . .
+    d 1 1 . 1 1 . .
+    e 1 1 1 . . 1 .
+    f 1 1 1 . . 1 1
     """
     (B, E), device = ends.shape, ends.device
-    place = torch.arange(C, device=device)
-    last = torch.cat([place.expand(B, C), ends.repeat_interleave(L - 1, 1)], 1)  # (B, S) history that each may see
-    sees_history = place <= last[..., None]                                      # (B, S, C)
+    place = torch.arange(H, device=device)
+    last = torch.cat([place.expand(B, H), ends.repeat_interleave(L - 1, 1)], 1)     # (B, S)
+    sees_history = place <= last[..., None]                                         # (B, S, H)
     block = torch.ones(L - 1, L - 1, device=device).tril()
-    sees_branch = F.pad(torch.block_diag(*[block] * E), (0, 0, C, 0)) > 0        # (S, E·(L-1))
+    sees_branch = F.pad(torch.block_diag(*[block] * E), (0, 0, H, 0)) > 0           # (S, E·(L-1))
     seen = torch.cat([sees_history, sees_branch.expand(B, -1, -1)], 2)
     return torch.zeros(seen.shape, device=device).masked_fill_(~seen, NEVER)
 
@@ -157,639 +195,760 @@ def tree_mask(ends, C, L):
 class Policy(torch.nn.Module):
     """A small GPT-2 that reads a history and writes a semantic ID, plus the table of IDs.
 
-    Vocabulary: L·K codes (code c of level l is token l·K + c), one <user> token that opens every row, and one token
-    for each item of the history. A row of tokens is a *packed tree*: the history once, and behind it any number of
-    branches, each the first L−1 codes of one item; a branch sees the history up to its own end and itself, no other
-    branch. The last code of a path is predicted but never read.
-
-    Example: three items with L = 3, K = 3, so tokens 0–8 are codes, 9 is <user>, and 10, 11, 12 are the items.
-
-    >>> ids = SemanticIDs([[0, 1, 1], [0, 2, 0], [2, 0, 0]], num_codes=3)
-    >>> policy = Policy(ids, window=4, width=32, layers=1).eval()
-    >>> policy.tokens([[2, 0]])[0].tolist()                    # a user who liked item 2, then item 0
-    [[9, 12, 10]]
-    >>> ids.legal([]).tolist(), ids.legal([0]).tolist()        # first code: 0 or 2; after 0: 1 or 2
-    ([True, False, True], [False, True, True])
-    >>> steps = policy.path_log_probs([[2, 0]], [[0, 1, 2]])   # (1 user, 3 items, 3 steps)
-    >>> steps[0, :, 2].tolist()                                # after two codes one item is left: log 1 = 0
-    [0.0, 0.0, 0.0]
-    >>> round(steps.sum(-1).exp().sum().item(), 4)             # the whole catalogue
-    1.0
-    >>> policy.recommend([[2, 0]], k=2)[0].tolist()            # item 1 is all that the user has not had
-    [[1, -1]]
+    Tokens: code c of level l is l·K + c; L·K is <user>, which opens every row; L·K + 1 + i is item
+    i of a history. A row is a packed tree: the history once, then branches, each the first L−1
+    codes of one path (the last code is predicted, never read). 1 + M·N paths cost one pass.
     """
 
     def __init__(self, semantic_ids, window=20, width=128, layers=3, dropout=0.2):
         super().__init__()
         K, L, n = semantic_ids.num_codes, semantic_ids.num_levels, len(semantic_ids.codes)
         self.semantic_ids, self.window, self.user_token = semantic_ids, window, K * L
-        self.catalogue = {}                                    # item_ids and titles, when they are known
+        self.catalogue = {}                                     # item_ids and titles, if known
+        self.guide = None                                       # histories → (B, n) ≥ 0, if guided
         self.lm = GPT2LMHeadModel(GPT2Config(
-            vocab_size=L * K + 1 + n, n_positions=window + L, n_embd=width, n_layer=layers, n_head=max(1, width // 32),
-            activation_function="gelu_pytorch_tanh",           # gelu_new's values, faster on CPU
-            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,   # attention dropout would double the time of a step
-            bos_token_id=L * K, eos_token_id=L * K))
-        # log F(s), of the root log Z(U), is the head's output plus even_flow: log of the share of all items that lie below s
-        self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)
-        torch.nn.init.zeros_(self.flow_head.weight), torch.nn.init.zeros_(self.flow_head.bias)
-        self.register_buffer("even_flow", semantic_ids.flows(torch.full((1, n), 1 / n))[0].log(), persistent=False)   # (P + n,)
-        for name in ("codes", "nodes", "children"):            # buffers move with .to(device); not saved
-            self.register_buffer("id_" + name, getattr(semantic_ids, name), persistent=False)
+            vocab_size=L * K + 1 + n, n_positions=window + L, n_embd=width, n_layer=layers,
+            n_head=max(1, width // 32), bos_token_id=L * K, eos_token_id=L * K,
+            activation_function="gelu_pytorch_tanh",            # gelu_new's values, faster on CPU
+            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0))   # attn_pdrop doubles a step
+        # log F(s) = the head's output + log of the share of all items below s: without the second
+        # part the residuals start as large as log n, and drown L_GR. At the root it is log Z(U).
+        self.flow_head = torch.nn.Linear(width, 1)
+        torch.nn.init.zeros_(self.flow_head.weight)
+        torch.nn.init.zeros_(self.flow_head.bias)
+        even_flow = semantic_ids.flows(torch.full((1, n), 1 / n))[0].log()          # (P + n,)
+        self.register_buffer("even_flow", even_flow, persistent=False)
+
+    @property
+    def device(self):
+        return self.even_flow.device
 
     @torch.no_grad()
     def start_from(self, features):
-        """Set the token embeddings from item features (n, d): an item's token is its features, projected; a code's is
-        the mean over all items with that code at that level of what the levels before have left of them.
-
-        So a history starts out near the codes of similar items, which the same features made.
-        """
+        """Token embeddings from features (n, d'): an item's is its features, projected at random;
+        a code's is the mean, over the items with that code, of what earlier codes left over."""
         n, d = len(features), self.lm.config.n_embd
         K, wte = self.semantic_ids.num_codes, self.lm.transformer.wte.weight
-        mixing = torch.randn(features.shape[1], d)             # a random projection keeps the angles
+        mixing = torch.randn(features.shape[1], d)              # a random projection keeps angles
         vector = torch.as_tensor(features, dtype=torch.float32)
         vector = (vector - vector.mean(0)) @ mixing
         vector *= self.lm.config.initializer_range / vector.std().clamp(min=1e-6)
         wte[-n:] = vector
-        for level in range(self.semantic_ids.num_levels):
-            code = self.id_codes[:, level]
+        for level, code in enumerate(self.semantic_ids.codes.T):
             total = torch.zeros(K, d).index_add_(0, code, vector)
-            wte[level * K:(level + 1) * K] = total / torch.bincount(code, minlength=K).clamp(min=1)[:, None]
+            count = torch.bincount(code, minlength=K).clamp(min=1)
+            wte[level * K:(level + 1) * K] = total / count[:, None]
             vector = vector - wte[level * K + code]
 
     def tokens(self, histories):
-        """Token rows (B, C) of the last `window` items, <user> first, padded on the right; and their lengths in items (B,)."""
-        recent = [history[-self.window:] if history else [] for history in histories]
+        """(B, H) tokens of the last `window` items, <user> first, padded right; (B,) lengths."""
+        recent = [history[-self.window:] for history in histories]
         lengths = torch.tensor([len(history) for history in recent])
         rows = torch.full((len(recent), 1 + int(lengths.max())), self.user_token)
         for row, history in zip(rows, recent):
             row[1:1 + len(history)] = torch.tensor(history, dtype=torch.long) + self.user_token + 1
         return rows, lengths
 
-    @property
-    def device(self):
-        return self.id_codes.device
-
-    def _logits(self, hidden, level):
-        """(..., d) → (..., K): one head per level, the level's rows of the embedding, since no other code is ever legal."""
-        K = self.semantic_ids.num_codes
-        return hidden @ self.lm.transformer.wte.weight[level * K:(level + 1) * K].T
-
     def forward(self, tokens, ends, items):
-        """log P_F of every next code along packed branches, and log F of every prefix.
+        """log P_F of all next codes, and log F of all prefixes, along packed branches.
 
-        tokens (B, C) histories; branch e of a row goes on from the history's first ends[b, e] items and is the path
-        of items[b, e]: both (B, E). → (B, E, L, K) log-probabilities over the legal codes (NEVER elsewhere), and
-        (B, E, L) log flows of the prefixes s_0 … s_{L-1}.
+        tokens (B, H); branch e of row b is the path of items[b, e] after the first ends[b, e] items
+        of the history, both (B, E) → (B, E, L, K) log-probabilities, NEVER where a code is illegal,
+        and (B, E, L) log flows of s_0 … s_{L-1}.
         """
         tokens, ends, items = tokens.to(self.device), ends.to(self.device), items.to(self.device)
-        (B, C), E, L, K = tokens.shape, ends.shape[1], self.semantic_ids.num_levels, self.semantic_ids.num_codes
-        depth = torch.arange(L - 1, device=tokens.device)
-        branches = (self.id_codes[items][..., :-1] + depth * K).reshape(B, -1)           # (B, E·(L-1)) tokens
-        branch_end = ends[..., None].expand(B, E, L - 1).reshape(B, -1)          # history that each may see
-        place = torch.arange(C, device=tokens.device).expand(B, C)
-        position = torch.cat([place, branch_end + 1 + depth.repeat(E)], 1)       # (B, C + E·(L-1))
-        mask = tree_mask(ends, C, L)[:, None]                                    # (B, 1, S, S), S = C + E·(L-1)
-        hidden = self.lm.transformer(torch.cat([tokens, branches], 1), attention_mask=mask, position_ids=position,
-                                     use_cache=False).last_hidden_state                  # (B, C + E·(L-1), d)
-        root = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1]))        # (B, E, d)
-        prefixes = torch.cat([root[:, :, None], hidden[:, C:].reshape(B, E, L - 1, -1)], 2)   # (B, E, L, d)
-        # One slice of the embedding for all levels' heads: the gradient of each is as large as the whole, items and all
-        heads = self.lm.transformer.wte.weight[:L * K].unflatten(0, (L, K))      # (L, K, d)
-        logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()         # (B, E, L, K); float also in bf16
-        legal = self.id_children[self.id_nodes[items][..., :-1]] >= 0            # (B, E, L, K)
-        log_probs = logits.masked_fill(~legal, NEVER).log_softmax(-1)
-        return log_probs, self.flow_head(prefixes)[..., 0] + self.even_flow[self.id_nodes[items][..., :-1]]
+        ids, (B, H), E = self.semantic_ids, tokens.shape, ends.shape[1]
+        K, L = ids.num_codes, ids.num_levels
+        depth = torch.arange(L - 1, device=self.device)
+        branches = (ids.codes[items][..., :-1] + depth * K).flatten(1)              # (B, E·(L-1))
+        place = torch.arange(H, device=self.device).expand(B, H)
+        branch_place = (ends[..., None] + 1 + depth).flatten(1)                     # (B, E·(L-1))
+        hidden = self.lm.transformer(
+            torch.cat([tokens, branches], 1), attention_mask=tree_mask(ends, H, L)[:, None],
+            position_ids=torch.cat([place, branch_place], 1), use_cache=False).last_hidden_state
+        d = hidden.shape[-1]
+        root = hidden.gather(1, ends[..., None].expand(-1, -1, d))                  # (B, E, d)
+        later = hidden[:, H:].reshape(B, E, L - 1, d)
+        prefixes = torch.cat([root[:, :, None], later], 2)                          # (B, E, L, d)
+        # One head a level: its rows of the embedding. Slice once: a slice for each level would
+        # allocate a gradient of the size of the whole embedding for each.
+        heads = self.lm.transformer.wte.weight[:L * K].unflatten(0, (L, K))         # (L, K, d)
+        logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()            # (B, E, L, K)
+        nodes = ids.nodes[items][..., :-1]                                          # (B, E, L)
+        log_probs = logits.masked_fill(ids.next_node[nodes] < 0, NEVER).log_softmax(-1)
+        return log_probs, self.flow_head(prefixes)[..., 0] + self.even_flow[nodes]
 
     def steps(self, log_probs, items):
-        """log P_F of the codes that were taken: (B, E, L, K), items (B, E) → (B, E, L)."""
-        return log_probs.gather(-1, self.id_codes[items.to(self.device)][..., None])[..., 0]
+        """log P_F of the codes taken: log_probs (B, E, L, K), items (B, E) → (B, E, L)."""
+        return log_probs.gather(-1, self.semantic_ids.codes[items.to(self.device)][..., None])[..., 0]
 
     def path_log_probs(self, histories, items):
-        """log P_F of each step on the paths of items (B, J) after histories (B lists) → (B, J, L), natural logs."""
+        """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L)."""
         tokens, lengths = self.tokens(histories)
         items = torch.as_tensor(items)
-        log_probs, _ = self(tokens, lengths[:, None].expand_as(items), items)
-        return self.steps(log_probs, items)
+        return self.steps(self(tokens, lengths[:, None].expand_as(items), items)[0], items)
 
     @torch.no_grad()
-    def recommend(self, histories, k=10, beams=20, guide=None):
-        """The k best items after each history: (items (B, k), log_probs (B, k)), best first; −1 and −inf where none is left.
+    def recommend(self, histories, k=10, beams=20):
+        """The k best items of B histories: items (B, k), best first, and their scores (B, k).
 
-        Beam search over legal codes, all beams of a user as extra positions of one row under a tree mask. Never an
-        item of the history, never a duplicate; with enough beams it is exact. log_probs are log P_F of the whole path.
+        Beam search over legal codes: a prefix scores Σ log P_F of its codes, P_F a softmax over the
+        legal codes alone; max(beams, k) prefixes a user go on to the next level. Never an item of
+        the history, never a duplicate; −1 and −inf where no item is left; exact with enough beams.
+        If self.guide is set, prefixes are compared by log P_F(s) + log F_guide(s), the guide's flow.
 
-        guide: (B, n) ≥ 0, such as CM^γ: then beams are kept by log P_F(s) + log F_guide(s), F_guide(s) being the guide's
-        sum over the items below the prefix s, its exact flow; at the end by log P_F(v) + log guide(v), which is returned.
-
-        Start from the empty prefix with score 0. At each level l = 0 … L−1 give every beam all its legal next codes c:
-        score(prefix + c) = score(prefix) + log P_F(c | history, prefix), natural logs, P_F a softmax over the legal codes
-        alone. Before the last level keep the max(beams, k) best of each user; after it leave out the items of the
-        history and give the k best of all. The model reads <user>, the last `window` items (self.tokens), then the
-        prefix (code c of level l is token l·K + c, at the position behind what it follows); self._logits(hidden, l)
-        scores the codes of level l. One prefix at a time and without a cache is slow, and as right.
-
-        Example: a model of zeros, so all legal codes are equally likely. The first code is 0 or 2, the second after 0 is
-        1 or 2: items 0, 1, 2 have 1/4, 1/4, 1/2. Item 1 is in the history, and there are two others.
-
-        >>> policy = Policy(SemanticIDs([[0, 1, 1], [0, 2, 0], [2, 0, 0]], num_codes=3), width=32, layers=1).eval()
-        >>> _ = policy.lm.transformer.wte.weight.data.zero_()
-        >>> items, log_probs = policy.recommend([[1]], k=3)
+        >>> ids = SemanticIDs([[0, 1, 1], [0, 2, 0], [2, 0, 0]], num_codes=3)
+        >>> policy = Policy(ids, width=32, layers=1).eval()
+        >>> _ = policy.lm.transformer.wte.weight.data.zero_()   # all legal codes are equally likely
+        >>> items, log_probs = policy.recommend([[1]], k=3)     # items 0, 1, 2: 1/4, 1/4, 1/2
         >>> items.tolist(), log_probs.exp().tolist()
         ([[2, 0, -1]], [[0.5, 0.25, 0.0]])
         """
-        beams, (L, K) = max(beams, k), (self.semantic_ids.num_levels, self.semantic_ids.num_codes)
-        tokens, lengths = (x.to(self.device) for x in self.tokens(histories))
-        B, C = tokens.shape
-        place = torch.arange(C, device=self.device)
-        causal = torch.zeros(C, C, device=self.device).masked_fill_(place[None] > place[:, None], NEVER)
+        ids, device = self.semantic_ids, self.device
+        beams, L, K = max(beams, k), ids.num_levels, ids.num_codes
+        tokens, lengths = (x.to(device) for x in self.tokens(histories))
+        B, H = tokens.shape
+        place = torch.arange(H, device=device)
+        causal = torch.zeros(H, H, device=device).masked_fill_(place > place[:, None], NEVER)
         cache = DynamicCache()
-        hidden = self.lm.transformer(tokens, cache, attention_mask=causal.expand(B, 1, C, C),
-                                     position_ids=place.expand(B, C), use_cache=True).last_hidden_state
-        hidden = hidden.gather(1, lengths[:, None, None].expand(-1, 1, hidden.shape[-1]))      # (B, 1, d)
-        beam_mask = torch.zeros(B, 1, C, device=self.device).masked_fill_(place > lengths[:, None, None], NEVER)
-        flow = None if guide is None else self.semantic_ids.flows(guide).clamp(min=1e-30).log().to(self.device)   # (B, P + n)
-        score = torch.zeros(B, 1, device=self.device)          # (B, W) log P_F of each beam's prefix
-        node = torch.zeros(B, 1, dtype=torch.long, device=self.device)
+        hidden = self.lm.transformer(tokens, cache, attention_mask=causal.expand(B, 1, H, H),
+                                     position_ids=place.expand(B, H)).last_hidden_state
+        hidden = hidden.gather(1, lengths[:, None, None].expand(-1, 1, hidden.shape[-1]))
+        mask = torch.zeros(B, 1, H, device=device)              # what each beam sees: (B, W, H + …)
+        mask.masked_fill_(place > lengths[:, None, None], NEVER)
+        log_flow = None
+        if self.guide is not None:
+            log_flow = ids.flows(self.guide(histories)).clamp(min=1e-30).log().to(device)
+        score = torch.zeros(B, 1, device=device)                # (B, W) Σ log P_F of each beam
+        node = torch.zeros(B, 1, dtype=torch.long, device=device)
         for level in range(L):
-            child = self.id_children[node]                                                     # (B, W, K)
-            # In place: passes over (B, W, K) cost as much as a block of the model. A path that does not exist keeps a
-            # score below NEVER / 2, whatever is added to it.
-            total = self._logits(hidden, level).masked_fill_(child < 0, NEVER).log_softmax(-1).add_(score[..., None]).flatten(1)
-            child = child.flatten(1)                                                           # (B, W·K)
-            value = total if flow is None else total + flow.gather(1, child.clamp(min=0))
+            heads = self.lm.transformer.wte.weight[level * K:(level + 1) * K]
+            child = ids.next_node[node]                                              # (B, W, K)
+            # In place: a pass over (B, W, K) costs as much as a block of the model. Illegal paths
+            # keep a score below NEVER / 2.
+            total = (hidden @ heads.T).masked_fill_(child < 0, NEVER).log_softmax(-1)
+            total = total.add_(score[..., None]).flatten(1)                         # (B, W·K)
+            child = child.flatten(1)
+            value = total if log_flow is None else total + log_flow.gather(1, child.clamp(min=0))
             if level == L - 1:
-                break                                          # the children are items now
-            best = value.topk(min(beams, value.shape[1]), 1).indices                           # (B, W)
-            score = total.gather(1, best)
-            node, parent, W = child.gather(1, best), best // K, best.shape[1]
-            # A beam sees what its parent saw, and itself; the cache is never reordered.
-            itself = torch.full((W, W), NEVER, device=self.device).fill_diagonal_(0).expand(B, W, W)
-            beam_mask = torch.cat([beam_mask.gather(1, parent[..., None].expand(-1, -1, beam_mask.shape[2])), itself], 2)
-            hidden = self.lm.transformer(level * K + best % K, cache, attention_mask=beam_mask[:, None],
-                                         position_ids=(lengths[:, None] + 1 + level).expand(B, W),
-                                         use_cache=True).last_hidden_state                     # (B, W, d)
-        # Enough of the best that k are left without the items of the history
+                break                                           # the children are items
+            best = value.topk(min(beams, value.shape[1]), 1).indices                # (B, W)
+            score, node, parent, W = total.gather(1, best), child.gather(1, best), best // K, best.shape[1]
+            # A beam sees what its parent saw, and itself; so the cache is never reordered.
+            itself = torch.full((W, W), NEVER, device=device).fill_diagonal_(0).expand(B, W, W)
+            seen = mask.gather(1, parent[..., None].expand(-1, -1, mask.shape[2]))
+            mask = torch.cat([seen, itself], 2)
+            hidden = self.lm.transformer(
+                level * K + best % K, cache, attention_mask=mask[:, None],
+                position_ids=(lengths[:, None] + 1 + level).expand(B, W)).last_hidden_state
+        # So many of the best that k are left without the items of the history
         value, best = value.topk(min(k + max(map(len, histories)), value.shape[1]), 1)
-        item = child.gather(1, best) - self.semantic_ids.num_prefixes
-        owned = torch.zeros(B, len(self.id_codes), dtype=torch.bool)
-        for b, history in enumerate(histories):
-            owned[b, history] = True
-        gone = (value < NEVER / 2) | owned.to(self.device).gather(1, item.clamp(min=0))
-        value, item = F.pad(value.masked_fill(gone, -math.inf), (0, k), value=-math.inf), F.pad(item, (0, k), value=-1)
+        item = child.gather(1, best) - ids.num_prefixes
+        owned = torch.zeros(B, len(ids.codes), dtype=torch.bool)
+        owned[entries(histories)] = True
+        gone = (value < NEVER / 2) | owned.to(device).gather(1, item.clamp(min=0))
+        value = F.pad(value.masked_fill(gone, -math.inf), (0, k), value=-math.inf)
         score, best = value.topk(k, 1)
-        return item.gather(1, best).masked_fill(score == -math.inf, -1), score
-
-    @torch.no_grad()
-    def sample(self, histories, count):
-        """Items (B, count) drawn from P_F, code by code, and their log-probabilities (B, count)."""
-        tokens, lengths = self.tokens(histories)
-        ends = lengths[:, None].expand(-1, count).to(self.device)
-        children, below = self.id_children, self.id_nodes.new_zeros(int(self.id_nodes.max()) + 1)
-        below[self.id_nodes] = torch.arange(len(self.id_nodes), device=self.device)[:, None]   # some item below each node
-        node = torch.zeros_like(ends)
-        for level in range(self.semantic_ids.num_levels):      # any item below a prefix will do to ask for its next code
-            log_probs, _ = self(tokens, ends, below[node])
-            code = torch.distributions.Categorical(logits=log_probs[:, :, level]).sample()
-            node = children[node, code]
-        return below[node], self.steps(log_probs, below[node]).sum(-1)
+        item = F.pad(item, (0, k), value=-1).gather(1, best)
+        return item.masked_fill(score == -math.inf, -1), score
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors (plain GPT-2) and semantic_ids.json (IDs, item ids, titles) into a folder."""
-        save_policy(self, folder)
+        """Write config.json and model.safetensors (plain GPT-2), and IDs and titles beside them."""
+        part = Path(f"{folder}.part")                           # renamed when it is whole
+        self.lm.save_pretrained(part)
+        ids = {"num_codes": self.semantic_ids.num_codes, "codes": self.semantic_ids.codes.tolist()}
+        write_json(part / "semantic_ids.json", ids | self.catalogue)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
 
     @classmethod
     def from_pretrained(cls, folder):
-        """The Policy that save_pretrained wrote, or InputError; its flow head, used in training alone, starts anew."""
-        return load_policy(cls, folder)
+        """The Policy that save_pretrained wrote, in eval mode; InputError where there is none.
+
+        Its flow head, which only training needs, starts anew. No pickle is read.
+        """
+        try:
+            ids = json.loads((Path(folder) / "semantic_ids.json").read_text(encoding="utf-8"))
+            lm = GPT2LMHeadModel.from_pretrained(folder)
+            semantic_ids = SemanticIDs(ids.pop("codes"), ids.pop("num_codes"))
+            window = lm.config.n_positions - semantic_ids.num_levels
+            policy = cls(semantic_ids, window, lm.config.n_embd, lm.config.n_layer)
+            policy.lm.load_state_dict(lm.state_dict())
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{folder} holds no saved model of this program ({error})") from None
+        policy.lm, policy.catalogue = lm, ids
+        return policy.eval()
 
 
-# --- Losses: pure functions of tensors, all in natural logs ----------------------------------------------------------
+# --- Losses: pure functions of tensors, natural logs (METHOD.md, Losses) ---------------------------
 def trajectory_balance(log_z, log_pf, log_r):
-    """Trajectory balance, TB: mean over b, j of (log_z[b] + log_pf[b, j] − log_r[b, j])² → scalar tensor, natural logs.
+    """TB: log Z(U) log_z (B,), log P_F of J paths a user log_pf (B, J), log R log_r (B, J) → scalar.
 
-    log_z (B,) is log Z of each user (context); log_pf (B, J) is log P_F of whole paths, J of them a user, already summed
-    over their steps; log_r (B, J) is log R of the items they end in. It is 0 where P_F(path) = R/Z for all of them.
-
-    Example: Z = 1; the first path has P = R = 1/2, which costs 0; the second P = 1/4, R = 1/2, which costs (log 1/2)² =
-    0.4805; the mean is 0.2402.
+    Z = 1; a path with P = R = 1/2 costs 0, one with P = 1/4, R = 1/2 costs (log 1/2)² = .4805:
 
     >>> log_pf, log_r = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
     >>> round(trajectory_balance(torch.zeros(1), log_pf, log_r).item(), 4)
     0.2402
     """
-    # (log Z(U) + Σ_l log P_F(s_{l+1} | s_l) − log R(s_L))²; P_B is 1 on a tree
+    # mean of (log Z(U) + Σ_l log P_F(s_{l+1} | s_l) − log R(s_L))²; P_B is 1 on a tree
     return (log_z[:, None] + log_pf - log_r).square().mean()
 
 
 def detailed_balance(log_flow, log_pf):
-    """Detailed balance, DB: squares of the flow's imbalance, summed over a path's steps, mean over paths → scalar tensor.
+    """DB: log F of s_0 … s_L log_flow (B, J, L+1), last column log R; log_pf (B, J, L) → scalar.
 
-    log_flow (B, J, L+1) is log F(s_0) … log F(s_L) along each of J paths a user, so the last column is log R; log_pf
-    (B, J, L) is log P_F(s_{l+1} | s_l) of each step; natural logs. Loss = mean over b, j of
-    Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))². It is 0 where each step passes on its share of the flow.
-
-    Example: flows 1 → 1/2 → 1/4 on one path. Steps of 1/2 and 1/2 fit; for 1/2 and 1/4, the second is off by log 1/2.
-
-    >>> log_flow = torch.tensor([[[1.0, 0.5, 0.25]]]).log()
-    >>> [round(detailed_balance(log_flow, torch.tensor([[[0.5, p]]]).log()).item(), 4) for p in (0.5, 0.25)]
+    >>> log_flow = torch.tensor([[[1.0, 0.5, 0.25]]]).log()   # 1 → 1/2 → 1/4: steps of 1/2 fit
+    >>> [round(detailed_balance(log_flow, torch.tensor([[[0.5, p]]]).log()).item(), 4)
+    ...  for p in (0.5, 0.25)]
     [0.0, 0.4805]
     """
-    # Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))²
+    # Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))², mean over paths
     return (log_flow[..., :-1] + log_pf - log_flow[..., 1:]).square().sum(-1).mean()
 
 
-def vargrad(log_pf, log_r):
-    """VarGrad: TB with log Z(U) replaced by the mean over a user's trajectories; log_pf, log_r (B, J) → scalar."""
-    # log Z(U) ≈ mean_j (log R − log P): what is left is the variance of the difference over j
-    difference = log_r - log_pf
-    return (difference - difference.mean(1, keepdim=True)).square().mean()
-
-
 def flow_matching(flow, log_pf):
-    """FM: child flows F* (..., L, K), ≥ 0, against log P_F (..., L, K) → scalar, KL summed over steps, mean over the rest.
-
-    Our name: not the flow matching of Bengio et al. 2021 (in-flow = out-flow), but the divergence of each step from the
-    exact flows.
-    """
-    # Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), 0 where P_F follows the exact flows
+    """FM, ours: exact flows of all children flow (..., L, K) ≥ 0, log P_F (..., L, K) → scalar."""
+    # KL: Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), mean over paths
     target = flow / flow.sum(-1, keepdim=True)
     return (target * (target.clamp(min=1e-30).log() - log_pf)).sum((-2, -1)).mean()
 
 
 def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
-    """S-DPO: prefer one positive item to J negatives, more than the reference does; with J = 1 it is DPO → scalar tensor.
-
-    policy_pos, ref_pos (B,) and policy_neg, ref_neg (B, J) are log-probabilities of whole paths (natural logs) by the
-    policy and by the frozen reference. With Δ = log P_policy − log P_reference,
-    loss = mean over b of −log σ(−log Σ_d exp(β[Δ_d − Δ_p])), d the negatives, p the positive, σ(x) = 1/(1 + e^−x).
-
-    Example: policy = reference, 3 negatives: log(1 + 3) = 1.3863. The positive raised by 1, β = 0.1: log(1 + 3·e^−0.1).
+    """S-DPO: log-probabilities of a positive (B,) and J negatives (B, J) by policy and reference.
 
     >>> pos, neg = torch.tensor([-2.0]), torch.tensor([[-3.0, -4.0, -5.0]])
-    >>> [round(sdpo(pos + up, neg, pos, neg, beta=0.1).item(), 4) for up in (0, 1)]
-    [1.3863, 1.3122]
+    >>> round(sdpo(pos, neg, pos, neg, beta=0.1).item(), 4)   # policy = reference: log(1 + 3)
+    1.3863
     """
-    # −log σ(−log Σ_d exp(β[Δ_d − Δ_p])), Δ = log P_policy − log P_reference
+    # mean of −log σ(−log Σ_d exp(β[Δ_d − Δ_p])), Δ = log P_policy − log P_reference
     margin = beta * ((policy_neg - ref_neg) - (policy_pos - ref_pos)[:, None])
     return -F.logsigmoid(-margin.logsumexp(1)).mean()
 
 
-# --- The adaptive trajectory sampler: which items to learn from beside the logged one ---------------------------------
-SAMPLERS = ("session", "random", "curriculum", "policy", "mixture")
-
-
-def draw(weight, logged, count):
-    """Items (B, count) drawn with replacement in proportion to weight (B, n), none of the B lists `logged`."""
-    if count < 1:
-        return torch.empty(len(weight), 0, dtype=torch.long, device=weight.device)
+# --- The adaptive trajectory sampler: which items to learn from beside the logged one ---------------
+def draw(weight, excluded, count):
+    """Items (C, count) with replacement, P ∝ weight (C, n), none of the C lists `excluded`."""
     weight = weight.clone()
-    weight[entries(logged)] = 0
+    weight[entries(excluded)] = 0
     return torch.multinomial(weight + 1e-12, count, replacement=True)
 
 
 def curriculum(scores, logged, count, progress):
-    """N unobserved items a context, easy (low CM score) early in training, hard (high) late.
+    """N = count unobserved items a context, low CM scores early in training, high scores late.
 
-    scores (B, n) of the CM, logged B lists of the user's own items, progress in [0, 1] → items (B, count). The paper
-    ranks a pool of about 2N−1 unobserved items by the CM. This pool is drawn, with replacement, half from the CM's
-    scores, since of a catalogue of thousands an even draw finds next to nothing that the CM likes; and half evenly:
-    with likely items alone, a large log Z could hide that the policy finds all of them too unlikely.
-
-    For each context draw 2N−1 items (N = count), item i with a chance ∝ scores[i]/2 + 1/(2n), 0 if it is logged; sort them
-    from low to high score; keep N neighbours, from place round(progress · (N−1)) on, places from 0.
-
-    Example: N = 3, a pool of 5. Progress 0 keeps places 0–2, one half 1–3, and 1 keeps 2–4. Of items with scores .7, .2,
-    .1, the first unlogged, chances are .52, .27, .22; where two of them are logged, the third is all that can be drawn.
+    scores (C, n) of the CM, logged C lists, progress in [0, 1] → items (C, N). Draw 2N−1 items,
+    item i with P ∝ scores[i]/2 + 1/(2n), 0 if logged; sort them from low to high score; keep N
+    neighbours, from place round(progress · (N−1)) on. The half drawn evenly shows TB unlikely
+    items too; with likely ones alone, a large log Z could hide that all are found too unlikely.
 
     >>> scores = torch.tensor([[0.7, 0.2, 0.1]])
     >>> curriculum(scores, [[0, 2]], count=3, progress=0.5).tolist()
     [[1, 1, 1]]
-    >>> easy, hard = (curriculum(scores.expand(99, 3), [[]] * 99, 3, p) for p in (0.0, 1.0))
-    >>> bool(scores[0, easy].mean() < scores[0, hard].mean())
-    True
     """
-    pool = draw(0.5 * scores + 0.5 / scores.shape[1], logged, 2 * count - 1)             # (B, 2N-1)
-    ranked = pool.gather(1, scores.gather(1, pool).argsort(1))                           # low scores first
+    pool = draw(0.5 * scores + 0.5 / scores.shape[1], logged, 2 * count - 1)        # (C, 2N-1)
+    ranked = pool.gather(1, scores.gather(1, pool).argsort(1))
     start = round(progress * (count - 1))
     return ranked[:, start:start + count]
 
 
 def augmented(sampler, count, scores, logged, positives, histories, policy, progress):
-    """The N augmented items (B, count) of each context, by one of the paper's four samplers or a mixture of two.
-
-    session: others of the user's own items; random: any unobserved ones; curriculum: see there; policy: the policy's
-    own beam, what it would recommend now; mixture: one of the policy's for each two of the curriculum's.
-    """
-    if sampler == "session":
+    """The N = count augmented items (C, N) of each context, by one of the paper's four samplers."""
+    if count == 0:
+        return positives.new_zeros(len(positives), 0)
+    if sampler == "session":                                    # others of the user's own items
         own = torch.zeros_like(scores)
         own[entries(logged)] = 1
         return draw(own.scatter_(1, positives[:, None], 0), [], count)
-    if sampler == "random":
+    if sampler == "random":                                     # unobserved items, all alike
         return draw(torch.ones_like(scores), logged, count)
     if sampler == "curriculum":
         return curriculum(scores, logged, count, progress)
-    own_share = count if sampler == "policy" else count // 3
-    training = policy.training
-    policy.eval()                                              # what it would do, not what dropout makes of it
-    items = policy.recommend(histories, own_share, beams=max(1, own_share))[0].to(positives.device)
+    training = policy.training                                  # "policy": its own beam
+    policy.eval()                                               # no dropout while sampling
+    items = policy.recommend(histories, count, beams=count)[0].to(positives.device)
     policy.train(training)
-    items = items.where(items >= 0, positives[:, None])        # a catalogue with nothing left
-    return torch.cat([items, augmented("curriculum", count - own_share, scores, logged, positives, histories, policy, progress)], 1)
+    return items.where(items >= 0, positives[:, None])          # fewer than N unseen: the positive
 
 
-# --- Training --------------------------------------------------------------------------------------------------------
-def next_token_loss(step_log_probs, valid):
-    """L_GR: −log P_F of the logged item's codes, summed over the path (B, T, L), mean over valid targets (B, T)."""
-    valid = valid.to(step_log_probs.device)
-    return -(step_log_probs.sum(-1) * valid).sum() / valid.sum()
+# --- Training ---------------------------------------------------------------------------------------
+def tb_loss(paths):
+    return trajectory_balance(paths.log_flow[:, 0, 0], paths.log_pf.sum(-1), paths.log_r)
+
+
+def db_loss(paths):
+    return detailed_balance(torch.cat([paths.log_flow, paths.log_r[..., None]], -1), paths.log_pf)
+
+
+def fm_loss(paths):
+    return flow_matching(paths.child_flow, paths.log_probs)
+
+
+def sdpo_loss(paths):
+    policy, reference = paths.log_pf.sum(-1), paths.reference_log_pf.sum(-1)
+    return sdpo(policy[:, 0], policy[:, 1:], reference[:, 0], reference[:, 1:], paths.beta)
+
+
+LOSSES = {"sdpo": sdpo_loss, "db": db_loss, "tb": tb_loss, "fm": fm_loss}
 
 
 def loss_of(method, model, reference, batch, reward, data, settings, progress):
-    """L = L_GR(U, v) + λ · mean over n = 1..N+1 of L_GFN(τ_n); SFT is its first term alone.
+    """L = L_GR(U, v) + λ · mean over τ_1 … τ_{N+1} of L_GFN (METHOD.md); SFT is its first term.
 
-    L_GR is taken at all of a row's targets, L_GFN at M of them. The S-DPO row has its own loss in L_GFN's place. model is
-    the policy, or DistributedDataParallel around it.
+    model is the policy, or DistributedDataParallel around it; reference: S-DPO's frozen policy.
     """
-    policy = getattr(model, "module", model)
-    (B, T), N, M = batch.targets.shape, settings.trajectories, settings.positions
+    policy, N, M = getattr(model, "module", model), settings.trajectories, settings.positions
+    (B, T), targets = batch.targets.shape, batch.targets.to(policy.device)
     if method in ("sft", "sft-continued"):
-        log_probs, _ = model(batch.tokens, batch.ends, batch.targets)
-        return batch.weights[0] * next_token_loss(policy.steps(log_probs, batch.targets), batch.valid)
-    chosen, context_ends, histories, following, liked = pick_contexts(batch, data, M)
-    positives = batch.targets.gather(1, chosen).flatten().to(reward.cm.device)                       # (B·M,)
-    scores = reward.collaborative(histories, following)                                              # (B·M, n)
-    r = reward(histories, positives, liked.to(positives.device), scores)                             # (B·M, n)
-    logged = [past + future for past, future in zip(histories, following)]
-    others = augmented(settings.sampler, N, scores, logged, positives, histories, policy, progress)  # (B·M, N)
-    # One packed row: a branch for each target (for L_GR, and τ_1), and N for each of the M contexts (τ_2 … τ_{N+1})
-    items = torch.cat([batch.targets.to(policy.device), others.to(policy.device).reshape(B, M * N)], 1)   # (B, T + M·N)
-    ends = torch.cat([batch.ends, context_ends.repeat_interleave(N, 1)], 1)
-    log_probs, log_flow = model(batch.tokens, ends, items)                                           # (..., L, K), (..., L)
-    step = policy.steps(log_probs, items)                                                            # (..., L)
-
-    def by_context(x):         # (B, T + M·N, ...) → (B·M, 1 + N, ...): of each context the logged branch, then its N others
-        logged_branch = x[torch.arange(B)[:, None], chosen]                                          # (B, M, ...)
-        return torch.cat([logged_branch[:, :, None], x[:, T:].unflatten(1, (M, N))], 2).flatten(0, 1)
-    paths, flow, log_pf = by_context(items), by_context(log_flow), by_context(step)
-    log_r = r.gather(1, paths.to(r.device)).log().to(policy.device)                              # (B·M, 1 + N)
-    if method == "tb":
-        gfn = trajectory_balance(flow[:, 0, 0], log_pf.sum(-1), log_r)
-    elif method == "db":
-        gfn = detailed_balance(torch.cat([flow, log_r[..., None]], -1), log_pf)
-    elif method == "vargrad":
-        gfn = vargrad(log_pf.sum(-1), log_r)
-    elif method == "fm":
-        gfn = flow_matching(reward.ids.child_flows(r, paths.to(r.device)).to(policy.device), by_context(log_probs))
-    else:                                                      # S-DPO: prefer the positive to the augmented items
+        return next_token_loss(policy.steps(model(batch.tokens, batch.ends, targets)[0], targets), batch.valid)
+    # Contexts: M of each row's targets, drawn at random, and the reward R of every item there.
+    chosen = (torch.rand(B, M) * batch.valid.sum(1, keepdim=True)).long()           # (B, M)
+    ends = batch.ends.gather(1, chosen)
+    firsts = (torch.tensor(batch.starts)[:, None] + ends).flatten().tolist()        # (B·M,) = C
+    users = [user for user in batch.users for _ in range(M)]
+    logged = [data.train[user] for user in users]
+    histories = [items[:first] for items, first in zip(logged, firsts)]
+    following = [items[first:] for items, first in zip(logged, firsts)]
+    liked = torch.tensor([data.liked[user][first] for user, first in zip(users, firsts)])
+    positives = batch.targets.gather(1, chosen).flatten().to(reward.counts.device)         # (C,)
+    scores = reward.collaborative(histories, following)                             # (C, n)
+    r = reward(histories, positives, liked.to(positives.device), scores)               # (C, n)
+    # Trajectories: in one packed row a branch for every target, then N for each context.
+    others = augmented(settings.sampler, N, scores, logged, positives, histories, policy, progress)
+    items = torch.cat([targets, others.to(policy.device).reshape(B, M * N)], 1)        # (B, T + M·N)
+    ends = torch.cat([batch.ends, ends.repeat_interleave(N, 1)], 1)
+    log_probs, log_flow = model(batch.tokens, ends, items)                          # (B, E, L, K)
+    steps = policy.steps(log_probs, items)                                          # (B, E, L)
+    # The paths τ_1 (the logged target's branch) … τ_{N+1} of every context: (C, 1 + N).
+    own = torch.arange(T, T + M * N).view(M, N).expand(B, M, N)
+    branch = torch.cat([chosen[..., None], own], 2).to(policy.device)               # (B, M, 1 + N)
+    row = torch.arange(B, device=policy.device)[:, None, None]
+    paths = SimpleNamespace(beta=settings.beta, **{name: x[row, branch].flatten(0, 1) for name, x in (
+        ("items", items), ("log_probs", log_probs), ("log_pf", steps), ("log_flow", log_flow))})
+    paths.log_r = r.gather(1, paths.items.to(r.device)).log().to(policy.device)     # (C, 1 + N)
+    if method == "fm":
+        paths.child_flow = reward.ids.child_flows(r, paths.items.to(r.device)).to(policy.device)
+    if reference is not None:
         with torch.no_grad():
-            compared, after = paths.view(B, M * (1 + N)), context_ends.repeat_interleave(1 + N, 1)
-            reference_pf = reference.steps(reference(batch.tokens, after, compared)[0], compared).sum(-1).view(B * M, 1 + N)
-        log_pf = log_pf.sum(-1)
-        gfn = sdpo(log_pf[:, 0], log_pf[:, 1:], reference_pf[:, 0], reference_pf[:, 1:], settings.beta)
+            compared = paths.items.view(B, -1)
+            after = batch.ends.gather(1, chosen).repeat_interleave(1 + N, 1)
+            reference_pf = reference.steps(reference(batch.tokens, after, compared)[0], compared)
+            paths.reference_log_pf = reference_pf.view(B * M, 1 + N, -1)
+    # These trajectories come from the sampler, not from the policy: GFlowNet losses are off-policy.
+    # Z(U) is read from the flow of s_0, the state after the history. The mean is over C · (1 + N).
     lam = settings.lam if settings.lam >= 0 else LAM[method]
-    return batch.weights[0] * next_token_loss(step[:, :T], batch.valid) + batch.weights[1] * lam * gfn
+    return next_token_loss(steps[:, :T], batch.valid) + lam * LOSSES[method](paths)
 
 
-def train(method, policy, reward, data, settings, epochs, seed, folder, reference=None):
-    """The one training loop; the best epoch on validation is saved in `folder` at once, so that a crash leaves it.
+def next_token_loss(steps, valid):
+    """L_GR: −Σ_l log P_F of the logged item's codes (B, T, L), mean over valid targets (B, T)."""
+    valid = valid.to(steps.device)
+    return -(steps.sum(-1) * valid).sum() / valid.sum()
 
-    Returns the curve, a list of {"epoch", "loss", "ndcg@10"} with the start as epoch 0 (which is never the one that is
-    saved: a row is what its training does); raises FloatingPointError when the loss is not finite. Goes on from
-    folder/checkpoint.safetensors where that is left from a training that was interrupted.
+
+def rate_at(step, steps, warm):
+    return min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def train(method, policy, reward, data, settings, seed, folder, reference=None):
+    """The one training loop; the best epoch on validation is saved in `folder`.
+
+    → the curve, a list of {"epoch", "loss", "ndcg@10"}; epoch 0, the start, is reported, never
+    saved. Raises FloatingPointError when the loss is not finite.
     """
     rows = training_rows(data.train, settings.window)
-    steps = epochs * math.ceil(len(rows) / settings.batch)
+    epochs = settings.sft_epochs if method == "sft" else settings.epochs
     rate = settings.rate if method == "sft" else settings.fine_rate
-    optimizer = torch.optim.AdamW([{"params": policy.lm.parameters()},
-                                   {"params": policy.flow_head.parameters(), "lr": 10 * rate}],   # one number a user: faster
-                                  lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    model = DistributedDataParallel(policy, find_unused_parameters=True) if world > 1 else policy   # SFT leaves the flow head out
+    steps = epochs * (math.ceil(len(rows) / settings.batch) // WORLD)
+    optimizer = torch.optim.AdamW([
+        {"params": policy.lm.parameters()},
+        {"params": policy.flow_head.parameters(), "lr": 10 * rate}],               # Z(U) learns fast
+        lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     warm = min(200, steps // 10 + 1)
-    checkpoint, full_rates = Path(folder) / "checkpoint.safetensors", [group["lr"] for group in optimizer.param_groups]
-    curve = load_checkpoint(checkpoint, policy, optimizer)
-    curve = curve or [{"epoch": 0, "loss": None, "ndcg@10": validate(policy_ranker(policy, settings), data, settings)}]
-    step = (len(curve) - 1) * steps // epochs
-    with tqdm(total=steps, initial=step, desc=method, disable=None, leave=False) as bar:
-        for epoch in range(len(curve), epochs + 1):
-            # Each epoch has its own random numbers, on every device: one that is resumed draws what it would have drawn.
-            rng, losses = np.random.default_rng((seed, epoch)), []   # the order of the rows, the same in all processes
-            torch.manual_seed(int(np.random.default_rng((seed, epoch, rank)).integers(2 ** 63)))
-            policy.train()
-            for batch in batches(rows, data.train, settings.batch, policy, rng, rank, world):
-                for group, full in zip(optimizer.param_groups, full_rates):
-                    group["lr"] = full * rate_at(step, steps, warm)
-                with torch.autocast("cuda", torch.bfloat16, enabled=settings.device.startswith("cuda")):
-                    loss = loss_of(method, model, reference, batch, reward, data, settings, step / steps)
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(f"{method}: the loss became {loss.item()} at step {step + 1} "
-                                             f"(users {', '.join(data.user_ids[u] for u in batch.users[:5])}, ...)")
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-                optimizer.step()
-                bar.update()
-                step += 1                                      # tqdm's own count stands still where there is no terminal
-                losses.append(loss.item())
-            mean = torch.tensor(float(np.mean(losses)) / world, device=policy.device)
-            if world > 1:
-                dist.all_reduce(mean)
-            curve.append({"epoch": epoch, "loss": mean.item(),
-                          "ndcg@10": validate(policy_ranker(policy, settings), data, settings)})
-            tqdm.write(f"  {method}: epoch {epoch}/{epochs}, loss {curve[-1]['loss']:.3f}, validation NDCG@10 {curve[-1]['ndcg@10']:.4f}")
-            if curve[-1]["ndcg@10"] > max((point["ndcg@10"] for point in curve[1:-1]), default=-1):
-                policy.save_pretrained(folder)
-            save_checkpoint(checkpoint, policy, optimizer, curve)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps, warm))
+    model = DistributedDataParallel(policy, find_unused_parameters=True) if WORLD > 1 else policy
+    curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, data, settings)}]
+    bar, losses = tqdm(total=steps, desc=method, disable=None, leave=False), []
+    for epoch in range(1, epochs + 1):
+        rng = np.random.default_rng((seed, epoch))
+        torch.manual_seed(int(np.random.default_rng((seed, epoch, RANK)).integers(2 ** 63)))
+        policy.train()
+        epoch_batches = batches(rows, data.train, settings.batch, policy, rng)
+        for batch in itertools.islice(epoch_batches, RANK, steps // epochs * WORLD, WORLD):
+            with torch.autocast("cuda", torch.bfloat16, enabled=settings.device == "cuda"):
+                loss = loss_of(method, model, reference, batch, reward, data, settings, len(losses) / steps)
+            if not torch.isfinite(loss):
+                users = ", ".join(data.user_ids[user] for user in batch.users[:5])
+                raise FloatingPointError(f"{method}: loss {loss.item()} at step {len(losses) + 1} ({users} …)")
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.update()
+            losses.append(loss.item())
+        ndcg = validate(policy, data, settings)
+        curve.append({"epoch": epoch, "loss": float(np.mean(losses[-(steps // epochs):])), "ndcg@10": ndcg})
+        tqdm.write(f"  {method}: epoch {epoch}/{epochs}, loss {curve[-1]['loss']:.3f}, "
+                   f"validation NDCG@10 {ndcg:.4f}")
+        if ndcg > max((point["ndcg@10"] for point in curve[1:-1]), default=-1) and RANK == 0:
+            policy.save_pretrained(folder)
+    if WORLD > 1:
+        dist.barrier()                                          # until the first has saved it
     return curve
 
 
-# --- Evaluation ------------------------------------------------------------------------------------------------------
+# --- Evaluation: leave one out, the whole catalogue, the same for every method ----------------------
+def recall_at(ranked, target, k):
+    """Recall@k: share of users whose target (B,) is in the first k of ranked (B, ≥ k) items.
+
+    >>> ranked, target = torch.tensor([[4, 2, 7], [1, 3, -1]]), torch.tensor([7, 9])
+    >>> [recall_at(ranked, target, k).item() for k in (2, 3)]   # places 3 and none
+    [0.0, 0.5]
+    """
+    return (ranked[:, :k] == target[:, None]).any(1).float().mean()
+
+
+def ndcg_at(ranked, target, k):
+    """NDCG@k: mean over users of 1/log2(rank + 1), rank from 1; 0 where it is not in the first k.
+
+    >>> ranked, target = torch.tensor([[4, 2, 7], [1, 3, 5]]), torch.tensor([4, 5])
+    >>> [ndcg_at(ranked, target, k).item() for k in (2, 3)]     # ranks 1 and 3: 1 and 1/2
+    [0.5, 0.75]
+    """
+    # One target, so the ideal DCG is 1 and NDCG = DCG = Σ_r 1[ranked_r = target] / log2(r + 1)
+    ranked = ranked[:, :k]
+    discount = 1 / torch.log2(torch.arange(2, ranked.shape[1] + 2, device=ranked.device))
+    return ((ranked == target[:, None]) * discount).sum(1).mean()
+
+
+def exposure_bias(ranked, data, counts):
+    """By user, where the truth is known: {"hidden@10", "liked@10", "lift@10"}, lists of B numbers.
+
+    hidden: share of the liked but never shown items that are in the list; liked: share of the list
+    that is truly liked; lift: mean count in the log of the list over that of what is liked and new.
+    """
+    out = {"hidden@10": [], "liked@10": [], "lift@10": []}
+    for b, items in enumerate(ranked.tolist()):
+        items, liked = set(items) - {-1}, data.truth["liked"][b]
+        new, hidden = liked - set(data.histories[b][:-1]), liked - data.truth["shown"][b]
+        out["hidden@10"].append(len(hidden & items) / max(1, len(hidden)))
+        out["liked@10"].append(len(new & items) / max(1, len(items)))
+        popular, fair = (counts[list(x)].float().mean().item() if x else 1.0 for x in (items, new))
+        out["lift@10"].append(popular / max(1.0, fair))
+    return out
+
+
 def rank_all(recommend, histories, k=10, size=256):
-    """Top-k items (B, k) of recommend(histories, k) for all users, in batches of users with like histories."""
+    """Top-k items (B, k) by recommend(histories, k) → (items, scores), users of like length together."""
     order = sorted(range(len(histories)), key=lambda u: len(histories[u]))
     ranked = torch.full((len(histories), k), -1)
     for i in range(0, len(order), size):
         users = order[i:i + size]
-        ranked[users] = recommend([histories[u] for u in users], k).cpu()
+        ranked[users] = recommend([histories[u] for u in users], k)[0].cpu()
     return ranked
 
 
-def policy_ranker(policy, settings, reward=None):
-    """recommend(histories, k) for rank_all from a policy, guided by r_ŷ^γ where a reward is given."""
+def recommender(policy, settings):
     policy.eval()
-    guide = (lambda histories: reward.collaborative(histories) ** settings.gamma) if reward else lambda histories: None
-    return lambda histories, k: policy.recommend(histories, k, settings.beams, guide(histories))[0]
+    return lambda histories, k: policy.recommend(histories, k, settings.beams)
 
 
-def validate(ranker, data, settings):
+def by_scores(scores_of):
+    """recommend(histories, k) from scores_of(histories) → (B, n)."""
+    def recommend(histories, k):
+        scores = scores_of(histories)
+        scores[entries(histories)] = -1
+        value, items = scores.topk(min(k, scores.shape[1]), 1)
+        items = F.pad(items.masked_fill(value < 0, -1), (0, k - items.shape[1]), value=-1)
+        return items, value
+    return recommend
+
+
+def validate(policy, data, settings, recommend=None):
     """NDCG@10 on the validation items of at most `validate_users` users, evenly spread."""
     users = range(0, len(data.train), math.ceil(len(data.train) / settings.validate_users))
-    ranked = rank_all(ranker, [data.train[u] for u in users])
+    recommend = recommend or recommender(policy, settings)
+    ranked = rank_all(recommend, [data.train[u] for u in users])
     return ndcg_at(ranked, torch.tensor([data.histories[u][-2] for u in users]), 10).item()
 
 
-# --- The experiment: data → IDs, CM → SFT → fine-tuned policies → table ----------------------------------------------
-def baseline_ranker(method, cm):
-    """recommend(histories, k) for the rows without a language model: pop and cm."""
-    def recommend(histories, k):
-        scores = cm.scores(histories) if method == "cm" else cm.popularity.repeat(len(histories), 1)
-        for row, history in zip(scores, histories):
-            row[history] = -1
-        best = scores.topk(min(k, scores.shape[1]), 1)
-        return F.pad(best.indices.masked_fill(best.values < 0, -1), (0, k - best.indices.shape[1]), value=-1)
-    return recommend
+# --- The experiment: data → IDs, CM → SFT → fine-tuned policies → table -----------------------------
+def write_json(path, value):
+    """Write under a temporary name, then rename: the file is whole or not there."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(value, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    os.replace(part, path)
 
 
 def prepare(seed, data, settings):
     """Features, SemanticIDs and Reward (with its CM) of one seed, from training interactions only."""
-    started = time.time()
     features = item_features(settings.ids, data.texts, data.train, seed)
-    ids = SemanticIDs.fit(features, settings.codes, seed=seed)
+    ids = SemanticIDs.fit(features, settings.codes, settings.levels, seed)
     cm = CollaborativeModel.fit(data.train, len(data.item_ids))
-    reward = Reward(ids, cm, [float(w) for w in settings.weights.split(",")], debias=settings.debias)
-    reward.to("cuda" if settings.device == "cuda" else "cpu")  # rewards and samples are made there; mps has no sparse matrices
-    print(f"seed {seed}: {ids.health()} ({time.time() - started:.1f} s with the CM)", flush=True)
-    if settings.codes >= len(data.item_ids):
-        print(f"  the first code alone tells all items apart, and the tree is no tree: --codes {settings.codes} is large for them")
-    return features, ids, reward
+    weights = [float(w) for w in settings.weights.split(",")]
+    counts = torch.bincount(torch.tensor(entries(data.train)[1]), minlength=len(data.item_ids))
+    reward = Reward(copy.deepcopy(ids), cm, weights, debias=settings.debias, counts=counts)
+    print(f"seed {seed}: {ids.health()}", flush=True)
+    return features, ids, reward.to("cuda" if settings.device == "cuda" else "cpu")
 
 
-def trained_policy(method, seed, prepared, data, settings):
-    """Train one method with one seed → its best epoch, saved in OUT/METHOD-SEED and read back from there; and its curve."""
-    features, ids, reward = prepared
+def trained(method, seed, features, ids, reward, data, settings):
+    """Train one method with one seed → (the policy of its best epoch, read back from disk; curve)."""
     out = Path(settings.out)
     torch.manual_seed(seed)
     if method == "sft":
         policy = Policy(ids, settings.window, settings.width, settings.layers, settings.dropout)
         policy.start_from(features)
-    else:                                                      # every fine-tuned row starts from the same SFT model
-        policy = Policy.from_pretrained(out / f"sft-{seed}")
+    else:                                                       # all start from the same SFT model
+        policy = Policy.from_pretrained(Path(settings.sft or out) / f"sft-{seed}")
         if not policy.semantic_ids.codes.equal(ids.codes):
-            raise InputError(f"the IDs saved in {out}/sft-{seed} do not fit the data; delete {out} and run again")
+            raise InputError(f"the IDs of {settings.sft or out}/sft-{seed} do not fit the data")
     policy.catalogue = {"item_ids": data.item_ids, "titles": data.titles}
     policy.to(settings.device)
     reference = copy.deepcopy(policy).eval() if method == "sdpo" else None
-    epochs = settings.sft_epochs if method == "sft" else settings.epochs
-    curve = train(method, policy, reward, data, settings, epochs, seed, out / f"{method}-{seed}", reference)
+    curve = train(method, policy, reward, data, settings, seed, out / f"{method}-{seed}", reference)
     return Policy.from_pretrained(out / f"{method}-{seed}").to(settings.device), curve
 
 
-def run_row(method, seed, prepared, data, settings):
-    """Train, save and test one method with one seed → its entry of results.json, with curve, ranks and by_user beside it."""
-    _, ids, reward = prepared
-    curve, started, cm = [], time.time(), reward.cm
-    base, guided = method.split("+")[0], "+" in method
-    if guided:                                                 # nothing to train: the model of row `base`, decoded otherwise
+def run_method(method, seed, prepared, data, settings):
+    """Train and test one method with one seed → its entry of results.json["runs"]."""
+    features, ids, reward = prepared
+    curve, started, base = [], time.time(), method.removesuffix("+cm")
+    if method in ("pop", "cm"):
+        scores = reward.cm.popularity.expand(1, -1)
+        recommend = by_scores(reward.cm.scores if method == "cm" else lambda h: scores.repeat(len(h), 1))
+    elif method != base:                                        # guided: no training
         policy = Policy.from_pretrained(Path(settings.out) / f"{base}-{seed}").to(settings.device)
-    elif base not in ("pop", "cm"):
-        policy, curve = trained_policy(method, seed, prepared, data, settings)
-    trained = time.time()
-    if method == "tb":                                         # where the flow goes for the first user's held-out item
-        context, positive = [data.histories[0][:-1]], torch.tensor([data.histories[0][-1]])
-        plot_flows(Path(settings.out) / "flow.png", ids, exact(reward, context, positive)[2][0],
-                   distribution(policy, context)[0][0].cpu(), data.titles, exact_title="R/Z, which knows the held-out item")
-    ranker = baseline_ranker(base, cm) if base in ("pop", "cm") else policy_ranker(policy, settings, reward if guided else None)
+        policy.guide = lambda histories: reward.collaborative(histories) ** settings.gamma
+        recommend = recommender(policy, settings)
+    else:
+        policy, curve = trained(method, seed, features, ids, reward, data, settings)
+        recommend = recommender(policy, settings)
+    train_seconds, started = time.time() - started, time.time()
     histories = [history[:-1] for history in data.histories]
-    ranked, target = rank_all(ranker, histories), torch.tensor([history[-1] for history in data.histories])
-    metrics = {f"{name}@{k}": f(ranked, target, k).item() for k in (5, 10) for name, f in (("recall", recall_at), ("ndcg", ndcg_at))}
-    metrics |= beyond_accuracy(ranked, ids.codes, cm.count.cpu())
-    bias = exposure_bias(ranked, data.truth, histories, cm.count.cpu()) if data.truth else {}
-    metrics |= {name: float(np.mean(values)) for name, values in bias.items()}
-    if not guided and base not in ("pop", "cm"):
-        # H(P_F) = −E log P(v) in nats, by 16 draws from the policy for each of at most `validate_users` users
-        torch.manual_seed(seed)
-        some = histories[::math.ceil(len(histories) / settings.validate_users)]
-        metrics["entropy"] = -torch.cat([policy.sample(some[i:i + 256], 16)[1] for i in range(0, len(some), 256)]).mean().item()
-    return {"method": method, "seed": seed, "metrics": metrics,
-            "seconds": {"train": trained - started, "eval": time.time() - trained},
-            "train_examples": max(0, len(curve) - 1) * sum(map(len, data.train)), "curve": curve,
-            "validation": max(point["ndcg@10"] for point in curve[1:]) if curve else validate(ranker, data, settings), "by_user": bias, "example": ranked[0].tolist(),
-            "ranks": ((ranked == target[:, None]) * torch.arange(1, ranked.shape[1] + 1)).sum(1).tolist()}   # 0: not among the ten
-
-
-# --- Command line ----------------------------------------------------------------------------------------------------
-def run(settings, resume=False):
-    """The whole job → results. Every finished row is written at once, so an interruption loses only the row that it hits."""
-    devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    methods, seeds = check(settings, METHODS, SAMPLERS, devices)
-    settings.device = devices[0] if settings.device == "auto" else settings.device
-    data, out, rows = load_data(settings.data), Path(settings.out), []
-    check_size(settings, data)
-    check_out(settings, data, resume)
-    if not resume:                                             # a row must never stand beside a model of another run
-        for folder in (out / f"{method}-{seed}" for seed in seeds for method in methods):
-            for name in ("row.json", "checkpoint.safetensors"):
-                (folder / name).unlink(missing_ok=True)
-    for seed in seeds:
-        prepared = None
-        for method in methods:
-            path = out / f"{method}-{seed}" / "row.json"
-            if not path.exists():
-                prepared = prepared or prepare(seed, data, settings)
-                write_json(path, run_row(method, seed, prepared, data, settings))
-                path.with_name("checkpoint.safetensors").unlink(missing_ok=True)   # the row is whole
-            rows.append(read_row(path, method, seed, len(data.histories)))
-            results = results_of(rows, data, settings)
-            write_json(out / "results.json", results)
-    (out / "results.md").write_text(table_of(results, METHODS) + "\n", encoding="utf-8")
-    plot_curves(results, METHODS, out / "curves.png")
+    target = torch.tensor([history[-1] for history in data.histories])
+    ranked = rank_all(recommend, histories)
+    metrics = {f"{name}@{k}": f(ranked, target, k).item()
+               for name, f in (("recall", recall_at), ("ndcg", ndcg_at)) for k in (5, 10)}
+    metrics["coverage@10"] = len(set(ranked.flatten().tolist()) - {-1}) / len(data.item_ids)
+    place = torch.arange(1, ranked.shape[1] + 1)
+    entry = {"method": method, "seed": seed, "metrics": metrics, "curve": curve,
+             "seconds": {"train": train_seconds, "eval": time.time() - started},
+             "train_examples": max(0, len(curve) - 1) * sum(map(len, data.train)),
+             "ranks": ((ranked == target[:, None]) * place).sum(1).tolist()}        # 0: not in ten
     if data.truth:
-        plot_exposure(rows, data, METHODS, out / "exposure.png")
+        entry["by_user"] = exposure_bias(ranked, data, reward.counts.cpu())
+        metrics |= {name: float(np.mean(x)) for name, x in entry["by_user"].items()}
+        entry["lists"] = ranked.tolist()
+    return entry
+
+
+def per_user(runs, metric):
+    """recall@k, ndcg@k or a figure of "by_user", averaged over runs (seeds) → (B,)."""
+    name, k = metric.split("@")
+    if name not in ("recall", "ndcg"):
+        return np.mean([run["by_user"][metric] for run in runs], axis=0)
+    ranks = np.array([run["ranks"] for run in runs])
+    hit = (ranks > 0) & (ranks <= int(k))
+    return (hit if name == "recall" else hit / np.log2(np.maximum(ranks, 1) + 1)).mean(0)
+
+
+def paired_gains(runs, method, base, metrics, samples=1000):
+    """{metric: {"gain", "low", "high"}} of a method over a base: 95 % bootstrap interval over users.
+
+    The interval covers the choice of users, not the random seed of training.
+    """
+    gains = np.array([per_user(runs[method], m) - per_user(runs[base], m) for m in metrics])
+    rng, users = np.random.default_rng(0), gains.shape[1]
+    draws = [np.bincount(rng.integers(users, size=users), minlength=users) for _ in range(samples)]
+    low, high = np.quantile(gains @ np.array(draws).T / users, [0.025, 0.975], axis=1)
+    return {m: {"gain": g, "low": a, "high": b} for m, g, a, b in zip(metrics, gains.mean(1), low, high)}
+
+
+def results_of(runs, data, settings):
+    """results.json: sizes, settings, versions, every run, mean and std over seeds, paired gains."""
+    by_method, summary = {}, {}
+    for run in runs:
+        by_method.setdefault(run["method"], []).append(run)
+    for method, own in by_method.items():
+        values = {metric: [run["metrics"][metric] for run in own] for metric in own[0]["metrics"]}
+        summary[method] = {metric: {"mean": np.mean(x), "std": np.std(x, ddof=len(x) > 1)}
+                           for metric, x in values.items()}
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
+    results = {"data": data.sizes, "settings": asdict(settings), "versions": versions,
+               "runs": runs, "summary": summary, "paired": {}, "paired_continued": {}}
+    metrics = ["recall@5", "ndcg@5", "recall@10", "ndcg@10", *runs[0].get("by_user", {})]
+    for key, base in (("paired", "sft"), ("paired_continued", "sft-continued")):
+        for method in by_method:
+            if base in by_method and len(by_method[method]) == len(by_method[base]) and method != base:
+                results[key][method] = paired_gains(by_method, method, base, metrics)
     return results
 
 
-def prepare_alone(settings):
-    """What --oracle and --benchmark work on, on the CPU: the data, the first seed, and what prepare makes of them."""
-    seed = check(settings, METHODS, SAMPLERS, ["cpu"])[1][0]
-    data = load_data(settings.data)
-    check_out(settings, data, resume=True)
-    return data, seed, prepare(seed, data, settings)
+def table_of(results):
+    """The Markdown table of results.json: mean (± std over seeds), and gains in % with intervals."""
+    first = next(iter(results["summary"].values()))
+    columns = [m for m in ("recall@10", "ndcg@10", "coverage@10", "hidden@10", "liked@10") if m in first]
+    gains = [("paired", "sft", m) for m in ("ndcg@10", "hidden@10") if m in first]
+    gains.append(("paired_continued", "sft-continued", "ndcg@10"))
+    head = ["method", *columns, *[f"{m} over {base}, % [95 %]" for _, base, m in gains]]
+    lines = [head, ["---"] * len(head)]
+    for method, row in results["summary"].items():
+        seeds = sum(run["method"] == method for run in results["runs"])
+        cells = [METHODS.get(method, method)]
+        for m in columns:
+            cells.append(f"{row[m]['mean']:.4f}" + f" ± {row[m]['std']:.4f}" * (seeds > 1))
+        for key, base, m in gains:
+            gain = results[key].get(method, {}).get(m)
+            percent = [100 * x / results["summary"][base][m]["mean"] for x in gain.values()] if gain else []
+            cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*percent) if gain else "")
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def run_oracle(settings):
-    """GFlowNet training alone, on a few users' contexts, until P = R/Z: prints the distances, draws OUT/oracle.png."""
-    data, seed, (_, ids, reward) = prepare_alone(settings)
-    torch.manual_seed(seed)
-    policy = Policy(ids, settings.window, settings.width, settings.layers, dropout=0.0)
-    show_oracle(policy, trajectory_balance, reward, data, settings.out, seed)
-
-
-def run_benchmark(settings):
-    """Speed side by side with the usual ways of doing the same: a table on the screen, OUT/benchmark.md and .png."""
-    data, _, prepared = prepare_alone(settings)
-    benchmark(settings, data, prepared, Policy, loss_of, trajectory_balance)
-
-
-def main(settings, arguments):
-    """Run what was asked for → the exit status; one line on stderr where it cannot be done."""
+# --- Command line ------------------------------------------------------------------------------------
+def check(settings):
+    """Lists of methods (in the table's order) and seeds; InputError for settings that cannot be."""
+    known = [*METHODS, *[loss for loss in LOSSES if loss not in METHODS]]
+    asked = settings.methods.split(",")
+    for method in asked:
+        if method not in known:
+            raise InputError(f"--methods: unknown method {method!r}; choose of {', '.join(known)}")
+    needed = {method.removesuffix("+cm") for method in asked} | set(asked)
+    if needed - {"pop", "cm"} and not settings.sft:
+        needed.add("sft")                                       # all others start from it
+    may_be_zero = ("dropout", "trajectories", "debias")
+    for name, value in asdict(settings).items():
+        if type(value) in (int, float) and name != "lam" and not (value > 0 or value == 0 and name in may_be_zero):
+            raise InputError(f"--{name} {value} is out of range")
     try:
-        if arguments.recommend:
-            print_recommendations(Policy.from_pretrained(arguments.model), arguments.recommend)
-        elif arguments.oracle:
+        seeds = [int(seed) for seed in settings.seeds.split(",")]
+        weights = [float(w) for w in settings.weights.split(",")]
+        if len(weights) != 3 or min(weights) < 0 or min(seeds) < 0:
+            raise ValueError("three weights; nothing negative")
+    except ValueError as error:
+        raise InputError(f"--seeds takes whole numbers, --weights three numbers: {error}") from None
+    devices = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if settings.device == "auto":
+        settings.device = next(name for name, there in devices.items() if there)
+    if not devices.get(settings.device):
+        raise InputError(f"--device {settings.device} is not here; choose auto or cpu")
+    return [method for method in known if method in needed], seeds
+
+
+def earlier_runs(settings, data):
+    """The runs of OUT/results.json for --resume; InputError where it is of other settings or data."""
+    path = Path(settings.out) / "results.json"
+    if not path.exists():
+        return []
+    old = json.loads(path.read_text(encoding="utf-8"))
+    free = ("methods", "seeds", "out", "device", "threads", "resume")
+    for name, value in asdict(settings).items():
+        if name not in free and old["settings"].get(name) != value:
+            raise InputError(f"{settings.out} holds a run with --{name} {old['settings'].get(name)}, "
+                             f"not {value}; choose another --out or delete it")
+    if old["data"] != data.sizes:
+        raise InputError(f"{settings.out} holds a run on other data; choose another --out")
+    return old["runs"] if settings.resume else []
+
+
+def run(settings):
+    """The whole job → results; every finished method is written at once."""
+    methods, seeds = check(settings)
+    data = load_data(settings.data)
+    runs = earlier_runs(settings, data)
+    done = [(entry["method"], entry["seed"]) for entry in runs]
+    for seed in seeds:
+        prepared = None
+        for method in methods:
+            if (method, seed) not in done:
+                prepared = prepared or prepare(seed, data, settings)
+                runs.append(run_method(method, seed, prepared, data, settings))
+                results = results_of(runs, data, settings)
+                if RANK == 0:
+                    write_json(Path(settings.out) / "results.json", results)
+    (Path(settings.out) / "results.md").write_text(table_of(results) + "\n", encoding="utf-8")
+    print("\n" + table_of(results) + "\n")
+    for line in figures.draw_run(settings.out, data, results, METHODS):
+        print(line)
+    print(f"results.json, results.md and the models are in {settings.out}/")
+    return results
+
+
+def print_recommendations(policy, names):
+    """Ten titles for a history of titles or ids, oldest first."""
+    ids, titles = policy.catalogue["item_ids"], policy.catalogue["titles"]
+    items, log_probs = policy.recommend([[find_item(name, ids, titles) for name in names]])
+    for item, log_prob in zip(items[0].tolist(), log_probs[0].tolist()):
+        if item >= 0:
+            print(f"{math.exp(log_prob):.4f}  {titles[item]}")
+
+
+def distribution(policy, histories):
+    """P(v | U) of every item (B, n), and the head's log Z (B,), in eval mode."""
+    policy.eval()
+    tokens, lengths = policy.tokens(histories)
+    items = torch.arange(len(policy.semantic_ids.codes)).expand(len(histories), -1)
+    with torch.no_grad():
+        log_probs, log_flow = policy(tokens, lengths[:, None].expand(items.shape), items)
+    return policy.steps(log_probs, items).sum(-1).exp(), log_flow[:, 0, 0]
+
+
+def run_oracle(settings, users=4, steps=1200, samples=64, rate=2e-3):
+    """One loss alone, from random weights, on a few users, until P = R/Z (known by enumeration)."""
+    _, seeds = check(settings)
+    settings.device = "cpu"
+    data = load_data(settings.data)
+    _, ids, reward = prepare(seeds[0], data, settings)
+    torch.manual_seed(seeds[0])
+    policy = Policy(ids, settings.window, settings.width, settings.layers, dropout=0.0)
+    histories = data.train[:users]
+    positives = torch.tensor([history[-2] for history in data.histories[:users]])
+    # R times 1, 2, 3, 4 from user to user: else every Z is about 1 and there is nothing to learn
+    r = reward(histories, positives, positives >= 0) * torch.arange(1, users + 1)[:, None]
+    target, log_z = r / r.sum(1, keepdim=True), r.sum(1).log()
+    torch.manual_seed(seeds[0])
+    optimizer = torch.optim.Adam([{"params": policy.lm.parameters()},
+                                  {"params": policy.flow_head.parameters(), "lr": 10 * rate}], lr=rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps, 50))
+    tokens, lengths = policy.tokens(histories)
+    ends, curve = lengths[:, None].expand(-1, samples), []
+    for step in tqdm(range(steps + 1), desc="oracle", disable=None):
+        if step % 50 == 0:
+            found, head = distribution(policy, histories)
+            curve.append((step, (found - target).abs().sum(1).mean().item(), (head - log_z).abs().max().item()))
+        even = torch.randint(target.shape[1], (users, samples - samples // 2))
+        items = torch.cat([even, torch.multinomial(target, samples // 2, replacement=True)], 1)
+        policy.train()
+        log_probs, log_flow = policy(tokens, ends, items)
+        loss = LOSSES[settings.oracle](SimpleNamespace(
+            log_probs=log_probs, log_flow=log_flow, log_pf=policy.steps(log_probs, items),
+            log_r=r.gather(1, items).log(), child_flow=ids.child_flows(r, items)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    print(curve[0], curve[-1])
+
+
+def main(settings):
+    """Do what was asked for → exit status; one line on stderr where it cannot be done."""
+    try:
+        if settings.recommend:
+            print_recommendations(Policy.from_pretrained(settings.model), settings.recommend)
+        elif settings.oracle:
             run_oracle(settings)
-        elif arguments.benchmark:
-            run_benchmark(settings)
-        elif arguments.sweep:
-            print("\n" + sweep(arguments.sweep, settings, run))
         else:
-            join_processes(settings, arguments.resume)
-            results = run(settings, arguments.resume)
-            print("\n" + table_of(results, METHODS) + "\n\nAn interval that holds 0 shows no difference"
-                  + (", and one epoch is a smoke test, not a result" if settings.epochs == 1 else "")
-                  + f". results.json, results.md, curves.png and the models are in {settings.out}/")
+            run(settings)
         return 0
-    except (InputError, OSError, SafetensorError, FloatingPointError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+    except (InputError, OSError, FloatingPointError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
-    except (MemoryError, RuntimeError) as error:               # torch says it in its own words, on each device
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
-            raise
-        print("error: not enough memory; lower --batch, --width, --layers, --window or --codes", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print(f"\nstopped; the finished rows are in {settings.out}/, and --resume goes on from them", file=sys.stderr)
+        print(f"\nstopped; --resume goes on after the finished methods", file=sys.stderr)
         return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main(SETTINGS, ARGUMENTS))
+    sys.exit(main(SETTINGS))
