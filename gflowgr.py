@@ -4,91 +4,81 @@ A generative recommender writes the next item's semantic ID, code by code, after
 Supervised fine-tuning (SFT) on the log teaches it what was shown, not what would be liked: exposure
 bias. GFlowGR reads an ID as a path down a tree and trains a GFlowNet on it: the probability of an
 item shall be proportional to its reward R, which mixes the logged action, the score of a
-collaborative model (CM) and the similarity of IDs. Trajectory balance (TB) is the main loss.
+collaborative model (CM) and the similarity of IDs. Numbers in brackets, (1) … (9), are README's.
 
-Letters in shapes: B rows of a batch (users), H tokens of a row's history, T targets in a row,
-M contexts a row, C contexts in all, N augmented trajectories a context, J trajectories, E branches
-in a row, L levels, K codes a level, n items, P prefixes, W beams, d hidden size.
-The order: settings, rows, policy, losses, sampler, training, evaluation, experiment, command line.
+Letters in shapes: B rows of a batch (users), H tokens of a row's history, T targets in a row, C
+contexts (a target and the history before it), N augmented trajectories and J trajectories a
+context, E branches in a row, L levels, K codes a level, n items, P prefixes, W beams, d hidden size.
 """
 import copy
-import itertools
+import dataclasses
 import json
 import math
 import os
-import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal, Optional
 
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
-from data import InputError, find_item, load_data
+from data import InputError, find_item, load_data, read_ids
 
-METHODS = {"pop": "Popularity", "cm": "CM alone", "sft": "SFT", "sft-continued": "SFT (continued)",
-           "sdpo": "S-DPO", "db": "GFlowGR-DB", "tb": "GFlowGR-TB", "fm": "GFlowGR-FM",
-           "sft+cm": "SFT, guided", "tb+cm": "GFlowGR-TB, guided", "fm+cm": "GFlowGR-FM, guided"}
-# λ of each loss. Squared log-ratios are large and drown L_GR; a KL or a preference is small.
-LAM = {"sdpo": 1.0, "db": 0.1, "tb": 0.1, "fm": 1.0}
-
+PRESETS = {"toy": dict(width=64, layers=2, batch=16, rate=3e-3, sft_epochs=12, epochs=12,
+                       fine_rate=4e-3, weights="0.2,0.75,0.05", debias=1.0),
+           "ml-100k": dict(codes=256, width=96, rate=3e-3, beams=50)}   # long histories fill a beam
 
 @dataclass
 class Settings:
-    """All settings; each field is a flag, the help says why the default is what it is."""
+    """All settings; each field is a flag, and its help says why the default is what it is."""
     data: str = HfArg(default="toy", help="toy, ml-100k, or a folder with two CSV files")
-    methods: str = HfArg(default="pop,cm,sft,sft-continued,tb,fm,tb+cm",
-                         help="comma-separated, of " + ", ".join(METHODS))
+    methods: str = HfArg(default="pop,cm,sft,sft-continued,tb,fm,fm+cm", help="comma-separated: pop, "
+                         "cm, sft, or of RECIPES; NAME+cm is NAME with its beam guided by the CM")
     seeds: str = HfArg(default="42", help="comma-separated: every method runs once with each")
     out: str = HfArg(default="", help="folder for results (default: runs/NAME-OF-DATA)")
-    device: str = HfArg(default="auto", help="auto, cuda, mps or cpu")
-    threads: int = HfArg(default=1, help="CPU threads: these models are small, one is enough")
-    quick: bool = HfArg(default=False, help="a smoke run in seconds: one epoch of everything")
     resume: bool = HfArg(default=False, help="keep the finished methods in --out and go on")
     sft: str = HfArg(default="", help="folder of a finished run: start from its SFT models")
-    ids: str = HfArg(default="mixed", help="semantic IDs: content (text alone, as TIGER), mixed "
-                     "(with co-occurrence, as LETTER)")
-    codes: int = HfArg(default=512, help="K, codes a level: many make the later codes easy")
-    levels: int = HfArg(default=3, help="L, levels of an ID: the paper's example")
+    quick: bool = HfArg(default=False, help="a smoke run in seconds: one epoch of everything")
+    device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="where to train")
+    threads: int = HfArg(default=1, help="CPU threads: for models as small as these, one is best")
+    ids: str = HfArg(default="mixed", help="semantic IDs from text (content, as TIGER), from text and "
+                     "co-occurrence (mixed), or from FILE.csv: item_id and one column a code")
+    codes: int = HfArg(default=0, help="K, codes a level (default: a power of 2 near items / 16)")
+    levels: int = HfArg(default=3, help="L, levels of an ID: as in the paper's examples")
     window: int = HfArg(default=20, help="items of the history that are read: the last say most")
     width: int = HfArg(default=128, help="hidden size: enough for 10^4 items on two cores")
     layers: int = HfArg(default=3, help="transformer blocks: enough to compare items")
-    dropout: float = HfArg(default=0.2, help="less over-fits in ten epochs on 10^5 interactions")
-    batch: int = HfArg(default=64, help="rows a step: on a CPU many small steps learn more")
+    batch: int = HfArg(default=64, help="rows a step: on a CPU, many small steps learn more")
+    dropout: float = HfArg(default=0.2, help="of SFT: less over-fits 10^5 interactions")
     rate: float = HfArg(default=1.5e-3, help="peak learning rate of SFT: small models like it high")
-    fine_rate: float = HfArg(default=5e-4, help="peak rate of fine-tuning: a high one undoes SFT")
     sft_epochs: int = HfArg(default=8, help="epochs of SFT: validation stops rising there")
-    epochs: int = HfArg(default=2, help="epochs of each fine-tuning: more over-fit")
-    sampler: str = HfArg(default="curriculum", help="session, random, curriculum or policy")
-    trajectories: int = HfArg(default=3, help="N, augmented trajectories a context: as the paper")
-    positions: int = HfArg(default=3, help="M, contexts a row: a step stays near 2 x SFT's")
-    weights: str = HfArg(default="0.3,0.65,0.05", help="w_a,w_y,w_s of the reward: action, CM, "
-                         "similarity; the CM says most about what was not shown")
-    lam: float = HfArg(default=-1.0, help=f"lambda; negative: each loss's own, {LAM}")
-    beta: float = HfArg(default=0.1, help="beta of S-DPO: the paper's")
-    gamma: float = HfArg(default=2.0, help="power of the CM that guides NAME+cm: best of 1/2 to 4")
-    debias: float = HfArg(default=0.0, help="delta: the CM's score is over popularity^delta")
-    beams: int = HfArg(default=20, help="beam width: twice the ten that are shown")
-    validate_users: int = HfArg(default=2000, help="users that choose the epoch: +-.004 in NDCG")
-    oracle: str = HfArg(default="", help="train with this loss alone until P = R/Z, and draw it")
-    recommend: str = HfArg(default="", help="print ten titles for a history")
+    fine_rate: float = HfArg(default=1.5e-3, help="peak learning rate of fine-tuning")
+    epochs: int = HfArg(default=7, help="epochs of fine-tuning: the gain comes with the last ones")
+    sampler: Optional[str] = HfArg(default=None, help="session, random, curriculum, policy or reward")
+    trajectories: Optional[int] = HfArg(default=None, help="N, augmented trajectories a context")
+    gr: Optional[float] = HfArg(default=None, help="weight of L_GR beside the GFlowNet loss")
+    lam: Optional[float] = HfArg(default=None, help="lambda, weight of the GFlowNet loss (these four: "
+                                 "default by method, see RECIPES)")
+    weights: str = HfArg(default="0.3,0.65,0.05", help="w_a,w_y,w_s of the reward, shares of Z: "
+                         "action, CM, similarity; the CM says most about what was never shown")
+    reward: Literal["sum", "product"] = HfArg(default="sum", help="R, or the frozen SFT model x R^gamma")
+    debias: float = HfArg(default=0.0, help="delta: the CM's score is divided by popularity^delta")
+    gamma: float = HfArg(default=2.0, help="power of the CM that guides NAME+cm, or of R in the product")
+    beams: int = HfArg(default=20, help="beam width: twice the ten items that are shown")
+    oracle: Optional[str] = HfArg(default=None, metadata={"nargs": "?", "const": "tb"},
+                                  help="train four users with this method until P = R/Z")
+    recommend: list[str] = HfArg(default_factory=list, help="print ten titles for this history")
     model: str = HfArg(default="", help="the saved model for --recommend, such as runs/toy/tb-42")
 
-
-# Settings that differ on the data sets that come by themselves. Histories of a hundred items fill a
-# narrow beam with what the user already had, so ml-100k has 50 beams.
-PRESETS = {"toy": dict(codes=16, width=64, layers=2, sft_epochs=8, epochs=4, rate=2e-3),
-           "ml-100k": dict(codes=256, width=96, sft_epochs=8, epochs=2, rate=3e-3, beams=50)}
-
-
 def parse(argv):
-    """Settings from the command line; exit status 2 and one line on stderr for what is unknown."""
+    """Settings from the command line; what is unknown ends in one line on stderr and status 2."""
     parser = HfArgumentParser(Settings, allow_abbrev=False, description=__doc__.splitlines()[0])
-    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
-    known, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unknown argument {unknown[0]}")
+    parser.error = lambda message: parser.exit(2, f"error: {message}; --help lists what there is\n")
+    known = parser.parse_args(argv)
+    if bool(known.recommend) != bool(known.model):
+        parser.error("--recommend and --model go together")
     parser.set_defaults(**PRESETS.get(known.data, {}))
     if known.quick:
         parser.set_defaults(sft_epochs=1, epochs=1)
@@ -97,51 +87,50 @@ def parse(argv):
     settings.out = settings.out or f"runs/{name}"
     return settings
 
-
 if __name__ == "__main__":
-    SETTINGS = parse(sys.argv[1:])                              # before torch, so --help is fast
+    SETTINGS = parse(sys.argv[1:])                              # before torch: --help is fast
     os.environ["OMP_NUM_THREADS"] = str(SETTINGS.threads)       # torch reads it when imported
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from data import figures
-from reward import CollaborativeModel, Reward, entries
+from reward import CollaborativeModel, Reward, best_of, entries
 from tokenizer import SemanticIDs, item_features
 
 transformers.utils.logging.disable_progress_bar()
 NEVER = -1e9                                # log-probability of what cannot be; finite: 0 · NEVER = 0
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # torchrun's
-
+RANK = int(os.environ.get("RANK", 0))       # torchrun's: which process, and how many
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 # --- Rows of a batch ------------------------------------------------------------------------------
-def training_rows(histories, window):
-    """(user, start, first, stop): the row is items[start:stop], its targets are items[first:stop].
+def pad(lists, value):
+    """Lists of integers as one tensor, filled up with `value` on the right."""
+    rows = [torch.tensor(items, dtype=torch.long) for items in lists]
+    return pad_sequence(rows, batch_first=True, padding_value=value)
 
-    A history longer than the window is cut into rows that overlap by half a window, so that
-    all but the first targets have half a window of history or more.
+def training_rows(histories, window):
+    """Rows (user, start, first, stop): items[start:stop] are read, items[first:stop] are targets.
+
+    A history longer than the window gives several rows; the later ones have window // 2 targets.
     """
     rows = []
     for user, history in enumerate(histories):
-        first, stop = 0, min(len(history), window + 1)
-        while first < len(history):
+        cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
+        for first, stop in zip(cuts, cuts[1:]):
             rows.append((user, max(0, stop - 1 - window), first, stop))
-            first, stop = stop, min(len(history), stop + max(1, window // 2))
     return rows
 
-
 def batches(rows, histories, size, policy, rng):
-    """One epoch of batches in random order; the rows of a batch have like lengths (less padding).
+    """One epoch of batches in random order; rows of like lengths together, for less padding.
 
-    A batch: users and starts (lists), tokens (B, H), ends (B, T) = items of the row before each
-    target, targets (B, T), valid (B, T) bool, False on padding.
+    A batch: tokens (B, H); targets (B, T); ends (B, T), how many items of the row stand before each
+    target; valid (B, T), False on padding; contexts, the C valid targets as (user, place) pairs.
     """
     order = rng.permutation(len(rows))
     groups = []
@@ -150,16 +139,14 @@ def batches(rows, histories, size, policy, rng):
         groups += [chunk[j:j + size] for j in range(0, len(chunk), size)]
     for g in rng.permutation(len(groups)):
         chosen = [rows[r] for r in groups[g]]
-        tokens, _ = policy.tokens([histories[u][start:stop - 1] for u, start, _, stop in chosen])
-        count = torch.tensor([stop - first for _, _, first, stop in chosen])
-        valid = torch.arange(int(count.max())) < count[:, None]                     # (B, T)
-        ends, targets = torch.zeros_like(valid, dtype=torch.long), torch.zeros_like(valid).long()
-        for b, (u, start, first, stop) in enumerate(chosen):
-            ends[b, :count[b]] = torch.arange(first - start, stop - start)
-            targets[b, :count[b]] = torch.tensor(histories[u][first:stop])
-        yield SimpleNamespace(users=[row[0] for row in chosen], starts=[row[1] for row in chosen],
-                              tokens=tokens, ends=ends, targets=targets, valid=valid)
-
+        contexts = []
+        for user, _, first, stop in chosen:
+            contexts += [(user, place) for place in range(first, stop)]
+        read = [histories[user][start:stop - 1] for user, start, _, stop in chosen]
+        targets = pad([histories[user][first:stop] for user, _, first, stop in chosen], -1)
+        ends = pad([range(first - start, stop - start) for _, start, first, stop in chosen], 0)
+        yield SimpleNamespace(tokens=policy.tokens(read)[0], targets=targets.clamp(min=0), ends=ends,
+                              valid=targets >= 0, contexts=contexts)
 
 # --- The policy: P_F(next code | user, codes so far) ----------------------------------------------
 def tree_mask(ends, H, L):
@@ -168,9 +155,7 @@ def tree_mask(ends, H, L):
     A row is H tokens of history, <user> first, then E branches of L−1 codes: S = H + E·(L−1).
     Branch e of row b goes on from the first ends[b, e] items (ends (B, E)) and sees the places
     0 … ends[b, e]. A place of the history sees itself and those before it, never a branch; a code
-    sees its own branch up to itself, never another branch.
-
-    The history <user> a b, one branch c d that goes on from a, one e f from b; L = 3:
+    sees its own branch up to itself, never another. <user> a b, branches c d from a, e f from b:
 
     >>> for place, row in zip("uabcdef", tree_mask(torch.tensor([[1, 2]]), H=3, L=3)[0]):
     ...     print(place, *["1" if x == 0 else "." for x in row])
@@ -182,60 +167,58 @@ def tree_mask(ends, H, L):
     e 1 1 1 . . 1 .
     f 1 1 1 . . 1 1
     """
-    (B, E), device = ends.shape, ends.device
-    place = torch.arange(H, device=device)
+    B, E = ends.shape
+    place = torch.arange(H, device=ends.device)
     last = torch.cat([place.expand(B, H), ends.repeat_interleave(L - 1, 1)], 1)     # (B, S)
-    sees_history = place <= last[..., None]                                         # (B, S, H)
-    block = torch.ones(L - 1, L - 1, device=device).tril()
+    block = torch.ones(L - 1, L - 1, device=ends.device).tril()
     sees_branch = F.pad(torch.block_diag(*[block] * E), (0, 0, H, 0)) > 0           # (S, E·(L-1))
-    seen = torch.cat([sees_history, sees_branch.expand(B, -1, -1)], 2)
-    return torch.zeros(seen.shape, device=device).masked_fill_(~seen, NEVER)
-
+    seen = torch.cat([place <= last[..., None], sees_branch.expand(B, -1, -1)], 2)  # (B, S, S)
+    return torch.zeros(seen.shape, device=ends.device).masked_fill_(~seen, NEVER)
 
 class Policy(torch.nn.Module):
     """A small GPT-2 that reads a history and writes a semantic ID, plus the table of IDs.
 
     Tokens: code c of level l is l·K + c; L·K is <user>, which opens every row; L·K + 1 + i is item
-    i of a history. A row is a packed tree: the history once, then branches, each the first L−1
-    codes of one path (the last code is predicted, never read). 1 + M·N paths cost one pass.
+    i of a history (2). A row is a packed tree: the history once, then branches, each the first L−1
+    codes of one path (the last is predicted, never read), so that many paths cost one pass.
     """
 
-    def __init__(self, semantic_ids, window=20, width=128, layers=3, dropout=0.2):
+    def __init__(self, semantic_ids, window=20, width=128, layers=3, dropout=0.2, lm=None):
         super().__init__()
-        K, L, n = semantic_ids.num_codes, semantic_ids.num_levels, len(semantic_ids.codes)
-        self.semantic_ids, self.window, self.user_token = semantic_ids, window, K * L
+        self.semantic_ids = semantic_ids
+        self.window = window
+        self.user_token = semantic_ids.num_levels * semantic_ids.num_codes
         self.catalogue = {}                                     # item_ids and titles, if known
-        self.guide = None                                       # histories → (B, n) ≥ 0, if guided
-        self.lm = GPT2LMHeadModel(GPT2Config(
-            vocab_size=L * K + 1 + n, n_positions=window + L, n_embd=width, n_layer=layers,
-            n_head=max(1, width // 32), bos_token_id=L * K, eos_token_id=L * K,
-            activation_function="gelu_pytorch_tanh",            # gelu_new's values, faster on CPU
-            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0))   # attn_pdrop doubles a step
-        # log F(s) = the head's output + log of the share of all items below s: without the second
-        # part the residuals start as large as log n, and drown L_GR. At the root it is log Z(U).
-        self.flow_head = torch.nn.Linear(width, 1)
-        torch.nn.init.zeros_(self.flow_head.weight)
-        torch.nn.init.zeros_(self.flow_head.bias)
+        self.cm = None                                          # guides the beam by scores^gamma
+        self.gamma = 2.0
+        n = len(semantic_ids.codes)
+        self.lm = lm or GPT2LMHeadModel(GPT2Config(             # (1)
+            vocab_size=self.user_token + 1 + n, n_positions=window + semantic_ids.num_levels,
+            n_embd=width, n_layer=layers, n_head=max(1, width // 32), attn_pdrop=0.0,
+            resid_pdrop=dropout, embd_pdrop=dropout,            # attn_pdrop would double a step
+            bos_token_id=self.user_token, eos_token_id=self.user_token,
+            activation_function="gelu_pytorch_tanh"))           # gelu_new's values, faster on CPU
+        # log F(s) = the head's output + log of the share of items below s. Without the second part
+        # residuals begin as large as log n. At the root, log F is log Z(U).
+        self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)
+        for parameter in self.flow_head.parameters():
+            torch.nn.init.zeros_(parameter)
         even_flow = semantic_ids.flows(torch.full((1, n), 1 / n))[0].log()          # (P + n,)
         self.register_buffer("even_flow", even_flow, persistent=False)
 
-    @property
-    def device(self):
-        return self.even_flow.device
-
     @torch.no_grad()
     def start_from(self, features):
-        """Token embeddings from features (n, d'): an item's is its features, projected at random;
-        a code's is the mean, over the items with that code, of what earlier codes left over."""
-        n, d = len(features), self.lm.config.n_embd
-        K, wte = self.semantic_ids.num_codes, self.lm.transformer.wte.weight
-        mixing = torch.randn(features.shape[1], d)              # a random projection keeps angles
+        """Token embeddings from features (n, ...): an item's is its features, projected at random;
+        a code's is the mean, over the items that have it, of what the codes before have left."""
+        K = self.semantic_ids.num_codes
+        wte = self.lm.transformer.wte.weight
         vector = torch.as_tensor(features, dtype=torch.float32)
-        vector = (vector - vector.mean(0)) @ mixing
+        mixing = torch.randn(features.shape[1], wte.shape[1])   # a random projection keeps angles
+        vector = (vector - vector.mean(0)) @ mixing                                 # (n, d)
         vector *= self.lm.config.initializer_range / vector.std().clamp(min=1e-6)
-        wte[-n:] = vector
+        wte[-len(vector):] = vector
         for level, code in enumerate(self.semantic_ids.codes.T):
-            total = torch.zeros(K, d).index_add_(0, code, vector)
+            total = torch.zeros(K, wte.shape[1]).index_add_(0, code, vector)
             count = torch.bincount(code, minlength=K).clamp(min=1)
             wte[level * K:(level + 1) * K] = total / count[:, None]
             vector = vector - wte[level * K + code]
@@ -243,11 +226,8 @@ class Policy(torch.nn.Module):
     def tokens(self, histories):
         """(B, H) tokens of the last `window` items, <user> first, padded right; (B,) lengths."""
         recent = [history[-self.window:] for history in histories]
-        lengths = torch.tensor([len(history) for history in recent])
-        rows = torch.full((len(recent), 1 + int(lengths.max())), self.user_token)
-        for row, history in zip(rows, recent):
-            row[1:1 + len(history)] = torch.tensor(history, dtype=torch.long) + self.user_token + 1
-        return rows, lengths
+        rows = [[self.user_token, *[self.user_token + 1 + i for i in items]] for items in recent]
+        return pad(rows, self.user_token), torch.tensor([len(items) for items in recent])
 
     def forward(self, tokens, ends, items):
         """log P_F of all next codes, and log F of all prefixes, along packed branches.
@@ -256,22 +236,22 @@ class Policy(torch.nn.Module):
         of the history, both (B, E) → (B, E, L, K) log-probabilities, NEVER where a code is illegal,
         and (B, E, L) log flows of s_0 … s_{L-1}.
         """
-        tokens, ends, items = tokens.to(self.device), ends.to(self.device), items.to(self.device)
-        ids, (B, H), E = self.semantic_ids, tokens.shape, ends.shape[1]
-        K, L = ids.num_codes, ids.num_levels
-        depth = torch.arange(L - 1, device=self.device)
+        ids = self.semantic_ids
+        tokens, ends, items = (x.to(self.even_flow.device) for x in (tokens, ends, items))
+        B, H = tokens.shape
+        L, K = ids.num_levels, ids.num_codes
+        depth = torch.arange(L - 1, device=tokens.device)
         branches = (ids.codes[items][..., :-1] + depth * K).flatten(1)              # (B, E·(L-1))
-        place = torch.arange(H, device=self.device).expand(B, H)
-        branch_place = (ends[..., None] + 1 + depth).flatten(1)                     # (B, E·(L-1))
+        branch_places = (ends[..., None] + 1 + depth).flatten(1)                    # (B, E·(L-1))
+        places = torch.cat([torch.arange(H, device=tokens.device).expand(B, H), branch_places], 1)
         hidden = self.lm.transformer(
             torch.cat([tokens, branches], 1), attention_mask=tree_mask(ends, H, L)[:, None],
-            position_ids=torch.cat([place, branch_place], 1), use_cache=False).last_hidden_state
-        d = hidden.shape[-1]
-        root = hidden.gather(1, ends[..., None].expand(-1, -1, d))                  # (B, E, d)
-        later = hidden[:, H:].reshape(B, E, L - 1, d)
+            position_ids=places, use_cache=False).last_hidden_state                 # (B, S, d)
+        root = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[2]))    # (B, E, d)
+        later = hidden[:, H:].reshape(*ends.shape, L - 1, -1)                       # (B, E, L-1, d)
         prefixes = torch.cat([root[:, :, None], later], 2)                          # (B, E, L, d)
-        # One head a level: its rows of the embedding. Slice once: a slice for each level would
-        # allocate a gradient of the size of the whole embedding for each.
+        # One head a level: its rows of the embedding. One slice for all: a slice for each level
+        # would allocate a gradient as large as the whole embedding for each.
         heads = self.lm.transformer.wte.weight[:L * K].unflatten(0, (L, K))         # (L, K, d)
         logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()            # (B, E, L, K)
         nodes = ids.nodes[items][..., :-1]                                          # (B, E, L)
@@ -279,13 +259,14 @@ class Policy(torch.nn.Module):
         return log_probs, self.flow_head(prefixes)[..., 0] + self.even_flow[nodes]
 
     def steps(self, log_probs, items):
-        """log P_F of the codes taken: log_probs (B, E, L, K), items (B, E) → (B, E, L)."""
-        return log_probs.gather(-1, self.semantic_ids.codes[items.to(self.device)][..., None])[..., 0]
+        """log P_F of the codes taken: log_probs (..., L, K), items (...) → (..., L)."""
+        codes = self.semantic_ids.codes[items.to(log_probs.device)]
+        return log_probs.gather(-1, codes[..., None])[..., 0]
 
     def path_log_probs(self, histories, items):
         """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L)."""
-        tokens, lengths = self.tokens(histories)
         items = torch.as_tensor(items)
+        tokens, lengths = self.tokens(histories)
         return self.steps(self(tokens, lengths[:, None].expand_as(items), items)[0], items)
 
     @torch.no_grad()
@@ -293,662 +274,646 @@ class Policy(torch.nn.Module):
         """The k best items of B histories: items (B, k), best first, and their scores (B, k).
 
         Beam search over legal codes: a prefix scores Σ log P_F of its codes, P_F a softmax over the
-        legal codes alone; max(beams, k) prefixes a user go on to the next level. Never an item of
-        the history, never a duplicate; −1 and −inf where no item is left; exact with enough beams.
-        If self.guide is set, prefixes are compared by log P_F(s) + log F_guide(s), the guide's flow.
-
-        >>> ids = SemanticIDs([[0, 1, 1], [0, 2, 0], [2, 0, 0]], num_codes=3)
-        >>> policy = Policy(ids, width=32, layers=1).eval()
-        >>> _ = policy.lm.transformer.wte.weight.data.zero_()   # all legal codes are equally likely
-        >>> items, log_probs = policy.recommend([[1]], k=3)     # items 0, 1, 2: 1/4, 1/4, 1/2
-        >>> items.tolist(), log_probs.exp().tolist()
-        ([[2, 0, -1]], [[0.5, 0.25, 0.0]])
+        legal codes alone; the best max(beams, k) prefixes of a user go on to the next level. Never
+        an item of the history, never a duplicate; −1 and −inf where no item is left; exact with
+        enough beams. With self.cm prefixes compete by log P_F(s) + log F(s), the flow of CM^γ (9).
         """
-        ids, device = self.semantic_ids, self.device
-        beams, L, K = max(beams, k), ids.num_levels, ids.num_codes
-        tokens, lengths = (x.to(device) for x in self.tokens(histories))
+        ids = self.semantic_ids
+        tokens, lengths = (x.to(self.even_flow.device) for x in self.tokens(histories))
         B, H = tokens.shape
-        place = torch.arange(H, device=device)
-        causal = torch.zeros(H, H, device=device).masked_fill_(place > place[:, None], NEVER)
+        K = ids.num_codes
         cache = DynamicCache()
-        hidden = self.lm.transformer(tokens, cache, attention_mask=causal.expand(B, 1, H, H),
-                                     position_ids=place.expand(B, H)).last_hidden_state
-        hidden = hidden.gather(1, lengths[:, None, None].expand(-1, 1, hidden.shape[-1]))
-        mask = torch.zeros(B, 1, H, device=device)              # what each beam sees: (B, W, H + …)
-        mask.masked_fill_(place > lengths[:, None, None], NEVER)
-        log_flow = None
-        if self.guide is not None:
-            log_flow = ids.flows(self.guide(histories)).clamp(min=1e-30).log().to(device)
-        score = torch.zeros(B, 1, device=device)                # (B, W) Σ log P_F of each beam
-        node = torch.zeros(B, 1, dtype=torch.long, device=device)
-        for level in range(L):
-            heads = self.lm.transformer.wte.weight[level * K:(level + 1) * K]
-            child = ids.next_node[node]                                              # (B, W, K)
+        hidden = self.lm.transformer(tokens, cache).last_hidden_state               # causal by itself
+        hidden = hidden[torch.arange(B), lengths][:, None]                          # (B, W = 1, d)
+        place = torch.arange(H, device=tokens.device)
+        mask = torch.where(place > lengths[:, None, None], NEVER, 0.0)              # (B, W, H + …)
+        score = torch.zeros(B, 1, device=tokens.device)         # (B, W) Σ log P_F of each beam
+        node = torch.zeros_like(score, dtype=torch.long)        # (B, W) its place in the tree
+        if self.cm is not None:
+            guide = self.cm.scores(histories).to(mask.device) ** self.gamma         # (B, n)
+            log_flow = ids.flows(guide).clamp(min=1e-30).log()                      # (B, P + n)
+        for level in range(ids.num_levels):
+            head = self.lm.transformer.wte.weight[level * K:(level + 1) * K]        # (K, d)
+            child = ids.next_node[node]                                             # (B, W, K)
             # In place: a pass over (B, W, K) costs as much as a block of the model. Illegal paths
             # keep a score below NEVER / 2.
-            total = (hidden @ heads.T).masked_fill_(child < 0, NEVER).log_softmax(-1)
+            total = (hidden @ head.T).masked_fill_(child < 0, NEVER).log_softmax(-1)
             total = total.add_(score[..., None]).flatten(1)                         # (B, W·K)
             child = child.flatten(1)
-            value = total if log_flow is None else total + log_flow.gather(1, child.clamp(min=0))
-            if level == L - 1:
+            value = total                                       # what beams compete by
+            if self.cm is not None:
+                value = total + log_flow.gather(1, child.clamp(min=0))
+            if level == ids.num_levels - 1:
                 break                                           # the children are items
-            best = value.topk(min(beams, value.shape[1]), 1).indices                # (B, W)
-            score, node, parent, W = total.gather(1, best), child.gather(1, best), best // K, best.shape[1]
+            best = value.topk(min(max(beams, k), value.shape[1]), 1).indices        # (B, W)
+            score = total.gather(1, best)
+            node = child.gather(1, best)
             # A beam sees what its parent saw, and itself; so the cache is never reordered.
-            itself = torch.full((W, W), NEVER, device=device).fill_diagonal_(0).expand(B, W, W)
-            seen = mask.gather(1, parent[..., None].expand(-1, -1, mask.shape[2]))
-            mask = torch.cat([seen, itself], 2)
-            hidden = self.lm.transformer(
-                level * K + best % K, cache, attention_mask=mask[:, None],
-                position_ids=(lengths[:, None] + 1 + level).expand(B, W)).last_hidden_state
-        # So many of the best that k are left without the items of the history
-        value, best = value.topk(min(k + max(map(len, histories)), value.shape[1]), 1)
-        item = child.gather(1, best) - ids.num_prefixes
+            W = best.shape[1]
+            seen = mask.gather(1, (best // K)[..., None].expand(-1, -1, mask.shape[2]))
+            itself = torch.full((W, W), NEVER, device=mask.device).fill_diagonal_(0)
+            mask = torch.cat([seen, itself.expand(B, W, W)], 2)
+            places = (lengths[:, None] + 1 + level).expand(B, W)
+            hidden = self.lm.transformer(level * K + best % K, cache, attention_mask=mask[:, None],
+                                         position_ids=places).last_hidden_state     # (B, W, d)
         owned = torch.zeros(B, len(ids.codes), dtype=torch.bool)
         owned[entries(histories)] = True
-        gone = (value < NEVER / 2) | owned.to(device).gather(1, item.clamp(min=0))
-        value = F.pad(value.masked_fill(gone, -math.inf), (0, k), value=-math.inf)
-        score, best = value.topk(k, 1)
-        item = F.pad(item, (0, k), value=-1).gather(1, best)
-        return item.masked_fill(score == -math.inf, -1), score
+        enough = k + min(max(map(len, histories)), value.shape[1])   # k are left without the owned
+        value, best = F.pad(value, (0, k), value=NEVER).topk(enough, 1)
+        item = F.pad(child, (0, k), value=-1).gather(1, best) - ids.num_prefixes
+        gone = (value < NEVER / 2) | owned.to(item.device).gather(1, item.clamp(min=0))
+        score, best = value.masked_fill(gone, -math.inf).topk(k, 1)
+        return item.gather(1, best).masked_fill(score == -math.inf, -1), score
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors (plain GPT-2), and IDs and titles beside them."""
-        part = Path(f"{folder}.part")                           # renamed when it is whole
+        part = Path(f"{folder}.part")                           # renamed when whole
         self.lm.save_pretrained(part)
-        ids = {"num_codes": self.semantic_ids.num_codes, "codes": self.semantic_ids.codes.tolist()}
-        write_json(part / "semantic_ids.json", ids | self.catalogue)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
+        table = {"num_codes": self.semantic_ids.num_codes, "codes": self.semantic_ids.codes.tolist()}
+        write_json(part / "semantic_ids.json", table | {"gamma": self.gamma} | self.catalogue)
+        if isinstance(self.cm, CollaborativeModel):
+            self.cm.save(part / "cm.safetensors")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for file in part.iterdir():
+            os.replace(file, Path(folder) / file.name)
+        part.rmdir()
 
     @classmethod
     def from_pretrained(cls, folder):
         """The Policy that save_pretrained wrote, in eval mode; InputError where there is none.
 
-        Its flow head, which only training needs, starts anew. No pickle is read.
+        Its flow head, which training alone needs, starts anew. No pickle is read.
         """
         try:
-            ids = json.loads((Path(folder) / "semantic_ids.json").read_text(encoding="utf-8"))
-            lm = GPT2LMHeadModel.from_pretrained(folder)
-            semantic_ids = SemanticIDs(ids.pop("codes"), ids.pop("num_codes"))
-            window = lm.config.n_positions - semantic_ids.num_levels
-            policy = cls(semantic_ids, window, lm.config.n_embd, lm.config.n_layer)
-            policy.lm.load_state_dict(lm.state_dict())
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"{folder} holds no saved model of this program ({error})") from None
-        policy.lm, policy.catalogue = lm, ids
+            table = json.loads((Path(folder) / "semantic_ids.json").read_text(encoding="utf-8"))
+            ids = SemanticIDs(table.pop("codes"), table.pop("num_codes"))
+            policy = cls(ids, lm=GPT2LMHeadModel.from_pretrained(folder))
+            if (Path(folder) / "cm.safetensors").exists():
+                policy.cm = CollaborativeModel.load(Path(folder) / "cm.safetensors")
+        except Exception as error:                              # whatever is wrong with the files
+            raise InputError(f"{folder} holds no saved model of this program: {error}") from None
+        policy.window = policy.lm.config.n_positions - ids.num_levels
+        policy.gamma = table.pop("gamma")
+        policy.catalogue = table
         return policy.eval()
 
-
-# --- Losses: pure functions of tensors, natural logs (METHOD.md, Losses) ---------------------------
+# --- Losses: pure functions of tensors, natural logs ----------------------------------------------
 def trajectory_balance(log_z, log_pf, log_r):
-    """TB: log Z(U) log_z (B,), log P_F of J paths a user log_pf (B, J), log R log_r (B, J) → scalar.
-
-    Z = 1; a path with P = R = 1/2 costs 0, one with P = 1/4, R = 1/2 costs (log 1/2)² = .4805:
+    """TB of J paths a user: log Z(U) (B,), Σ_l log P_F (B, J), log R (B, J) → scalar.
 
     >>> log_pf, log_r = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
-    >>> round(trajectory_balance(torch.zeros(1), log_pf, log_r).item(), 4)
+    >>> round(trajectory_balance(torch.zeros(1), log_pf, log_r).item(), 4)   # (0 + (log 1/2)²) / 2
     0.2402
     """
     # mean of (log Z(U) + Σ_l log P_F(s_{l+1} | s_l) − log R(s_L))²; P_B is 1 on a tree
     return (log_z[:, None] + log_pf - log_r).square().mean()
 
-
 def detailed_balance(log_flow, log_pf):
-    """DB: log F of s_0 … s_L log_flow (B, J, L+1), last column log R; log_pf (B, J, L) → scalar.
-
-    >>> log_flow = torch.tensor([[[1.0, 0.5, 0.25]]]).log()   # 1 → 1/2 → 1/4: steps of 1/2 fit
-    >>> [round(detailed_balance(log_flow, torch.tensor([[[0.5, p]]]).log()).item(), 4)
-    ...  for p in (0.5, 0.25)]
-    [0.0, 0.4805]
-    """
+    """DB: log F(s_0) … log F(s_L) = log R (B, J, L+1), log P_F of each step (B, J, L) → scalar."""
     # Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))², mean over paths
     return (log_flow[..., :-1] + log_pf - log_flow[..., 1:]).square().sum(-1).mean()
 
-
 def flow_matching(flow, log_pf):
-    """FM, ours: exact flows of all children flow (..., L, K) ≥ 0, log P_F (..., L, K) → scalar."""
+    """FM, ours: exact flows of all children (..., L, K) ≥ 0, log P_F (..., L, K) → scalar."""
     # KL: Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), mean over paths
     target = flow / flow.sum(-1, keepdim=True)
     return (target * (target.clamp(min=1e-30).log() - log_pf)).sum((-2, -1)).mean()
 
-
 def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
-    """S-DPO: log-probabilities of a positive (B,) and J negatives (B, J) by policy and reference.
-
-    >>> pos, neg = torch.tensor([-2.0]), torch.tensor([[-3.0, -4.0, -5.0]])
-    >>> round(sdpo(pos, neg, pos, neg, beta=0.1).item(), 4)   # policy = reference: log(1 + 3)
-    1.3863
-    """
+    """S-DPO: log P of a positive (B,) and J negatives (B, J), by policy and reference → scalar."""
     # mean of −log σ(−log Σ_d exp(β[Δ_d − Δ_p])), Δ = log P_policy − log P_reference
     margin = beta * ((policy_neg - ref_neg) - (policy_pos - ref_pos)[:, None])
     return -F.logsigmoid(-margin.logsumexp(1)).mean()
 
+# The same losses as functions of `paths`, J paths at each of C contexts: log_pf (C, J, L) of the
+# steps taken, log_probs (C, J, L, K) of all steps, log_flow (C, J, L) of s_0 … s_{L-1}, log_r (C, J);
+# child_flow (C, J, L, K), exact; reference (C, J, L), log P_F of S-DPO's frozen policy.
+def tb_loss(paths):
+    return trajectory_balance(paths.log_flow[:, 0, 0], paths.log_pf.sum(-1), paths.log_r)
 
-# --- The adaptive trajectory sampler: which items to learn from beside the logged one ---------------
+def db_loss(paths):
+    return detailed_balance(torch.cat([paths.log_flow, paths.log_r[..., None]], -1), paths.log_pf)
+
+def fm_loss(paths):
+    return flow_matching(paths.child_flow, paths.log_probs)
+
+def sdpo_loss(paths):
+    policy, reference = paths.log_pf.sum(-1), paths.reference.sum(-1)
+    return sdpo(policy[:, 0], policy[:, 1:], reference[:, 0], reference[:, 1:], beta=0.1)
+
+@dataclass
+class Recipe:
+    """How a method is trained. A new method is a loss and an entry in RECIPES."""
+    loss: object = None             # L_GFN, a function of paths; None: L_GR alone
+    gr: float = 0.0                 # weight of L_GR
+    lam: float = 1.0                # λ, weight of L_GFN
+    sampler: str = "reward"         # where the N augmented trajectories come from
+    trajectories: int = 1           # N
+    even: float = 0.0               # share of the draws from R that are even draws instead
+    rate: float = 1.0               # peak learning rate, in units of --fine-rate
+    dropout: float = 0.0            # of fine-tuning
+
+# The paper's recipe is L_GR plus λ · L_GFN of a few trajectories (a squared log-ratio drowns L_GR
+# where λ is not small). Ours is L_GFN of the whole reward alone: r_a carries the log.
+RECIPES = {
+    "sft": Recipe(gr=1), "sft-continued": Recipe(gr=1, rate=0.5, dropout=0.2),
+    "sdpo": Recipe(sdpo_loss, 1, 1.0, "curriculum", 3, rate=0.3, dropout=0.2),
+    "tb-paper": Recipe(tb_loss, 1, 0.1, "curriculum", 3, rate=0.3, dropout=0.2),
+    "db": Recipe(db_loss, trajectories=3, even=1 / 3, rate=0.5),
+    "tb": Recipe(tb_loss, trajectories=3, even=1 / 3, rate=0.5), "fm": Recipe(fm_loss)}
+
+SAMPLERS = ["session", "random", "curriculum", "policy", "reward"]
+
+# --- The adaptive trajectory sampler: which items to learn from beside the logged one -------------
 def draw(weight, excluded, count):
-    """Items (C, count) with replacement, P ∝ weight (C, n), none of the C lists `excluded`."""
+    """Items (C, count), with replacement, P ∝ weight (C, n), none of the C lists `excluded`."""
     weight = weight.clone()
     weight[entries(excluded)] = 0
     return torch.multinomial(weight + 1e-12, count, replacement=True)
 
-
 def curriculum(scores, logged, count, progress):
-    """N = count unobserved items a context, low CM scores early in training, high scores late.
+    """N = count unobserved items a context (C, N): low CM scores early in training, high ones late.
 
-    scores (C, n) of the CM, logged C lists, progress in [0, 1] → items (C, N). Draw 2N−1 items,
-    item i with P ∝ scores[i]/2 + 1/(2n), 0 if logged; sort them from low to high score; keep N
-    neighbours, from place round(progress · (N−1)) on. The half drawn evenly shows TB unlikely
-    items too; with likely ones alone, a large log Z could hide that all are found too unlikely.
-
-    >>> scores = torch.tensor([[0.7, 0.2, 0.1]])
-    >>> curriculum(scores, [[0, 2]], count=3, progress=0.5).tolist()
-    [[1, 1, 1]]
+    scores (C, n) of the CM, logged C lists, progress in [0, 1]. Draw 2N−1 items, item i with
+    P ∝ scores[i]/2 + 1/(2n), 0 if logged; sort them from low to high score; keep N neighbours from
+    place round(progress · (N−1)) on. The even half is ours: with likely items alone, a large log Z
+    could hide that the policy finds all of them too unlikely.
     """
     pool = draw(0.5 * scores + 0.5 / scores.shape[1], logged, 2 * count - 1)        # (C, 2N-1)
     ranked = pool.gather(1, scores.gather(1, pool).argsort(1))
     start = round(progress * (count - 1))
     return ranked[:, start:start + count]
 
-
-def augmented(sampler, count, scores, logged, positives, histories, policy, progress):
-    """The N = count augmented items (C, N) of each context, by one of the paper's four samplers."""
-    if count == 0:
-        return positives.new_zeros(len(positives), 0)
-    if sampler == "session":                                    # others of the user's own items
+def augmented(recipe, r, scores, logged, positives, histories, policy, progress):
+    """The N augmented items (C, N) of each context, by the sampler of the recipe."""
+    count = recipe.trajectories
+    if recipe.sampler == "reward":                              # ours: from R, a share of them evenly
+        weight = (1 - recipe.even) * r / r.sum(1, keepdim=True) + recipe.even / r.shape[1]
+        return torch.multinomial(weight, count + 1, replacement=True)[:, :count]   # 1 alone is slow
+    if recipe.sampler == "session":                             # others of the user's own items
         own = torch.zeros_like(scores)
         own[entries(logged)] = 1
-        return draw(own.scatter_(1, positives[:, None], 0), [], count)
-    if sampler == "random":                                     # unobserved items, all alike
+        return draw(own, positives[:, None].tolist(), count)
+    if recipe.sampler == "random":                              # any unobserved items
         return draw(torch.ones_like(scores), logged, count)
-    if sampler == "curriculum":
+    if recipe.sampler == "curriculum":                          # the paper's default
         return curriculum(scores, logged, count, progress)
-    training = policy.training                                  # "policy": its own beam
-    policy.eval()                                               # no dropout while sampling
+    policy.eval()                                               # "policy": no dropout in its beam
     items = policy.recommend(histories, count, beams=count)[0].to(positives.device)
-    policy.train(training)
+    policy.train()
     return items.where(items >= 0, positives[:, None])          # fewer than N unseen: the positive
 
+# --- Training -------------------------------------------------------------------------------------
+def rewards_of(contexts, data, reward):
+    """R and r_ŷ (C, n) at training contexts (user, place), the CM without the user's own counts;
+    then what was logged: the user's items (C lists), the target (C,), the history (C lists)."""
+    logged = [data.train[user] for user, _ in contexts]
+    histories = [items[:place] for items, (_, place) in zip(logged, contexts)]
+    following = [items[place:] for items, (_, place) in zip(logged, contexts)]
+    liked = [data.liked[user][place] for user, place in contexts]
+    scores = reward.cm.scores(histories, following).to(reward.ids.codes.device)
+    positives = torch.tensor([items[0] for items in following], device=scores.device)
+    r = reward(scores, positives, torch.tensor(liked, device=scores.device))
+    return r, scores, logged, positives, histories
 
-# --- Training ---------------------------------------------------------------------------------------
-def tb_loss(paths):
-    return trajectory_balance(paths.log_flow[:, 0, 0], paths.log_pf.sum(-1), paths.log_r)
+def loss_of(recipe, model, reference, batch, reward, data, progress):
+    """L = gr · L_GR(U, v) + λ · mean over trajectories of L_GFN(τ); gr = 1 without a loss is SFT.
 
-
-def db_loss(paths):
-    return detailed_balance(torch.cat([paths.log_flow, paths.log_r[..., None]], -1), paths.log_pf)
-
-
-def fm_loss(paths):
-    return flow_matching(paths.child_flow, paths.log_probs)
-
-
-def sdpo_loss(paths):
-    policy, reference = paths.log_pf.sum(-1), paths.reference_log_pf.sum(-1)
-    return sdpo(policy[:, 0], policy[:, 1:], reference[:, 0], reference[:, 1:], paths.beta)
-
-
-LOSSES = {"sdpo": sdpo_loss, "db": db_loss, "tb": tb_loss, "fm": fm_loss}
-
-
-def loss_of(method, model, reference, batch, reward, data, settings, progress):
-    """L = L_GR(U, v) + λ · mean over τ_1 … τ_{N+1} of L_GFN (METHOD.md); SFT is its first term.
-
-    model is the policy, or DistributedDataParallel around it; reference: S-DPO's frozen policy.
+    model: the policy, or DistributedDataParallel around it; reference: S-DPO's frozen policy.
     """
-    policy, N, M = getattr(model, "module", model), settings.trajectories, settings.positions
-    (B, T), targets = batch.targets.shape, batch.targets.to(policy.device)
-    if method in ("sft", "sft-continued"):
-        return next_token_loss(policy.steps(model(batch.tokens, batch.ends, targets)[0], targets), batch.valid)
-    # Contexts: M of each row's targets, drawn at random, and the reward R of every item there.
-    chosen = (torch.rand(B, M) * batch.valid.sum(1, keepdim=True)).long()           # (B, M)
-    ends = batch.ends.gather(1, chosen)
-    firsts = (torch.tensor(batch.starts)[:, None] + ends).flatten().tolist()        # (B·M,) = C
-    users = [user for user in batch.users for _ in range(M)]
-    logged = [data.train[user] for user in users]
-    histories = [items[:first] for items, first in zip(logged, firsts)]
-    following = [items[first:] for items, first in zip(logged, firsts)]
-    liked = torch.tensor([data.liked[user][first] for user, first in zip(users, firsts)])
-    positives = batch.targets.gather(1, chosen).flatten().to(reward.counts.device)         # (C,)
-    scores = reward.collaborative(histories, following)                             # (C, n)
-    r = reward(histories, positives, liked.to(positives.device), scores)               # (C, n)
-    # Trajectories: in one packed row a branch for every target, then N for each context.
-    others = augmented(settings.sampler, N, scores, logged, positives, histories, policy, progress)
-    items = torch.cat([targets, others.to(policy.device).reshape(B, M * N)], 1)        # (B, T + M·N)
-    ends = torch.cat([batch.ends, ends.repeat_interleave(N, 1)], 1)
-    log_probs, log_flow = model(batch.tokens, ends, items)                          # (B, E, L, K)
-    steps = policy.steps(log_probs, items)                                          # (B, E, L)
-    # The paths τ_1 (the logged target's branch) … τ_{N+1} of every context: (C, 1 + N).
-    own = torch.arange(T, T + M * N).view(M, N).expand(B, M, N)
-    branch = torch.cat([chosen[..., None], own], 2).to(policy.device)               # (B, M, 1 + N)
-    row = torch.arange(B, device=policy.device)[:, None, None]
-    paths = SimpleNamespace(beta=settings.beta, **{name: x[row, branch].flatten(0, 1) for name, x in (
-        ("items", items), ("log_probs", log_probs), ("log_pf", steps), ("log_flow", log_flow))})
-    paths.log_r = r.gather(1, paths.items.to(r.device)).log().to(policy.device)     # (C, 1 + N)
-    if method == "fm":
-        paths.child_flow = reward.ids.child_flows(r, paths.items.to(r.device)).to(policy.device)
-    if reference is not None:
+    # Contexts: every target v of a row, with the history U before it.
+    policy = getattr(model, "module", model)
+    B, T = batch.targets.shape
+    place = batch.valid.flatten().nonzero()[:, 0]                                   # (C,) of B·T
+    items = batch.targets.flatten()[place, None]                # (C, J): the logged path τ_1 …
+    # Trajectories: with L_GR N more paths; without it N alone, since R brings the logged one too.
+    if recipe.loss:
+        r, *known = rewards_of(batch.contexts, data, reward)                        # (C, n)
+        drawn = augmented(recipe, r, *known, policy, progress).to(items.device)     # (C, N)
+        items = torch.cat([items, drawn], 1) if recipe.gr else drawn
+    # Probabilities: the J paths of all T targets are branches of one packed row.
+    J = items.shape[1]
+    packed = torch.zeros(B * T, J, dtype=torch.long).index_copy_(0, place, items).view(B, T * J)
+    ends = batch.ends.repeat_interleave(J, 1)                                       # (B, E = T·J)
+    log_probs, log_flow = model(batch.tokens, ends, packed)
+    def at_contexts(x):
+        return x.reshape(B * T, J, *x.shape[2:])[place]                             # (C, J, ...)
+    log_pf = at_contexts(policy.steps(log_probs, packed))                           # (C, J, L)
+    L_GR = -log_pf[:, 0].sum(-1).mean()                         # next-token loss of whole IDs
+    if not recipe.loss:
+        return L_GR
+    # The loss of the method. The trajectories come from a sampler, not from the policy: GFlowNet
+    # losses are off-policy. log Z(U) is log F of s_0, the state after the history.
+    paths = SimpleNamespace(log_pf=log_pf, log_probs=at_contexts(log_probs),
+                            log_flow=at_contexts(log_flow), reference=None)
+    items = items.to(r.device)
+    paths.log_r = r.gather(1, items).log().to(log_pf.device)                        # (C, J)
+    if reference:
         with torch.no_grad():
-            compared = paths.items.view(B, -1)
-            after = batch.ends.gather(1, chosen).repeat_interleave(1 + N, 1)
-            reference_pf = reference.steps(reference(batch.tokens, after, compared)[0], compared)
-            paths.reference_log_pf = reference_pf.view(B * M, 1 + N, -1)
-    # These trajectories come from the sampler, not from the policy: GFlowNet losses are off-policy.
-    # Z(U) is read from the flow of s_0, the state after the history. The mean is over C · (1 + N).
-    lam = settings.lam if settings.lam >= 0 else LAM[method]
-    return next_token_loss(steps[:, :T], batch.valid) + lam * LOSSES[method](paths)
+            frozen, _ = reference(batch.tokens, ends, packed)
+        paths.reference = at_contexts(policy.steps(frozen, packed))                 # (C, J, L)
+    if reward.gamma:                                            # the product P_SFT(v | U) · R(v)^γ
+        paths.log_r = reward.gamma * paths.log_r + paths.reference.sum(-1)
+        r = r ** reward.gamma
+    paths.child_flow = reward.ids.child_flows(r, items).to(log_pf.device)           # (C, J, L, K)
+    if reward.gamma:
+        paths.child_flow *= at_contexts(frozen).exp()
+    return recipe.gr * L_GR + recipe.lam * recipe.loss(paths)
 
-
-def next_token_loss(steps, valid):
-    """L_GR: −Σ_l log P_F of the logged item's codes (B, T, L), mean over valid targets (B, T)."""
-    valid = valid.to(steps.device)
-    return -(steps.sum(-1) * valid).sum() / valid.sum()
-
-
-def rate_at(step, steps, warm):
-    return min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def train(method, policy, reward, data, settings, seed, folder, reference=None):
+def train(method, recipe, policy, reward, data, rows, seed, folder, settings):
     """The one training loop; the best epoch on validation is saved in `folder`.
 
     → the curve, a list of {"epoch", "loss", "ndcg@10"}; epoch 0, the start, is reported, never
     saved. Raises FloatingPointError when the loss is not finite.
     """
-    rows = training_rows(data.train, settings.window)
     epochs = settings.sft_epochs if method == "sft" else settings.epochs
-    rate = settings.rate if method == "sft" else settings.fine_rate
-    steps = epochs * (math.ceil(len(rows) / settings.batch) // WORLD)
-    optimizer = torch.optim.AdamW([
-        {"params": policy.lm.parameters()},
-        {"params": policy.flow_head.parameters(), "lr": 10 * rate}],               # Z(U) learns fast
-        lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
-    warm = min(200, steps // 10 + 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps, warm))
-    model = DistributedDataParallel(policy, find_unused_parameters=True) if WORLD > 1 else policy
-    curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, data, settings)}]
-    bar, losses = tqdm(total=steps, desc=method, disable=None, leave=False), []
+    rate = settings.rate if method == "sft" else settings.fine_rate * recipe.rate
+    per_epoch = max(1, math.ceil(len(rows) / settings.batch) // WORLD)
+    steps = epochs * per_epoch
+    groups = [{"params": policy.lm.parameters()},
+              {"params": policy.flow_head.parameters(), "lr": 10 * rate}]           # log Z: fast
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    warm_up = min(200, steps // 10 + 1)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warm_up, steps)
+    frozen = recipe.loss is sdpo_loss or (recipe.loss and reward.gamma)
+    reference = copy.deepcopy(policy).eval() if frozen else None
+    parallel = torch.nn.parallel.DistributedDataParallel
+    model = parallel(policy, find_unused_parameters=True) if WORLD > 1 else policy
+    curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, data, settings.beams)}]
+    losses = []
     for epoch in range(1, epochs + 1):
-        rng = np.random.default_rng((seed, epoch))
+        order = np.random.default_rng((seed, epoch))            # the same in all processes
         torch.manual_seed(int(np.random.default_rng((seed, epoch, RANK)).integers(2 ** 63)))
         policy.train()
-        epoch_batches = batches(rows, data.train, settings.batch, policy, rng)
-        for batch in itertools.islice(epoch_batches, RANK, steps // epochs * WORLD, WORLD):
-            with torch.autocast("cuda", torch.bfloat16, enabled=settings.device == "cuda"):
-                loss = loss_of(method, model, reference, batch, reward, data, settings, len(losses) / steps)
+        epoch_batches = batches(rows, data.train, settings.batch, policy, order)
+        for i, batch in enumerate(tqdm(epoch_batches, method, per_epoch * WORLD, False, disable=None)):
+            if i % WORLD != RANK or i >= per_epoch * WORLD:
+                continue
+            loss = loss_of(recipe, model, reference, batch, reward, data, len(losses) / steps)
             if not torch.isfinite(loss):
-                users = ", ".join(data.user_ids[user] for user in batch.users[:5])
-                raise FloatingPointError(f"{method}: loss {loss.item()} at step {len(losses) + 1} ({users} …)")
+                users = ", ".join(sorted({data.user_ids[user] for user, _ in batch.contexts}))
+                raise FloatingPointError(f"{method}: loss {loss} at step {len(losses)}; users {users}")
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            bar.update()
             losses.append(loss.item())
-        ndcg = validate(policy, data, settings)
-        curve.append({"epoch": epoch, "loss": float(np.mean(losses[-(steps // epochs):])), "ndcg@10": ndcg})
-        tqdm.write(f"  {method}: epoch {epoch}/{epochs}, loss {curve[-1]['loss']:.3f}, "
-                   f"validation NDCG@10 {ndcg:.4f}")
-        if ndcg > max((point["ndcg@10"] for point in curve[1:-1]), default=-1) and RANK == 0:
+        point = {"epoch": epoch, "loss": float(np.mean(losses[-per_epoch:])),
+                 "ndcg@10": validate(policy, data, settings.beams)}
+        print(f"  {method}: epoch {epoch}/{epochs}, loss {point['loss']:.3f}, "
+              f"validation NDCG@10 {point['ndcg@10']:.4f}", flush=True)
+        if RANK == 0 and point["ndcg@10"] > max([p["ndcg@10"] for p in curve[1:]], default=-1):
             policy.save_pretrained(folder)
-    if WORLD > 1:
-        dist.barrier()                                          # until the first has saved it
+        curve.append(point)
     return curve
 
-
-# --- Evaluation: leave one out, the whole catalogue, the same for every method ----------------------
+# --- Evaluation: leave one out, the whole catalogue, the same for every method --------------------
 def recall_at(ranked, target, k):
-    """Recall@k: share of users whose target (B,) is in the first k of ranked (B, ≥ k) items.
-
-    >>> ranked, target = torch.tensor([[4, 2, 7], [1, 3, -1]]), torch.tensor([7, 9])
-    >>> [recall_at(ranked, target, k).item() for k in (2, 3)]   # places 3 and none
-    [0.0, 0.5]
-    """
+    """Recall@k: share of users whose target (B,) is in the first k of ranked (B, ≥ k) → scalar."""
     return (ranked[:, :k] == target[:, None]).any(1).float().mean()
 
-
 def ndcg_at(ranked, target, k):
-    """NDCG@k: mean over users of 1/log2(rank + 1), rank from 1; 0 where it is not in the first k.
-
-    >>> ranked, target = torch.tensor([[4, 2, 7], [1, 3, 5]]), torch.tensor([4, 5])
-    >>> [ndcg_at(ranked, target, k).item() for k in (2, 3)]     # ranks 1 and 3: 1 and 1/2
-    [0.5, 0.75]
-    """
+    """NDCG@k: mean over users of 1/log2(rank + 1), rank from 1; 0 where rank > k → scalar."""
     # One target, so the ideal DCG is 1 and NDCG = DCG = Σ_r 1[ranked_r = target] / log2(r + 1)
-    ranked = ranked[:, :k]
-    discount = 1 / torch.log2(torch.arange(2, ranked.shape[1] + 2, device=ranked.device))
-    return ((ranked == target[:, None]) * discount).sum(1).mean()
+    hits = ranked[:, :k] == target[:, None]
+    return (hits / torch.log2(torch.arange(2, hits.shape[1] + 2, device=hits.device))).sum(1).mean()
 
+def exposure_bias(listed, liked, shown, history, counts):
+    """What one user's list does about exposure bias, where the truth is known: three numbers.
 
-def exposure_bias(ranked, data, counts):
-    """By user, where the truth is known: {"hidden@10", "liked@10", "lift@10"}, lists of B numbers.
-
-    hidden: share of the liked but never shown items that are in the list; liked: share of the list
-    that is truly liked; lift: mean count in the log of the list over that of what is liked and new.
+    hidden@10: share of the liked but never shown items that are listed; liked@10: share of the list
+    that is liked and new; lift@10: mean count in the log of the list over that of the liked and new.
     """
-    out = {"hidden@10": [], "liked@10": [], "lift@10": []}
-    for b, items in enumerate(ranked.tolist()):
-        items, liked = set(items) - {-1}, data.truth["liked"][b]
-        new, hidden = liked - set(data.histories[b][:-1]), liked - data.truth["shown"][b]
-        out["hidden@10"].append(len(hidden & items) / max(1, len(hidden)))
-        out["liked@10"].append(len(new & items) / max(1, len(items)))
-        popular, fair = (counts[list(x)].float().mean().item() if x else 1.0 for x in (items, new))
-        out["lift@10"].append(popular / max(1.0, fair))
-    return out
+    hidden, new = liked - shown, liked - set(history)
+    fair = counts[list(new)].mean().item() if new else 1.0
+    return {"hidden@10": len(hidden & set(listed)) / max(1, len(hidden)),
+            "liked@10": len(new & set(listed)) / max(1, len(listed)),
+            "lift@10": counts[listed].mean().item() / max(1.0, fair)}
 
-
-def rank_all(recommend, histories, k=10, size=256):
-    """Top-k items (B, k) by recommend(histories, k) → (items, scores), users of like length together."""
+def rank_all(recommend, histories, size=256):
+    """The ten best items (B, 10) by recommend(histories); users of like lengths together."""
     order = sorted(range(len(histories)), key=lambda u: len(histories[u]))
-    ranked = torch.full((len(histories), k), -1)
+    ranked = torch.full((len(histories), 10), -1)
     for i in range(0, len(order), size):
         users = order[i:i + size]
-        ranked[users] = recommend([histories[u] for u in users], k)[0].cpu()
+        ranked[users] = recommend([histories[u] for u in users])[0].cpu()
     return ranked
 
-
-def recommender(policy, settings):
+def validate(policy, data, beams):
+    """NDCG@10 on the validation items of at most 2,000 users, evenly spread (within .004)."""
     policy.eval()
-    return lambda histories, k: policy.recommend(histories, k, settings.beams)
-
-
-def by_scores(scores_of):
-    """recommend(histories, k) from scores_of(histories) → (B, n)."""
-    def recommend(histories, k):
-        scores = scores_of(histories)
-        scores[entries(histories)] = -1
-        value, items = scores.topk(min(k, scores.shape[1]), 1)
-        items = F.pad(items.masked_fill(value < 0, -1), (0, k - items.shape[1]), value=-1)
-        return items, value
-    return recommend
-
-
-def validate(policy, data, settings, recommend=None):
-    """NDCG@10 on the validation items of at most `validate_users` users, evenly spread."""
-    users = range(0, len(data.train), math.ceil(len(data.train) / settings.validate_users))
-    recommend = recommend or recommender(policy, settings)
-    ranked = rank_all(recommend, [data.train[u] for u in users])
+    users = range(0, len(data.train), math.ceil(len(data.train) / 2000))
+    ranked = rank_all(lambda h: policy.recommend(h, beams=beams), [data.train[u] for u in users])
     return ndcg_at(ranked, torch.tensor([data.histories[u][-2] for u in users]), 10).item()
 
+def evaluate(recommend, data, counts):
+    """Test: {metric: list of one number a user}, and the lists (B, 10)."""
+    ranked = rank_all(recommend, [history[:-1] for history in data.histories])
+    by_user = {}
+    for b, history in enumerate(data.histories):
+        own, target = ranked[b:b + 1], torch.tensor(history[-1:])
+        numbers = {"recall@5": recall_at(own, target, 5), "ndcg@5": ndcg_at(own, target, 5),
+                   "recall@10": recall_at(own, target, 10), "ndcg@10": ndcg_at(own, target, 10)}
+        if data.truth:
+            numbers |= exposure_bias([item for item in ranked[b].tolist() if item >= 0],
+                                     data.truth["liked"][b], data.truth["shown"][b], history[:-1], counts)
+        for name, number in numbers.items():
+            by_user.setdefault(name, []).append(round(float(number), 6))
+    return by_user, ranked
 
-# --- The experiment: data → IDs, CM → SFT → fine-tuned policies → table -----------------------------
+# --- The experiment: data → IDs, CM → SFT → fine-tuned policies → table ---------------------------
 def write_json(path, value):
     """Write under a temporary name, then rename: the file is whole or not there."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    part = Path(f"{path}.part")
-    part.write_text(json.dumps(value, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-    os.replace(part, path)
+    Path(f"{path}.part").write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    os.replace(f"{path}.part", path)
 
-
-def prepare(seed, data, settings):
+def prepare(seed, data, settings, cm=None):
     """Features, SemanticIDs and Reward (with its CM) of one seed, from training interactions only."""
-    features = item_features(settings.ids, data.texts, data.train, seed)
-    ids = SemanticIDs.fit(features, settings.codes, settings.levels, seed)
-    cm = CollaborativeModel.fit(data.train, len(data.item_ids))
-    weights = [float(w) for w in settings.weights.split(",")]
-    counts = torch.bincount(torch.tensor(entries(data.train)[1]), minlength=len(data.item_ids))
-    reward = Reward(copy.deepcopy(ids), cm, weights, debias=settings.debias, counts=counts)
+    own = settings.ids not in ("content", "mixed")
+    features = item_features("mixed" if own else settings.ids, data.texts, data.train, seed)
+    if own:
+        codes = np.array(read_ids(settings.ids, data.item_ids))
+        ids = SemanticIDs(codes, codes.max() + 1)
+    else:
+        n = len(data.item_ids)
+        K = settings.codes or 2 ** math.ceil(math.log2(max(2, n / 24, n ** (1 / settings.levels))))
+        ids = SemanticIDs.fit(features, K, settings.levels, seed)
+    cm = cm or CollaborativeModel.fit(data.train, len(data.item_ids), debias=settings.debias)
+    weights = [float(weight) for weight in settings.weights.split(",")]
+    gamma = settings.gamma if settings.reward == "product" else None
+    reward = Reward(copy.deepcopy(ids), cm, weights, gamma=gamma)
     print(f"seed {seed}: {ids.health()}", flush=True)
     return features, ids, reward.to("cuda" if settings.device == "cuda" else "cpu")
 
-
-def trained(method, seed, features, ids, reward, data, settings):
-    """Train one method with one seed → (the policy of its best epoch, read back from disk; curve)."""
-    out = Path(settings.out)
+def trained(method, seed, prepared, data, settings):
+    """Train one method → (the policy of its best epoch, read back from OUT/METHOD-SEED; curve)."""
+    features, ids, reward = prepared
+    flags = {name: getattr(settings, name) for name in ("gr", "lam", "sampler", "trajectories")}
+    flags = {name: flag for name, flag in flags.items() if flag is not None}
+    recipe = dataclasses.replace(RECIPES[method], **flags if RECIPES[method].loss else {})
     torch.manual_seed(seed)
     if method == "sft":
         policy = Policy(ids, settings.window, settings.width, settings.layers, settings.dropout)
         policy.start_from(features)
     else:                                                       # all start from the same SFT model
-        policy = Policy.from_pretrained(Path(settings.sft or out) / f"sft-{seed}")
+        source = Path(settings.sft or settings.out) / f"sft-{seed}"
+        policy = Policy.from_pretrained(source)
         if not policy.semantic_ids.codes.equal(ids.codes):
-            raise InputError(f"the IDs of {settings.sft or out}/sft-{seed} do not fit the data")
+            raise InputError(f"the semantic IDs of {source} do not fit the data")
+        for name, module in policy.named_modules():
+            if isinstance(module, torch.nn.Dropout) and "attn_dropout" not in name:
+                module.p = recipe.dropout
     policy.catalogue = {"item_ids": data.item_ids, "titles": data.titles}
+    folder = Path(settings.out) / f"{method}-{seed}"
+    rows = training_rows(data.train, settings.window)
     policy.to(settings.device)
-    reference = copy.deepcopy(policy).eval() if method == "sdpo" else None
-    curve = train(method, policy, reward, data, settings, seed, out / f"{method}-{seed}", reference)
-    return Policy.from_pretrained(out / f"{method}-{seed}").to(settings.device), curve
-
+    curve = train(method, recipe, policy, reward, data, rows, seed, folder, settings)
+    if WORLD > 1:
+        torch.distributed.barrier()                             # until the first process has saved
+    return Policy.from_pretrained(folder).to(settings.device), curve
 
 def run_method(method, seed, prepared, data, settings):
     """Train and test one method with one seed → its entry of results.json["runs"]."""
-    features, ids, reward = prepared
-    curve, started, base = [], time.time(), method.removesuffix("+cm")
-    if method in ("pop", "cm"):
-        scores = reward.cm.popularity.expand(1, -1)
-        recommend = by_scores(reward.cm.scores if method == "cm" else lambda h: scores.repeat(len(h), 1))
-    elif method != base:                                        # guided: no training
-        policy = Policy.from_pretrained(Path(settings.out) / f"{base}-{seed}").to(settings.device)
-        policy.guide = lambda histories: reward.collaborative(histories) ** settings.gamma
-        recommend = recommender(policy, settings)
+    started = time.time()
+    base = method.removesuffix("+cm")
+    cm = prepared[2].cm
+    counts = torch.bincount(torch.tensor(entries(data.train)[1]), minlength=len(data.item_ids)).float()
+    policy, curve = None, []
+    if method == "pop":
+        recommend = lambda histories: best_of(counts.expand(len(histories), -1), histories)
+    elif method in ("cm", "cm-debiased"):
+        scorer = copy.copy(cm)
+        scorer.debias *= method == "cm-debiased"
+        recommend = lambda histories: best_of(scorer.scores(histories), histories)
     else:
-        policy, curve = trained(method, seed, features, ids, reward, data, settings)
-        recommend = recommender(policy, settings)
-    train_seconds, started = time.time() - started, time.time()
-    histories = [history[:-1] for history in data.histories]
-    target = torch.tensor([history[-1] for history in data.histories])
-    ranked = rank_all(recommend, histories)
-    metrics = {f"{name}@{k}": f(ranked, target, k).item()
-               for name, f in (("recall", recall_at), ("ndcg", ndcg_at)) for k in (5, 10)}
+        if method == base:
+            policy, curve = trained(method, seed, prepared, data, settings)
+        else:
+            policy = Policy.from_pretrained(Path(settings.out) / f"{base}-{seed}").to(settings.device)
+            policy.cm = cm
+            policy.gamma = settings.gamma
+            policy.save_pretrained(Path(settings.out) / f"{method}-{seed}")
+        recommend = lambda histories: policy.recommend(histories, beams=settings.beams)
+    middle = time.time()
+    by_user, ranked = evaluate(recommend, data, counts)
+    metrics = {name: float(np.mean(numbers)) for name, numbers in by_user.items()}
     metrics["coverage@10"] = len(set(ranked.flatten().tolist()) - {-1}) / len(data.item_ids)
-    place = torch.arange(1, ranked.shape[1] + 1)
-    entry = {"method": method, "seed": seed, "metrics": metrics, "curve": curve,
-             "seconds": {"train": train_seconds, "eval": time.time() - started},
-             "train_examples": max(0, len(curve) - 1) * sum(map(len, data.train)),
-             "ranks": ((ranked == target[:, None]) * place).sum(1).tolist()}        # 0: not in ten
+    entry = {"method": method, "seed": seed, "metrics": metrics, "curve": curve, "by_user": by_user,
+             "seconds": {"train": middle - started, "eval": time.time() - middle},
+             "train_examples": max(0, len(curve) - 1) * sum(map(len, data.train))}
+    entry["first"] = ranked[0].tolist()                         # what the first user is recommended
     if data.truth:
-        entry["by_user"] = exposure_bias(ranked, data, reward.counts.cpu())
-        metrics |= {name: float(np.mean(x)) for name, x in entry["by_user"].items()}
         entry["lists"] = ranked.tolist()
+    if method in ("tb", "fm") and len(data.titles) <= 2000:     # a branch for every item
+        history = data.histories[0][:-1]
+        entry["flow"] = flow_of(policy, history, cm.scores([history])[0].cpu(), data)
     return entry
 
-
-def per_user(runs, metric):
-    """recall@k, ndcg@k or a figure of "by_user", averaged over runs (seeds) → (B,)."""
-    name, k = metric.split("@")
-    if name not in ("recall", "ndcg"):
-        return np.mean([run["by_user"][metric] for run in runs], axis=0)
-    ranks = np.array([run["ranks"] for run in runs])
-    hit = (ranks > 0) & (ranks <= int(k))
-    return (hit if name == "recall" else hit / np.log2(np.maximum(ranks, 1) + 1)).mean(0)
-
-
-def paired_gains(runs, method, base, metrics, samples=1000):
-    """{metric: {"gain", "low", "high"}} of a method over a base: 95 % bootstrap interval over users.
+def paired_gains(runs, base, samples=1000):
+    """{metric: {"gain", "low", "high"}} of runs over base runs (seeds), a 95 % bootstrap over users.
 
     The interval covers the choice of users, not the random seed of training.
     """
-    gains = np.array([per_user(runs[method], m) - per_user(runs[base], m) for m in metrics])
-    rng, users = np.random.default_rng(0), gains.shape[1]
+    metrics = list(runs[0]["by_user"])
+    means = [[np.mean([run["by_user"][metric] for run in group], 0) for metric in metrics]
+             for group in (runs, base)]
+    gains = np.array(means[0]) - np.array(means[1])                                 # (metrics, B)
+    rng = np.random.default_rng(0)
+    users = gains.shape[1]
     draws = [np.bincount(rng.integers(users, size=users), minlength=users) for _ in range(samples)]
     low, high = np.quantile(gains @ np.array(draws).T / users, [0.025, 0.975], axis=1)
-    return {m: {"gain": g, "low": a, "high": b} for m, g, a, b in zip(metrics, gains.mean(1), low, high)}
-
+    return {metric: {"gain": gains[i].mean(), "low": low[i], "high": high[i]}
+            for i, metric in enumerate(metrics)}
 
 def results_of(runs, data, settings):
     """results.json: sizes, settings, versions, every run, mean and std over seeds, paired gains."""
-    by_method, summary = {}, {}
-    for run in runs:
-        by_method.setdefault(run["method"], []).append(run)
-    for method, own in by_method.items():
-        values = {metric: [run["metrics"][metric] for run in own] for metric in own[0]["metrics"]}
-        summary[method] = {metric: {"mean": np.mean(x), "std": np.std(x, ddof=len(x) > 1)}
-                           for metric, x in values.items()}
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-    results = {"data": data.sizes, "settings": asdict(settings), "versions": versions,
-               "runs": runs, "summary": summary, "paired": {}, "paired_continued": {}}
-    metrics = ["recall@5", "ndcg@5", "recall@10", "ndcg@10", *runs[0].get("by_user", {})]
-    for key, base in (("paired", "sft"), ("paired_continued", "sft-continued")):
-        for method in by_method:
-            if base in by_method and len(by_method[method]) == len(by_method[base]) and method != base:
-                results[key][method] = paired_gains(by_method, method, base, metrics)
+    results = {"data": data.sizes, "settings": dataclasses.asdict(settings), "versions": versions,
+               "runs": runs, "summary": {}, "paired": {}, "paired_continued": {},
+               "flow": next((run["flow"] for run in reversed(runs) if "flow" in run), None)}
+    runs_of = {}
+    for run in runs:
+        runs_of.setdefault(run["method"], []).append(run)
+    for method, own in runs_of.items():
+        row = results["summary"][method] = {}
+        for metric in own[0]["metrics"]:
+            values = [run["metrics"][metric] for run in own]
+            row[metric] = {"mean": np.mean(values), "std": np.std(values, ddof=len(values) > 1)}
+        for key, base in (("paired", "sft"), ("paired_continued", "sft-continued")):
+            if method != base and len(runs_of.get(base, [])) == len(own):
+                results[key][method] = paired_gains(own, runs_of[base])
     return results
 
-
 def table_of(results):
-    """The Markdown table of results.json: mean (± std over seeds), and gains in % with intervals."""
-    first = next(iter(results["summary"].values()))
-    columns = [m for m in ("recall@10", "ndcg@10", "coverage@10", "hidden@10", "liked@10") if m in first]
-    gains = [("paired", "sft", m) for m in ("ndcg@10", "hidden@10") if m in first]
-    gains.append(("paired_continued", "sft-continued", "ndcg@10"))
-    head = ["method", *columns, *[f"{m} over {base}, % [95 %]" for _, base, m in gains]]
-    lines = [head, ["---"] * len(head)]
-    for method, row in results["summary"].items():
-        seeds = sum(run["method"] == method for run in results["runs"])
-        cells = [METHODS.get(method, method)]
-        for m in columns:
-            cells.append(f"{row[m]['mean']:.4f}" + f" ± {row[m]['std']:.4f}" * (seeds > 1))
-        for key, base, m in gains:
-            gain = results[key].get(method, {}).get(m)
-            percent = [100 * x / results["summary"][base][m]["mean"] for x in gain.values()] if gain else []
+    """The Markdown table: means (± std over seeds), gains in % of the base with 95 % intervals."""
+    summary = results["summary"]
+    some = next(iter(summary.values()))
+    columns = ["recall@10", "ndcg@10", "coverage@10", "hidden@10", "liked@10", "lift@10"]
+    columns = [metric for metric in columns if metric in some]
+    gains = [("paired", "sft", "ndcg@10"), ("paired_continued", "sft-continued", "ndcg@10"),
+             ("paired", "sft", "hidden@10"), ("paired_continued", "sft-continued", "hidden@10")]
+    gains = [gain for gain in gains if gain[2] in some]
+    lines = [["method", *columns, *[f"{metric} over {base}, %" for _, base, metric in gains]]]
+    lines.append(["---"] * len(lines[0]))
+    several = len(results["runs"]) > len(summary)
+    for method, row in summary.items():
+        cells = [f"{row[m]['mean']:.4f}" + f" ± {row[m]['std']:.4f}" * several for m in columns]
+        for key, base, metric in gains:
+            gain = results[key].get(method, {}).get(metric, {})
+            percent = [100 * x / summary[base][metric]["mean"] for x in gain.values()]
             cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*percent) if gain else "")
-        lines.append(cells)
+        lines.append([method, *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
-
-# --- Command line ------------------------------------------------------------------------------------
+# --- Command line ---------------------------------------------------------------------------------
 def check(settings):
-    """Lists of methods (in the table's order) and seeds; InputError for settings that cannot be."""
-    known = [*METHODS, *[loss for loss in LOSSES if loss not in METHODS]]
+    """Methods, in the table's order, and seeds; InputError or ValueError for what cannot be."""
+    known = ["pop", "cm", "cm-debiased", *RECIPES, *[f"{method}+cm" for method in RECIPES]]
     asked = settings.methods.split(",")
-    for method in asked:
+    for method in [*asked, settings.oracle or "tb"]:
         if method not in known:
-            raise InputError(f"--methods: unknown method {method!r}; choose of {', '.join(known)}")
-    needed = {method.removesuffix("+cm") for method in asked} | set(asked)
-    if needed - {"pop", "cm"} and not settings.sft:
-        needed.add("sft")                                       # all others start from it
-    may_be_zero = ("dropout", "trajectories", "debias")
-    for name, value in asdict(settings).items():
-        if type(value) in (int, float) and name != "lam" and not (value > 0 or value == 0 and name in may_be_zero):
-            raise InputError(f"--{name} {value} is out of range")
-    try:
-        seeds = [int(seed) for seed in settings.seeds.split(",")]
-        weights = [float(w) for w in settings.weights.split(",")]
-        if len(weights) != 3 or min(weights) < 0 or min(seeds) < 0:
-            raise ValueError("three weights; nothing negative")
-    except ValueError as error:
-        raise InputError(f"--seeds takes whole numbers, --weights three numbers: {error}") from None
-    devices = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if settings.device == "auto":
-        settings.device = next(name for name, there in devices.items() if there)
-    if not devices.get(settings.device):
-        raise InputError(f"--device {settings.device} is not here; choose auto or cpu")
+            raise InputError(f"unknown method {method!r}; choose of {', '.join(known)}")
+    needed = {*asked, *[method.removesuffix("+cm") for method in asked]}
+    if needed - {"pop", "cm", "cm-debiased"} and not settings.sft:
+        needed.add("sft")                                       # all the others start from it
+    if settings.sampler not in (None, *SAMPLERS):
+        raise InputError(f"--sampler {settings.sampler}: choose of {', '.join(SAMPLERS)}")
+    for name, value in dataclasses.asdict(settings).items():
+        least = 0 if name in ("dropout", "debias", "gr", "lam", "codes") else 1e-9
+        if type(value) in (int, float) and not least <= value < (1 if name == "dropout" else 1e9):
+            raise InputError(f"--{name.replace('_', '-')} {value} is out of range")
+    weights = [float(weight) for weight in settings.weights.split(",")]
+    if len(weights) != 3 or min(weights) < 0 or not sum(weights) < math.inf:
+        raise InputError(f"--weights {settings.weights}: give three numbers, none negative")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [device for device in there if there[device]]
+    settings.device = there[0] if settings.device == "auto" else settings.device
+    if settings.device not in there:
+        raise InputError(f"--device {settings.device} is not here; choose of {', '.join(there)}")
+    seeds = [int(seed) for seed in settings.seeds.split(",")]
     return [method for method in known if method in needed], seeds
 
-
 def earlier_runs(settings, data):
-    """The runs of OUT/results.json for --resume; InputError where it is of other settings or data."""
+    """What --resume keeps of OUT/results.json; InputError where that is of other settings or data."""
     path = Path(settings.out) / "results.json"
     if not path.exists():
         return []
     old = json.loads(path.read_text(encoding="utf-8"))
-    free = ("methods", "seeds", "out", "device", "threads", "resume")
-    for name, value in asdict(settings).items():
-        if name not in free and old["settings"].get(name) != value:
-            raise InputError(f"{settings.out} holds a run with --{name} {old['settings'].get(name)}, "
-                             f"not {value}; choose another --out or delete it")
-    if old["data"] != data.sizes:
-        raise InputError(f"{settings.out} holds a run on other data; choose another --out")
+    new = json.loads(json.dumps({"data": data.sizes, "settings": dataclasses.asdict(settings)}))
+    for free in ("methods", "seeds", "out", "device", "threads", "resume", "sft"):
+        old["settings"].pop(free, None)
+        del new["settings"][free]
+    for name, value in [*new["settings"].items(), ("data", None)]:
+        before, now = (old["settings"].get(name), value) if value is not None or name != "data" else (old["data"], new["data"])
+        if before != now:
+            raise InputError(f"{settings.out} holds a run with {name} {before}, not {now}; "
+                             "choose another --out, or delete that folder")
     return old["runs"] if settings.resume else []
 
-
-def run(settings):
-    """The whole job → results; every finished method is written at once."""
+def run(settings, cm=None):
+    """The whole job → results; every finished method is written at once. cm: your own CM, with
+    scores(histories, following) as CollaborativeModel has; it is not saved with guided models."""
     methods, seeds = check(settings)
     data = load_data(settings.data)
     runs = earlier_runs(settings, data)
     done = [(entry["method"], entry["seed"]) for entry in runs]
+    out = Path(settings.out)
+    if WORLD > 1:
+        torch.distributed.init_process_group("nccl" if settings.device == "cuda" else "gloo")
+        if settings.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     for seed in seeds:
         prepared = None
         for method in methods:
-            if (method, seed) not in done:
-                prepared = prepared or prepare(seed, data, settings)
-                runs.append(run_method(method, seed, prepared, data, settings))
-                results = results_of(runs, data, settings)
-                if RANK == 0:
-                    write_json(Path(settings.out) / "results.json", results)
-    (Path(settings.out) / "results.md").write_text(table_of(results) + "\n", encoding="utf-8")
-    print("\n" + table_of(results) + "\n")
-    for line in figures.draw_run(settings.out, data, results, METHODS):
-        print(line)
-    print(f"results.json, results.md and the models are in {settings.out}/")
+            if (method, seed) in done:
+                continue
+            prepared = prepared or prepare(seed, data, settings, cm)
+            runs.append(run_method(method, seed, prepared, data, settings))
+            results = results_of(runs, data, settings)
+            if RANK == 0:
+                write_json(out / "results.json", results)
+    if RANK == 0:
+        show_first_user(runs, data)
+        (out / "results.md").write_text(table_of(results) + "\n", encoding="utf-8")
+        print("\n" + table_of(results) + "\n", *figures.draw_run(out, data, results), sep="\n")
+        print(f"results.json, results.md and the saved models are in {out}/")
     return results
 
+def distribution(policy, histories):
+    """P(v | U) of every item (B, n), and the head's log Z(U) (B,)."""
+    tokens, lengths = policy.eval().tokens(histories)
+    items = torch.arange(len(policy.semantic_ids.codes)).expand(len(histories), -1)
+    with torch.no_grad():
+        log_probs, log_flow = policy(tokens, lengths[:, None].expand(items.shape), items)
+    return policy.steps(log_probs, items).sum(-1).exp().cpu(), log_flow[:, 0, 0].cpu()
+
+def flow_of(policy, history, exact, data):
+    """What figures.plot_flows draws: P* = R/Z of all items (n,), exact, beside what P is."""
+    learned, _ = distribution(policy, [history])
+    return {"codes": policy.semantic_ids.codes.tolist(), "titles": data.titles,
+            "history": [data.titles[item] for item in history], "exact_name": "reward, R/Z",
+            "learned_name": "policy, P", "exact": exact.tolist(), "learned": learned[0].tolist()}
+
+def run_oracle(settings):
+    """Train one method on four contexts, from random weights, until P = R/Z, known exactly."""
+    _, seeds = check(settings)
+    data = load_data(settings.data)
+    _, ids, reward = prepare(seeds[0], data, settings)
+    data = dataclasses.replace(data, train=data.train[:4], histories=data.histories[:4])
+    contexts = [(user, len(history) - 1) for user, history in enumerate(data.train)]
+    rows = [(user, max(0, place - settings.window), place, place + 1) for user, place in contexts]
+    r, _, _, _, histories = rewards_of(contexts, data, reward)
+    target = (r / r.sum(1, keepdim=True)).cpu()                 # P* = R/Z
+    torch.manual_seed(seeds[0])
+    policy = Policy(ids, settings.window, settings.width, settings.layers, dropout=0.0)
+    policy.to(settings.device)
+    recipe = dataclasses.replace(RECIPES[settings.oracle], gr=0.0, sampler="reward", even=0.5,
+                                 trajectories=64, rate=1.0)
+    many = dataclasses.replace(settings, batch=4, epochs=15, fine_rate=2e-3)
+    out = Path(settings.out) / f"oracle-{settings.oracle}"
+    before, _ = distribution(policy, histories)
+    train(settings.oracle, recipe, policy, reward, data, rows * 100, seeds[0], out, many)
+    learned, log_z = distribution(policy, histories)
+    print(f"mean L1 distance of P from R/Z: {(before - target).abs().sum(1).mean():.4f} before, "
+          f"{(learned - target).abs().sum(1).mean():.4f} after; largest error of log Z(U): "
+          f"{(log_z - r.sum(1).log().cpu()).abs().max():.4f}")
+    figures.plot_flows(out / "oracle.png", flow_of(policy, histories[0], target[0], data))
+
+def show_first_user(runs, data):
+    """For the first user: the history, and what each method recommends, by title."""
+    history = data.histories[0][:-1]
+    hidden = data.truth["liked"][0] - data.truth["shown"][0] if data.truth else set()
+    print(f"user {data.user_ids[0]}: " + ", ".join(data.titles[item] for item in history[-8:]))
+    for run in [run for run in runs if run["seed"] == runs[0]["seed"]]:
+        titles = [data.titles[item] + "*" * (item in hidden) for item in run["first"][:5] if item >= 0]
+        print(f"  {run['method']:>13}  " + ", ".join(titles))
+    print("  * liked, but never shown" if hidden else "")
 
 def print_recommendations(policy, names):
     """Ten titles for a history of titles or ids, oldest first."""
     ids, titles = policy.catalogue["item_ids"], policy.catalogue["titles"]
-    items, log_probs = policy.recommend([[find_item(name, ids, titles) for name in names]])
-    for item, log_prob in zip(items[0].tolist(), log_probs[0].tolist()):
+    items, scores = policy.recommend([[find_item(name, ids, titles) for name in names]])
+    for item, score in zip(items[0].tolist(), scores[0].tolist()):
         if item >= 0:
-            print(f"{math.exp(log_prob):.4f}  {titles[item]}")
-
-
-def distribution(policy, histories):
-    """P(v | U) of every item (B, n), and the head's log Z (B,), in eval mode."""
-    policy.eval()
-    tokens, lengths = policy.tokens(histories)
-    items = torch.arange(len(policy.semantic_ids.codes)).expand(len(histories), -1)
-    with torch.no_grad():
-        log_probs, log_flow = policy(tokens, lengths[:, None].expand(items.shape), items)
-    return policy.steps(log_probs, items).sum(-1).exp(), log_flow[:, 0, 0]
-
-
-def run_oracle(settings, users=4, steps=1200, samples=64, rate=2e-3):
-    """One loss alone, from random weights, on a few users, until P = R/Z (known by enumeration)."""
-    _, seeds = check(settings)
-    settings.device = "cpu"
-    data = load_data(settings.data)
-    _, ids, reward = prepare(seeds[0], data, settings)
-    torch.manual_seed(seeds[0])
-    policy = Policy(ids, settings.window, settings.width, settings.layers, dropout=0.0)
-    histories = data.train[:users]
-    positives = torch.tensor([history[-2] for history in data.histories[:users]])
-    # R times 1, 2, 3, 4 from user to user: else every Z is about 1 and there is nothing to learn
-    r = reward(histories, positives, positives >= 0) * torch.arange(1, users + 1)[:, None]
-    target, log_z = r / r.sum(1, keepdim=True), r.sum(1).log()
-    torch.manual_seed(seeds[0])
-    optimizer = torch.optim.Adam([{"params": policy.lm.parameters()},
-                                  {"params": policy.flow_head.parameters(), "lr": 10 * rate}], lr=rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps, 50))
-    tokens, lengths = policy.tokens(histories)
-    ends, curve = lengths[:, None].expand(-1, samples), []
-    for step in tqdm(range(steps + 1), desc="oracle", disable=None):
-        if step % 50 == 0:
-            found, head = distribution(policy, histories)
-            curve.append((step, (found - target).abs().sum(1).mean().item(), (head - log_z).abs().max().item()))
-        even = torch.randint(target.shape[1], (users, samples - samples // 2))
-        items = torch.cat([even, torch.multinomial(target, samples // 2, replacement=True)], 1)
-        policy.train()
-        log_probs, log_flow = policy(tokens, ends, items)
-        loss = LOSSES[settings.oracle](SimpleNamespace(
-            log_probs=log_probs, log_flow=log_flow, log_pf=policy.steps(log_probs, items),
-            log_r=r.gather(1, items).log(), child_flow=ids.child_flows(r, items)))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    print(curve[0], curve[-1])
-
+            print(f"{math.exp(score):.4f}  {titles[item]}")
 
 def main(settings):
     """Do what was asked for → exit status; one line on stderr where it cannot be done."""
     try:
         if settings.recommend:
             print_recommendations(Policy.from_pretrained(settings.model), settings.recommend)
-        elif settings.oracle:
-            run_oracle(settings)
         else:
-            run(settings)
+            (run_oracle if settings.oracle else run)(settings)
         return 0
-    except (InputError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
+        return 2
     except KeyboardInterrupt:
-        print(f"\nstopped; --resume goes on after the finished methods", file=sys.stderr)
+        print("stopped; --resume goes on after the finished methods", file=sys.stderr)
         return 130
-
 
 if __name__ == "__main__":
     sys.exit(main(SETTINGS))

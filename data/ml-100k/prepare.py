@@ -1,10 +1,8 @@
 """Fetch MovieLens-100K: python data/ml-100k/prepare.py [WHEEL] writes items.csv, interactions.csv.
 
-Its licence forbids passing it on. The PyPI package recbole 1.2.1 has it: downloaded, not installed.
-"""
+Its licence forbids passing it on. PyPI's recbole 1.2.1 has it: downloaded, not installed."""
 import csv
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,7 +16,6 @@ SHA256 = {"item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064
           "inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"}
 BY_HAND = (f"by hand, where there is a network: pip download --no-deps {PACKAGE}; "
            "then here: python data/ml-100k/prepare.py recbole-1.2.1-py3-none-any.whl")
-
 
 def prepare(wheel, folder=HERE):
     """Write the wheel's two tables as CSV files; raises OSError if they are not the known ones."""
@@ -38,8 +35,7 @@ def prepare(wheel, folder=HERE):
         part = Path(folder) / f"{name}.part"                   # renamed when it is whole
         with open(part, "w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows(rows[table])
-        os.replace(part, Path(folder) / name)
-
+        part.replace(Path(folder) / name)
 
 def fetch(folder=HERE):
     """Download and prepare the data set unless `folder` holds it already; raises OSError."""
@@ -50,10 +46,8 @@ def fetch(folder=HERE):
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", place, PACKAGE]
         done = subprocess.run(pip, capture_output=True, text=True)
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-            raise OSError(f"could not download ml-100k ({reason}); {BY_HAND}")
+            raise OSError(f"could not download ml-100k: {done.stderr.splitlines()[-1:]}; {BY_HAND}")
         prepare(next(Path(place).glob("recbole-*.whl")), folder)
-
 
 if __name__ == "__main__":
     try:
