@@ -1,41 +1,43 @@
 """GFlowGR in one file: fine-tune a generative recommender so that P(item | user) follows a reward.
 
-A generative recommender writes the next item's semantic ID, code by code, after a user's history.
-Supervised fine-tuning (SFT) on the log teaches it what was shown, not what would be liked: exposure
-bias. GFlowGR reads an ID as a path down a tree and trains a GFlowNet on it: the probability of an
-item shall be proportional to its reward R, which mixes the logged action, the score of a
-collaborative model (CM) and the similarity of IDs. Numbers in brackets, (1) … (9), are README's.
+A generative recommender reads a user's history and writes the semantic ID of the next item, code
+by code. Supervised fine-tuning (SFT) on the log teaches what was shown, not what the user would
+like: exposure bias. GFlowGR reads an ID as a path down a tree and trains a GFlowNet on it: the
+probability of an item shall be proportional to its reward R. R mixes the logged action, the score
+of a collaborative model (CM) and the similarity of IDs. Numbers (1) … (9) are those of README.
 
 Letters in shapes: B rows of a batch (users), H tokens of a row's history, T targets in a row, C
-contexts (a target and the history before it), N augmented trajectories and J trajectories a
-context, E branches in a row, L levels, K codes a level, n items, P prefixes, W beams, d hidden size.
+contexts (a target and the history before it), N augmented and J all trajectories of a context, E
+branches and S places in a row, L levels, K codes a level, n items, P prefixes, W beams, d width.
 """
 import copy
-import dataclasses
 import json
 import math
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, Optional
 
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
-from data import InputError, find_item, load_data, read_ids
+from data import InputError, check, find_item, load_data, read_ids
 
-PRESETS = {"toy": dict(width=64, layers=2, batch=16, rate=3e-3, sft_epochs=12, epochs=12,
-                       fine_rate=4e-3, weights="0.2,0.75,0.05", debias=1.0),
-           "ml-100k": dict(codes=256, width=96, rate=3e-3, beams=50)}   # long histories fill a beam
+PRESETS = {                                     # long histories fill a beam: ml-100k has 50
+    "toy": dict(methods="pop,cm,cm-debiased,sft,sft-continued,tb,fm,fm+cm", width=64, layers=2,
+                batch=16, sft_epochs=12, rate=3e-3, epochs=8, fine_rate=3e-3,
+                weights="0.2,0.75,0.05", debias=1.0),
+    "ml-100k": dict(codes=256, width=96, rate=3e-3, epochs=3, beams=50)}
 
 @dataclass
 class Settings:
     """All settings; each field is a flag, and its help says why the default is what it is."""
     data: str = HfArg(default="toy", help="toy, ml-100k, or a folder with two CSV files")
-    methods: str = HfArg(default="pop,cm,sft,sft-continued,tb,fm,fm+cm", help="comma-separated: pop, "
-                         "cm, sft, or of RECIPES; NAME+cm is NAME with its beam guided by the CM")
+    methods: str = HfArg(default="pop,cm,sft,sft-continued,tb,fm,fm+cm", help="comma-separated: "
+                         "pop, cm, a name in RECIPES, or NAME+cm: its beam is guided by the CM")
     seeds: str = HfArg(default="42", help="comma-separated: every method runs once with each")
     out: str = HfArg(default="", help="folder for results (default: runs/NAME-OF-DATA)")
     resume: bool = HfArg(default=False, help="keep the finished methods in --out and go on")
@@ -43,8 +45,7 @@ class Settings:
     quick: bool = HfArg(default=False, help="a smoke run in seconds: one epoch of everything")
     device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="where to train")
     threads: int = HfArg(default=1, help="CPU threads: for models as small as these, one is best")
-    ids: str = HfArg(default="mixed", help="semantic IDs from text (content, as TIGER), from text and "
-                     "co-occurrence (mixed), or from FILE.csv: item_id and one column a code")
+    ids: str = HfArg(default="mixed", help="content (text), mixed (text and log), or FILE.csv")
     codes: int = HfArg(default=0, help="K, codes a level (default: a power of 2 near items / 16)")
     levels: int = HfArg(default=3, help="L, levels of an ID: as in the paper's examples")
     window: int = HfArg(default=20, help="items of the history that are read: the last say most")
@@ -55,36 +56,36 @@ class Settings:
     rate: float = HfArg(default=1.5e-3, help="peak learning rate of SFT: small models like it high")
     sft_epochs: int = HfArg(default=8, help="epochs of SFT: validation stops rising there")
     fine_rate: float = HfArg(default=1.5e-3, help="peak learning rate of fine-tuning")
-    epochs: int = HfArg(default=7, help="epochs of fine-tuning: the gain comes with the last ones")
-    sampler: Optional[str] = HfArg(default=None, help="session, random, curriculum, policy or reward")
+    epochs: int = HfArg(default=7, help="epochs of fine-tuning: the last ones bring the gain")
+    sampler: Optional[str] = HfArg(default=None, help="one of SAMPLERS (default: see RECIPES)")
     trajectories: Optional[int] = HfArg(default=None, help="N, augmented trajectories a context")
-    gr: Optional[float] = HfArg(default=None, help="weight of L_GR beside the GFlowNet loss")
-    lam: Optional[float] = HfArg(default=None, help="lambda, weight of the GFlowNet loss (these four: "
-                                 "default by method, see RECIPES)")
-    weights: str = HfArg(default="0.3,0.65,0.05", help="w_a,w_y,w_s of the reward, shares of Z: "
-                         "action, CM, similarity; the CM says most about what was never shown")
-    reward: Literal["sum", "product"] = HfArg(default="sum", help="R, or the frozen SFT model x R^gamma")
-    debias: float = HfArg(default=0.0, help="delta: the CM's score is divided by popularity^delta")
-    gamma: float = HfArg(default=2.0, help="power of the CM that guides NAME+cm, or of R in the product")
+    gr: Optional[float] = HfArg(default=None, help="weight of L_GR (default: see RECIPES)")
+    lam: Optional[float] = HfArg(default=None, help="lambda, weight of L_GFN (also by method)")
+    weights: str = HfArg(default="0.3,0.65,0.05", help="w_a,w_y,w_s of R; the CM sees unseen items")
+    reward: Literal["sum", "product"] = HfArg(default="sum", help="R, or P of SFT times R^gamma")
+    debias: float = HfArg(default=0.0, help="delta: CM score over popularity^delta; 0: as logged")
+    gamma: float = HfArg(default=2.0, help="power of the CM in NAME+cm, or of R in the product")
     beams: int = HfArg(default=20, help="beam width: twice the ten items that are shown")
     oracle: Optional[str] = HfArg(default=None, metadata={"nargs": "?", "const": "tb"},
-                                  help="train four users with this method until P = R/Z")
+                                  help="train four users with this loss until P = R/Z")
     recommend: list[str] = HfArg(default_factory=list, help="print ten titles for this history")
-    model: str = HfArg(default="", help="the saved model for --recommend, such as runs/toy/tb-42")
+    model: str = HfArg(default="", help="the saved model for --recommend, like runs/toy/tb-42")
 
 def parse(argv):
-    """Settings from the command line; what is unknown ends in one line on stderr and status 2."""
+    """Settings from the command line; a mistake ends in one line on stderr and status 2."""
     parser = HfArgumentParser(Settings, allow_abbrev=False, description=__doc__.splitlines()[0])
-    parser.error = lambda message: parser.exit(2, f"error: {message}; --help lists what there is\n")
+    def fail(message):
+        parser.exit(2, f"error: {message}; --help lists what there is\n")
+    parser.error = fail
     known = parser.parse_args(argv)
     if bool(known.recommend) != bool(known.model):
-        parser.error("--recommend and --model go together")
+        fail("--recommend and --model go together")
     parser.set_defaults(**PRESETS.get(known.data, {}))
     if known.quick:
         parser.set_defaults(sft_epochs=1, epochs=1)
     settings = parser.parse_args_into_dataclasses(argv)[0]
-    name = Path(settings.data).resolve().name + "-quick" * settings.quick
-    settings.out = settings.out or f"runs/{name}"
+    name = Path(settings.data).resolve().name
+    settings.out = settings.out or f"runs/{name}" + "-quick" * settings.quick
     return settings
 
 if __name__ == "__main__":
@@ -95,7 +96,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
@@ -104,21 +104,19 @@ from reward import CollaborativeModel, Reward, best_of, entries
 from tokenizer import SemanticIDs, item_features
 
 transformers.utils.logging.disable_progress_bar()
-NEVER = -1e9                                # log-probability of what cannot be; finite: 0 · NEVER = 0
-RANK = int(os.environ.get("RANK", 0))       # torchrun's: which process, and how many
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+NEVER = -1e9                                    # log-probability of what is illegal; 0 · NEVER = 0
+RANK = int(os.environ.get("RANK", 0))           # set by torchrun: the number of this process
+WORLD = int(os.environ.get("WORLD_SIZE", 1))    # set by torchrun: how many processes there are
 
 # --- Rows of a batch ------------------------------------------------------------------------------
 def pad(lists, value):
     """Lists of integers as one tensor, filled up with `value` on the right."""
     rows = [torch.tensor(items, dtype=torch.long) for items in lists]
-    return pad_sequence(rows, batch_first=True, padding_value=value)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 def training_rows(histories, window):
     """Rows (user, start, first, stop): items[start:stop] are read, items[first:stop] are targets.
-
-    A history longer than the window gives several rows; the later ones have window // 2 targets.
-    """
+    A history longer than the window gives several rows; the later ones have window // 2 targets."""
     rows = []
     for user, history in enumerate(histories):
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
@@ -127,10 +125,10 @@ def training_rows(histories, window):
     return rows
 
 def batches(rows, histories, size, policy, rng):
-    """One epoch of batches in random order; rows of like lengths together, for less padding.
+    """One epoch of batches in random order; rows of similar length together, for less padding.
 
-    A batch: tokens (B, H); targets (B, T); ends (B, T), how many items of the row stand before each
-    target; valid (B, T), False on padding; contexts, the C valid targets as (user, place) pairs.
+    A batch: tokens (B, H); targets (B, T); ends (B, T), the number of items before each target;
+    valid (B, T), False on padding; contexts, the C valid targets as pairs (user, place).
     """
     order = rng.permutation(len(rows))
     groups = []
@@ -145,17 +143,17 @@ def batches(rows, histories, size, policy, rng):
         read = [histories[user][start:stop - 1] for user, start, _, stop in chosen]
         targets = pad([histories[user][first:stop] for user, _, first, stop in chosen], -1)
         ends = pad([range(first - start, stop - start) for _, start, first, stop in chosen], 0)
-        yield SimpleNamespace(tokens=policy.tokens(read)[0], targets=targets.clamp(min=0), ends=ends,
-                              valid=targets >= 0, contexts=contexts)
+        yield SimpleNamespace(tokens=policy.tokens(read)[0], targets=targets.clamp(min=0),
+                              ends=ends, valid=targets >= 0, contexts=contexts)
 
 # --- The policy: P_F(next code | user, codes so far) ----------------------------------------------
 def tree_mask(ends, H, L):
-    """Who sees whom in a packed row: floats (B, S, S), 0 where place i sees place j, else NEVER.
+    """Which places see which in a packed row: floats (B, S, S), 0 where i sees j, else NEVER.
 
     A row is H tokens of history, <user> first, then E branches of L−1 codes: S = H + E·(L−1).
-    Branch e of row b goes on from the first ends[b, e] items (ends (B, E)) and sees the places
-    0 … ends[b, e]. A place of the history sees itself and those before it, never a branch; a code
-    sees its own branch up to itself, never another. <user> a b, branches c d from a, e f from b:
+    Branch e of row b continues the first ends[b, e] items of the history (ends (B, E)): it sees the
+    places 0 … ends[b, e]. A place of the history sees itself and all before it, never a branch. A
+    code sees its own branch up to itself. <user> a b, with branch c d after a, and e f after b:
 
     >>> for place, row in zip("uabcdef", tree_mask(torch.tensor([[1, 2]]), H=3, L=3)[0]):
     ...     print(place, *["1" if x == 0 else "." for x in row])
@@ -179,8 +177,8 @@ class Policy(torch.nn.Module):
     """A small GPT-2 that reads a history and writes a semantic ID, plus the table of IDs.
 
     Tokens: code c of level l is l·K + c; L·K is <user>, which opens every row; L·K + 1 + i is item
-    i of a history (2). A row is a packed tree: the history once, then branches, each the first L−1
-    codes of one path (the last is predicted, never read), so that many paths cost one pass.
+    i of a history (2). A row is a packed tree: the history once, then branches. A branch is the
+    first L−1 codes of one path; the last code is never read. So many paths cost one pass.
     """
 
     def __init__(self, semantic_ids, window=20, width=128, layers=3, dropout=0.2, lm=None):
@@ -198,7 +196,7 @@ class Policy(torch.nn.Module):
             resid_pdrop=dropout, embd_pdrop=dropout,            # attn_pdrop would double a step
             bos_token_id=self.user_token, eos_token_id=self.user_token,
             activation_function="gelu_pytorch_tanh"))           # gelu_new's values, faster on CPU
-        # log F(s) = the head's output + log of the share of items below s. Without the second part
+        # log F(s) = output of the head + log of the share of items below s. Without the second part
         # residuals begin as large as log n. At the root, log F is log Z(U).
         self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)
         for parameter in self.flow_head.parameters():
@@ -208,8 +206,8 @@ class Policy(torch.nn.Module):
 
     @torch.no_grad()
     def start_from(self, features):
-        """Token embeddings from features (n, ...): an item's is its features, projected at random;
-        a code's is the mean, over the items that have it, of what the codes before have left."""
+        """Token embeddings from features (n, ...). An item gets its features, projected at random;
+        a code the mean, over the items that have it, of the residual after the codes before."""
         K = self.semantic_ids.num_codes
         wte = self.lm.transformer.wte.weight
         vector = torch.as_tensor(features, dtype=torch.float32)
@@ -233,13 +231,14 @@ class Policy(torch.nn.Module):
         """log P_F of all next codes, and log F of all prefixes, along packed branches.
 
         tokens (B, H); branch e of row b is the path of items[b, e] after the first ends[b, e] items
-        of the history, both (B, E) → (B, E, L, K) log-probabilities, NEVER where a code is illegal,
-        and (B, E, L) log flows of s_0 … s_{L-1}.
+        of the history, both (B, E) → log-probabilities (B, E, L, K), NEVER where a code is illegal,
+        and log flows (B, E, L) of s_0 … s_{L-1}.
         """
         ids = self.semantic_ids
         tokens, ends, items = (x.to(self.even_flow.device) for x in (tokens, ends, items))
         B, H = tokens.shape
-        L, K = ids.num_levels, ids.num_codes
+        L = ids.num_levels
+        K = ids.num_codes
         depth = torch.arange(L - 1, device=tokens.device)
         branches = (ids.codes[items][..., :-1] + depth * K).flatten(1)              # (B, E·(L-1))
         branch_places = (ends[..., None] + 1 + depth).flatten(1)                    # (B, E·(L-1))
@@ -250,8 +249,8 @@ class Policy(torch.nn.Module):
         root = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[2]))    # (B, E, d)
         later = hidden[:, H:].reshape(*ends.shape, L - 1, -1)                       # (B, E, L-1, d)
         prefixes = torch.cat([root[:, :, None], later], 2)                          # (B, E, L, d)
-        # One head a level: its rows of the embedding. One slice for all: a slice for each level
-        # would allocate a gradient as large as the whole embedding for each.
+        # One head a level: its rows of the embedding. Slice the embedding once: a slice per level
+        # would allocate a full-size gradient for each.
         heads = self.lm.transformer.wte.weight[:L * K].unflatten(0, (L, K))         # (L, K, d)
         logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()            # (B, E, L, K)
         nodes = ids.nodes[items][..., :-1]                                          # (B, E, L)
@@ -273,17 +272,17 @@ class Policy(torch.nn.Module):
     def recommend(self, histories, k=10, beams=20):
         """The k best items of B histories: items (B, k), best first, and their scores (B, k).
 
-        Beam search over legal codes: a prefix scores Σ log P_F of its codes, P_F a softmax over the
-        legal codes alone; the best max(beams, k) prefixes of a user go on to the next level. Never
-        an item of the history, never a duplicate; −1 and −inf where no item is left; exact with
-        enough beams. With self.cm prefixes compete by log P_F(s) + log F(s), the flow of CM^γ (9).
+        Beam search over legal codes: the score of a prefix is Σ log P_F of its codes, and the best
+        max(beams, k) prefixes of a user go on to the next level. Never an item of the history,
+        never a duplicate; −1 and −inf where no item is left; exact with enough beams. With self.cm
+        prefixes compete by log P_F(s) + log F(s), F the exact flow of CM^γ (9).
         """
         ids = self.semantic_ids
         tokens, lengths = (x.to(self.even_flow.device) for x in self.tokens(histories))
         B, H = tokens.shape
         K = ids.num_codes
         cache = DynamicCache()
-        hidden = self.lm.transformer(tokens, cache).last_hidden_state               # causal by itself
+        hidden = self.lm.transformer(tokens, cache).last_hidden_state               # (B, H, d)
         hidden = hidden[torch.arange(B), lengths][:, None]                          # (B, W = 1, d)
         place = torch.arange(H, device=tokens.device)
         mask = torch.where(place > lengths[:, None, None], NEVER, 0.0)              # (B, W, H + …)
@@ -295,8 +294,7 @@ class Policy(torch.nn.Module):
         for level in range(ids.num_levels):
             head = self.lm.transformer.wte.weight[level * K:(level + 1) * K]        # (K, d)
             child = ids.next_node[node]                                             # (B, W, K)
-            # In place: a pass over (B, W, K) costs as much as a block of the model. Illegal paths
-            # keep a score below NEVER / 2.
+            # In place: a pass over (B, W, K) costs as much as a block of the model.
             total = (hidden @ head.T).masked_fill_(child < 0, NEVER).log_softmax(-1)
             total = total.add_(score[..., None]).flatten(1)                         # (B, W·K)
             child = child.flatten(1)
@@ -304,7 +302,7 @@ class Policy(torch.nn.Module):
             if self.cm is not None:
                 value = total + log_flow.gather(1, child.clamp(min=0))
             if level == ids.num_levels - 1:
-                break                                           # the children are items
+                return self.best_unseen(value, child, histories, k)
             best = value.topk(min(max(beams, k), value.shape[1]), 1).indices        # (B, W)
             score = total.gather(1, best)
             node = child.gather(1, best)
@@ -316,11 +314,15 @@ class Policy(torch.nn.Module):
             places = (lengths[:, None] + 1 + level).expand(B, W)
             hidden = self.lm.transformer(level * K + best % K, cache, attention_mask=mask[:, None],
                                          position_ids=places).last_hidden_state     # (B, W, d)
-        owned = torch.zeros(B, len(ids.codes), dtype=torch.bool)
+
+    def best_unseen(self, value, child, histories, k):
+        """The k best whole paths: value (B, W·K), nodes child (B, W·K) → items, scores (B, k)."""
+        owned = torch.zeros(len(histories), len(self.semantic_ids.codes), dtype=torch.bool)
         owned[entries(histories)] = True
         enough = k + min(max(map(len, histories)), value.shape[1])   # k are left without the owned
         value, best = F.pad(value, (0, k), value=NEVER).topk(enough, 1)
-        item = F.pad(child, (0, k), value=-1).gather(1, best) - ids.num_prefixes
+        item = F.pad(child, (0, k), value=-1).gather(1, best) - self.semantic_ids.num_prefixes
+        # Illegal paths keep a score below NEVER / 2.
         gone = (value < NEVER / 2) | owned.to(item.device).gather(1, item.clamp(min=0))
         score, best = value.masked_fill(gone, -math.inf).topk(k, 1)
         return item.gather(1, best).masked_fill(score == -math.inf, -1), score
@@ -329,8 +331,9 @@ class Policy(torch.nn.Module):
         """Write config.json and model.safetensors (plain GPT-2), and IDs and titles beside them."""
         part = Path(f"{folder}.part")                           # renamed when whole
         self.lm.save_pretrained(part)
-        table = {"num_codes": self.semantic_ids.num_codes, "codes": self.semantic_ids.codes.tolist()}
-        write_json(part / "semantic_ids.json", table | {"gamma": self.gamma} | self.catalogue)
+        ids = self.semantic_ids
+        table = {"num_codes": ids.num_codes, "codes": ids.codes.tolist(), "gamma": self.gamma}
+        write_json(part / "semantic_ids.json", table | self.catalogue)
         if isinstance(self.cm, CollaborativeModel):
             self.cm.save(part / "cm.safetensors")
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -341,9 +344,7 @@ class Policy(torch.nn.Module):
     @classmethod
     def from_pretrained(cls, folder):
         """The Policy that save_pretrained wrote, in eval mode; InputError where there is none.
-
-        Its flow head, which training alone needs, starts anew. No pickle is read.
-        """
+        Its flow head, which training alone needs, starts anew."""
         try:
             table = json.loads((Path(folder) / "semantic_ids.json").read_text(encoding="utf-8"))
             ids = SemanticIDs(table.pop("codes"), table.pop("num_codes"))
@@ -386,8 +387,8 @@ def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
     return -F.logsigmoid(-margin.logsumexp(1)).mean()
 
 # The same losses as functions of `paths`, J paths at each of C contexts: log_pf (C, J, L) of the
-# steps taken, log_probs (C, J, L, K) of all steps, log_flow (C, J, L) of s_0 … s_{L-1}, log_r (C, J);
-# child_flow (C, J, L, K), exact; reference (C, J, L), log P_F of S-DPO's frozen policy.
+# codes taken, log_probs (C, J, L, K) of all codes, log_flow (C, J, L) of s_0 … s_{L-1}, log_r
+# (C, J), child_flow (C, J, L, K), exact, and reference (C, J, L), log P_F of the frozen SFT policy.
 def tb_loss(paths):
     return trajectory_balance(paths.log_flow[:, 0, 0], paths.log_pf.sum(-1), paths.log_r)
 
@@ -398,7 +399,8 @@ def fm_loss(paths):
     return flow_matching(paths.child_flow, paths.log_probs)
 
 def sdpo_loss(paths):
-    policy, reference = paths.log_pf.sum(-1), paths.reference.sum(-1)
+    policy = paths.log_pf.sum(-1)
+    reference = paths.reference.sum(-1)
     return sdpo(policy[:, 0], policy[:, 1:], reference[:, 0], reference[:, 1:], beta=0.1)
 
 @dataclass
@@ -410,18 +412,20 @@ class Recipe:
     sampler: str = "reward"         # where the N augmented trajectories come from
     trajectories: int = 1           # N
     even: float = 0.0               # share of the draws from R that are even draws instead
-    rate: float = 1.0               # peak learning rate, in units of --fine-rate
+    exact: bool = False             # with the exact flows of R, in place of the learned log F
+    rates: tuple = (1.0,)           # peak rates to try, in units of --fine-rate; validation chooses
     dropout: float = 0.0            # of fine-tuning
 
-# The paper's recipe is L_GR plus λ · L_GFN of a few trajectories (a squared log-ratio drowns L_GR
-# where λ is not small). Ours is L_GFN of the whole reward alone: r_a carries the log.
+# The paper's recipe is L_GR + λ · L_GFN of a few trajectories. A squared log-ratio drowns L_GR
+# unless λ is small. Ours is L_GFN of the whole reward alone: its r_a carries the log.
 RECIPES = {
-    "sft": Recipe(gr=1), "sft-continued": Recipe(gr=1, rate=0.5, dropout=0.2),
-    "sdpo": Recipe(sdpo_loss, 1, 1.0, "curriculum", 3, rate=0.3, dropout=0.2),
-    "tb-paper": Recipe(tb_loss, 1, 0.1, "curriculum", 3, rate=0.3, dropout=0.2),
-    "db": Recipe(db_loss, trajectories=3, even=1 / 3, rate=0.5),
-    "tb": Recipe(tb_loss, trajectories=3, even=1 / 3, rate=0.5), "fm": Recipe(fm_loss)}
-
+    "sft": Recipe(gr=1),
+    "sft-continued": Recipe(gr=1, rates=(1.0, 0.3), dropout=0.2),
+    "sdpo": Recipe(sdpo_loss, 1, 1.0, "curriculum", 3, rates=(0.3,), dropout=0.2),
+    "tb-paper": Recipe(tb_loss, 1, 0.1, "curriculum", 3, rates=(0.3,), dropout=0.2),
+    "db": Recipe(db_loss, trajectories=2, exact=True),
+    "tb": Recipe(tb_loss, trajectories=2, exact=True),
+    "fm": Recipe(fm_loss, exact=True)}
 SAMPLERS = ["session", "random", "curriculum", "policy", "reward"]
 
 # --- The adaptive trajectory sampler: which items to learn from beside the logged one -------------
@@ -447,7 +451,7 @@ def curriculum(scores, logged, count, progress):
 def augmented(recipe, r, scores, logged, positives, histories, policy, progress):
     """The N augmented items (C, N) of each context, by the sampler of the recipe."""
     count = recipe.trajectories
-    if recipe.sampler == "reward":                              # ours: from R, a share of them evenly
+    if recipe.sampler == "reward":                              # ours: from R, a share evenly
         weight = (1 - recipe.even) * r / r.sum(1, keepdim=True) + recipe.even / r.shape[1]
         return torch.multinomial(weight, count + 1, replacement=True)[:, :count]   # 1 alone is slow
     if recipe.sampler == "session":                             # others of the user's own items
@@ -476,96 +480,96 @@ def rewards_of(contexts, data, reward):
     r = reward(scores, positives, torch.tensor(liked, device=scores.device))
     return r, scores, logged, positives, histories
 
+def paths_of(model, batch, items):
+    """One pass over the paths of items (C, J), packed as branches → log_pf, log_probs, log_flow."""
+    policy = getattr(model, "module", model)                    # what DistributedDataParallel wraps
+    J = items.shape[1]
+    packed = torch.zeros(*batch.valid.shape, J, dtype=torch.long)                   # (B, T, J)
+    packed[batch.valid] = items.cpu()
+    packed = packed.flatten(1)                                                      # (B, E = T·J)
+    log_probs, log_flow = model(batch.tokens, batch.ends.repeat_interleave(J, 1), packed)
+    def at_contexts(x):
+        return x.unflatten(1, (-1, J))[batch.valid]                                 # (C, J, ...)
+    return SimpleNamespace(log_pf=at_contexts(policy.steps(log_probs, packed)),
+                           log_probs=at_contexts(log_probs), log_flow=at_contexts(log_flow))
+
 def loss_of(recipe, model, reference, batch, reward, data, progress):
     """L = gr · L_GR(U, v) + λ · mean over trajectories of L_GFN(τ); gr = 1 without a loss is SFT.
-
-    model: the policy, or DistributedDataParallel around it; reference: S-DPO's frozen policy.
-    """
-    # Contexts: every target v of a row, with the history U before it.
-    policy = getattr(model, "module", model)
-    B, T = batch.targets.shape
-    place = batch.valid.flatten().nonzero()[:, 0]                                   # (C,) of B·T
-    items = batch.targets.flatten()[place, None]                # (C, J): the logged path τ_1 …
-    # Trajectories: with L_GR N more paths; without it N alone, since R brings the logged one too.
-    if recipe.loss:
+    model: the policy, or DistributedDataParallel around it; reference: the frozen SFT policy."""
+    items = batch.targets[batch.valid][:, None]                 # (C, J = 1): the logged path τ_1
+    if recipe.loss:                                             # … and N augmented ones
         r, *known = rewards_of(batch.contexts, data, reward)                        # (C, n)
-        drawn = augmented(recipe, r, *known, policy, progress).to(items.device)     # (C, N)
-        items = torch.cat([items, drawn], 1) if recipe.gr else drawn
-    # Probabilities: the J paths of all T targets are branches of one packed row.
-    J = items.shape[1]
-    packed = torch.zeros(B * T, J, dtype=torch.long).index_copy_(0, place, items).view(B, T * J)
-    ends = batch.ends.repeat_interleave(J, 1)                                       # (B, E = T·J)
-    log_probs, log_flow = model(batch.tokens, ends, packed)
-    def at_contexts(x):
-        return x.reshape(B * T, J, *x.shape[2:])[place]                             # (C, J, ...)
-    log_pf = at_contexts(policy.steps(log_probs, packed))                           # (C, J, L)
-    L_GR = -log_pf[:, 0].sum(-1).mean()                         # next-token loss of whole IDs
+        drawn = augmented(recipe, r, *known, getattr(model, "module", model), progress)  # (C, N)
+        # Without L_GR the N paths stand alone: R brings the logged one too.
+        items = torch.cat([items.to(r.device), drawn], 1) if recipe.gr else drawn
+    paths = paths_of(model, batch, items)
+    L_GR = -paths.log_pf[:, 0].sum(-1).mean()                   # next-token loss of whole IDs
     if not recipe.loss:
         return L_GR
-    # The loss of the method. The trajectories come from a sampler, not from the policy: GFlowNet
-    # losses are off-policy. log Z(U) is log F of s_0, the state after the history.
-    paths = SimpleNamespace(log_pf=log_pf, log_probs=at_contexts(log_probs),
-                            log_flow=at_contexts(log_flow), reference=None)
-    items = items.to(r.device)
-    paths.log_r = r.gather(1, items).log().to(log_pf.device)                        # (C, J)
+    # The paths come from a sampler, not from the policy: GFlowNet losses are off-policy. log Z(U)
+    # is log F(s_0), s_0 the state after the history. The mean is over J paths of C contexts.
+    device = paths.log_pf.device
+    paths.log_r = r.gather(1, items).log().to(device)                               # (C, J)
     if reference:
         with torch.no_grad():
-            frozen, _ = reference(batch.tokens, ends, packed)
-        paths.reference = at_contexts(policy.steps(frozen, packed))                 # (C, J, L)
+            frozen = paths_of(reference, batch, items)
+        paths.reference = frozen.log_pf                                             # (C, J, L)
     if reward.gamma:                                            # the product P_SFT(v | U) · R(v)^γ
         paths.log_r = reward.gamma * paths.log_r + paths.reference.sum(-1)
         r = r ** reward.gamma
-    paths.child_flow = reward.ids.child_flows(r, items).to(log_pf.device)           # (C, J, L, K)
-    if reward.gamma:
-        paths.child_flow *= at_contexts(frozen).exp()
+    if recipe.exact:
+        paths.child_flow = reward.ids.child_flows(r, items).to(device)              # (C, J, L, K)
+        if reward.gamma:
+            paths.child_flow *= frozen.log_probs.exp()
+        else:
+            paths.log_flow = paths.child_flow.sum(-1).log()     # log F*(s); at s_0 log Z = log Σ R
     return recipe.gr * L_GR + recipe.lam * recipe.loss(paths)
 
-def train(method, recipe, policy, reward, data, rows, seed, folder, settings):
-    """The one training loop; the best epoch on validation is saved in `folder`.
-
-    → the curve, a list of {"epoch", "loss", "ndcg@10"}; epoch 0, the start, is reported, never
-    saved. Raises FloatingPointError when the loss is not finite.
-    """
-    epochs = settings.sft_epochs if method == "sft" else settings.epochs
-    rate = settings.rate if method == "sft" else settings.fine_rate * recipe.rate
-    per_epoch = max(1, math.ceil(len(rows) / settings.batch) // WORLD)
-    steps = epochs * per_epoch
+def optimizer_of(policy, rate, steps):
+    """AdamW and its schedule: a short warm-up to the peak rate, then a cosine down to 0."""
     groups = [{"params": policy.lm.parameters()},
               {"params": policy.flow_head.parameters(), "lr": 10 * rate}]           # log Z: fast
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     warm_up = min(200, steps // 10 + 1)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warm_up, steps)
+    return optimizer, transformers.get_cosine_schedule_with_warmup(optimizer, warm_up, steps)
+
+def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
+    """The one training loop → the curve, a list of {"epoch", "loss", "ndcg@10"}, 0 being the start.
+    The last epoch counts: there the rate has come down to 0."""
+    epochs = settings.sft_epochs if method == "sft" else settings.epochs
+    per_epoch = max(1, math.ceil(len(rows) / settings.batch) // WORLD)
+    steps = epochs * per_epoch
+    optimizer, schedule = optimizer_of(policy, rate, steps)
     frozen = recipe.loss is sdpo_loss or (recipe.loss and reward.gamma)
     reference = copy.deepcopy(policy).eval() if frozen else None
-    parallel = torch.nn.parallel.DistributedDataParallel
-    model = parallel(policy, find_unused_parameters=True) if WORLD > 1 else policy
+    model = policy
+    if WORLD > 1:
+        model = torch.nn.parallel.DistributedDataParallel(policy, find_unused_parameters=True)
     curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, data, settings.beams)}]
     losses = []
     for epoch in range(1, epochs + 1):
         order = np.random.default_rng((seed, epoch))            # the same in all processes
         torch.manual_seed(int(np.random.default_rng((seed, epoch, RANK)).integers(2 ** 63)))
         policy.train()
-        epoch_batches = batches(rows, data.train, settings.batch, policy, order)
-        for i, batch in enumerate(tqdm(epoch_batches, method, per_epoch * WORLD, False, disable=None)):
-            if i % WORLD != RANK or i >= per_epoch * WORLD:
-                continue
+        everyone = batches(rows, data.train, settings.batch, policy, order)
+        own = islice(everyone, RANK, per_epoch * WORLD, WORLD)  # every WORLD-th batch
+        for batch in tqdm(own, method, per_epoch, leave=False, disable=None):
             loss = loss_of(recipe, model, reference, batch, reward, data, len(losses) / steps)
             if not torch.isfinite(loss):
-                users = ", ".join(sorted({data.user_ids[user] for user, _ in batch.contexts}))
-                raise FloatingPointError(f"{method}: loss {loss} at step {len(losses)}; users {users}")
+                users = sorted({data.user_ids[user] for user, _ in batch.contexts})
+                message = f"{method}: loss {loss} at step {len(losses)}; users {', '.join(users)}"
+                raise FloatingPointError(message)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-        point = {"epoch": epoch, "loss": float(np.mean(losses[-per_epoch:])),
-                 "ndcg@10": validate(policy, data, settings.beams)}
-        print(f"  {method}: epoch {epoch}/{epochs}, loss {point['loss']:.3f}, "
-              f"validation NDCG@10 {point['ndcg@10']:.4f}", flush=True)
-        if RANK == 0 and point["ndcg@10"] > max([p["ndcg@10"] for p in curve[1:]], default=-1):
-            policy.save_pretrained(folder)
-        curve.append(point)
+        loss = float(np.mean(losses[-per_epoch:]))
+        ndcg = validate(policy, data, settings.beams)
+        print(f"  {method}: epoch {epoch}/{epochs}, loss {loss:.3f}, validation NDCG@10 {ndcg:.4f}",
+              flush=True)
+        curve.append({"epoch": epoch, "loss": loss, "ndcg@10": ndcg})
     return curve
 
 # --- Evaluation: leave one out, the whole catalogue, the same for every method --------------------
@@ -580,19 +584,20 @@ def ndcg_at(ranked, target, k):
     return (hits / torch.log2(torch.arange(2, hits.shape[1] + 2, device=hits.device))).sum(1).mean()
 
 def exposure_bias(listed, liked, shown, history, counts):
-    """What one user's list does about exposure bias, where the truth is known: three numbers.
+    """Exposure bias of one user's list, where the truth is known: three numbers.
 
-    hidden@10: share of the liked but never shown items that are listed; liked@10: share of the list
-    that is liked and new; lift@10: mean count in the log of the list over that of the liked and new.
+    hidden@10: share of the liked, never shown items that are listed; liked@10: share of the list
+    that is liked and new; lift@10: mean count in the log of the list over that of liked and new.
     """
-    hidden, new = liked - shown, liked - set(history)
+    hidden = liked - shown
+    new = liked - set(history)
     fair = counts[list(new)].mean().item() if new else 1.0
     return {"hidden@10": len(hidden & set(listed)) / max(1, len(hidden)),
             "liked@10": len(new & set(listed)) / max(1, len(listed)),
             "lift@10": counts[listed].mean().item() / max(1.0, fair)}
 
 def rank_all(recommend, histories, size=256):
-    """The ten best items (B, 10) by recommend(histories); users of like lengths together."""
+    """The ten best items (B, 10) by recommend(histories); users of similar length together."""
     order = sorted(range(len(histories)), key=lambda u: len(histories[u]))
     ranked = torch.full((len(histories), 10), -1)
     for i in range(0, len(order), size):
@@ -610,17 +615,16 @@ def validate(policy, data, beams):
 def evaluate(recommend, data, counts):
     """Test: {metric: list of one number a user}, and the lists (B, 10)."""
     ranked = rank_all(recommend, [history[:-1] for history in data.histories])
-    by_user = {}
-    for b, history in enumerate(data.histories):
-        own, target = ranked[b:b + 1], torch.tensor(history[-1:])
-        numbers = {"recall@5": recall_at(own, target, 5), "ndcg@5": ndcg_at(own, target, 5),
-                   "recall@10": recall_at(own, target, 10), "ndcg@10": ndcg_at(own, target, 10)}
-        if data.truth:
-            numbers |= exposure_bias([item for item in ranked[b].tolist() if item >= 0],
-                                     data.truth["liked"][b], data.truth["shown"][b], history[:-1], counts)
-        for name, number in numbers.items():
-            by_user.setdefault(name, []).append(round(float(number), 6))
-    return by_user, ranked
+    rows = []
+    for own, history in zip(ranked, data.histories):
+        found = (own[None], torch.tensor(history[-1:]))         # lists and targets of one user
+        rows.append({"recall@5": recall_at(*found, 5), "ndcg@5": ndcg_at(*found, 5),
+                     "recall@10": recall_at(*found, 10), "ndcg@10": ndcg_at(*found, 10)})
+    for b, row in enumerate(rows if data.truth else []):
+        listed = ranked[b][ranked[b] >= 0].tolist()
+        row |= exposure_bias(listed, data.truth["liked"][b], data.truth["shown"][b],
+                             data.histories[b][:-1], counts)
+    return {name: [round(float(row[name]), 6) for row in rows] for name in rows[0]}, ranked
 
 # --- The experiment: data → IDs, CM → SFT → fine-tuned policies → table ---------------------------
 def write_json(path, value):
@@ -630,80 +634,100 @@ def write_json(path, value):
     os.replace(f"{path}.part", path)
 
 def prepare(seed, data, settings, cm=None):
-    """Features, SemanticIDs and Reward (with its CM) of one seed, from training interactions only."""
-    own = settings.ids not in ("content", "mixed")
-    features = item_features("mixed" if own else settings.ids, data.texts, data.train, seed)
-    if own:
-        codes = np.array(read_ids(settings.ids, data.item_ids))
-        ids = SemanticIDs(codes, codes.max() + 1)
-    else:
-        n = len(data.item_ids)
+    """Features, SemanticIDs and Reward (with its CM) of one seed, from training items only."""
+    kind = settings.ids if settings.ids in ("content", "mixed") else None
+    features = item_features(kind or "mixed", data.texts, data.train, seed)
+    n = len(data.item_ids)
+    if kind:
         K = settings.codes or 2 ** math.ceil(math.log2(max(2, n / 24, n ** (1 / settings.levels))))
         ids = SemanticIDs.fit(features, K, settings.levels, seed)
-    cm = cm or CollaborativeModel.fit(data.train, len(data.item_ids), debias=settings.debias)
+    else:
+        codes = np.array(read_ids(settings.ids, data.item_ids))
+        ids = SemanticIDs(codes, codes.max() + 1)
+    cm = cm or CollaborativeModel.fit(data.train, n, debias=settings.debias)
     weights = [float(weight) for weight in settings.weights.split(",")]
     gamma = settings.gamma if settings.reward == "product" else None
     reward = Reward(copy.deepcopy(ids), cm, weights, gamma=gamma)
     print(f"seed {seed}: {ids.health()}", flush=True)
     return features, ids, reward.to("cuda" if settings.device == "cuda" else "cpu")
 
-def trained(method, seed, prepared, data, settings):
-    """Train one method → (the policy of its best epoch, read back from OUT/METHOD-SEED; curve)."""
-    features, ids, reward = prepared
-    flags = {name: getattr(settings, name) for name in ("gr", "lam", "sampler", "trajectories")}
-    flags = {name: flag for name, flag in flags.items() if flag is not None}
-    recipe = dataclasses.replace(RECIPES[method], **flags if RECIPES[method].loss else {})
+def start_of(method, seed, recipe, prepared, data, settings):
+    """The policy that training starts from: a new one for SFT, for all others the SFT model."""
+    features, ids, _ = prepared
     torch.manual_seed(seed)
     if method == "sft":
         policy = Policy(ids, settings.window, settings.width, settings.layers, settings.dropout)
         policy.start_from(features)
-    else:                                                       # all start from the same SFT model
+    else:
         source = Path(settings.sft or settings.out) / f"sft-{seed}"
         policy = Policy.from_pretrained(source)
-        if not policy.semantic_ids.codes.equal(ids.codes):
-            raise InputError(f"the semantic IDs of {source} do not fit the data")
+        fits = policy.semantic_ids.codes.equal(ids.codes)
+        check(fits, f"the semantic IDs of {source} do not fit the data")
         for name, module in policy.named_modules():
             if isinstance(module, torch.nn.Dropout) and "attn_dropout" not in name:
                 module.p = recipe.dropout
     policy.catalogue = {"item_ids": data.item_ids, "titles": data.titles}
-    folder = Path(settings.out) / f"{method}-{seed}"
+    return policy.to(settings.device)
+
+def trained(method, seed, prepared, data, settings):
+    """Train one method at its rates → (policy of the best rate, saved in OUT/METHOD-SEED; curve)."""
+    recipe = RECIPES[method]
+    if recipe.loss:
+        for name in ("gr", "lam", "sampler", "trajectories"):
+            if getattr(settings, name) is not None:
+                recipe = replace(recipe, **{name: getattr(settings, name)})
     rows = training_rows(data.train, settings.window)
-    policy.to(settings.device)
-    curve = train(method, recipe, policy, reward, data, rows, seed, folder, settings)
+    best = None
+    for share in recipe.rates:
+        policy = start_of(method, seed, recipe, prepared, data, settings)
+        rate = settings.rate if method == "sft" else settings.fine_rate * share
+        curve = train(method, recipe, policy, prepared[2], data, rows, rate, seed, settings)
+        if best is None or curve[-1]["ndcg@10"] > best[1][-1]["ndcg@10"]:
+            best = policy.eval(), curve
+    if RANK == 0:
+        best[0].save_pretrained(Path(settings.out) / f"{method}-{seed}")
     if WORLD > 1:
         torch.distributed.barrier()                             # until the first process has saved
-    return Policy.from_pretrained(folder).to(settings.device), curve
+    return best
+
+def guided(method, seed, cm, settings):
+    """The trained policy of NAME, with its beam guided by the CM, saved as NAME+cm → policy."""
+    name = method.removesuffix("+cm")
+    source = settings.sft if settings.sft and name == "sft" else settings.out
+    policy = Policy.from_pretrained(Path(source) / f"{name}-{seed}").to(settings.device)
+    policy.cm = cm
+    policy.gamma = settings.gamma
+    if RANK == 0:
+        policy.save_pretrained(Path(settings.out) / f"{method}-{seed}")
+    return policy
 
 def run_method(method, seed, prepared, data, settings):
     """Train and test one method with one seed → its entry of results.json["runs"]."""
     started = time.time()
-    base = method.removesuffix("+cm")
-    cm = prepared[2].cm
-    counts = torch.bincount(torch.tensor(entries(data.train)[1]), minlength=len(data.item_ids)).float()
-    policy, curve = None, []
-    if method == "pop":
-        recommend = lambda histories: best_of(counts.expand(len(histories), -1), histories)
-    elif method in ("cm", "cm-debiased"):
-        scorer = copy.copy(cm)
-        scorer.debias *= method == "cm-debiased"
-        recommend = lambda histories: best_of(scorer.scores(histories), histories)
-    else:
-        if method == base:
-            policy, curve = trained(method, seed, prepared, data, settings)
-        else:
-            policy = Policy.from_pretrained(Path(settings.out) / f"{base}-{seed}").to(settings.device)
-            policy.cm = cm
-            policy.gamma = settings.gamma
-            policy.save_pretrained(Path(settings.out) / f"{method}-{seed}")
-        recommend = lambda histories: policy.recommend(histories, beams=settings.beams)
+    cm = copy.copy(prepared[2].cm)
+    counts = np.bincount(entries(data.train)[1], minlength=len(data.item_ids))
+    counts = torch.tensor(counts, dtype=torch.float32)
+    curve = []
+    if method == "cm":
+        cm.debias = 0.0
+    elif method in RECIPES:
+        policy, curve = trained(method, seed, prepared, data, settings)
+    elif method.endswith("+cm"):
+        policy = guided(method, seed, cm, settings)
+    def recommend(histories):
+        if method == "pop":
+            return best_of(counts.expand(len(histories), -1), histories)
+        if method in ("cm", "cm-debiased"):
+            return best_of(cm.scores(histories), histories)
+        return policy.recommend(histories, beams=settings.beams)
     middle = time.time()
     by_user, ranked = evaluate(recommend, data, counts)
     metrics = {name: float(np.mean(numbers)) for name, numbers in by_user.items()}
-    metrics["coverage@10"] = len(set(ranked.flatten().tolist()) - {-1}) / len(data.item_ids)
+    metrics["coverage@10"] = len(ranked[ranked >= 0].unique()) / len(data.item_ids)
     entry = {"method": method, "seed": seed, "metrics": metrics, "curve": curve, "by_user": by_user,
              "seconds": {"train": middle - started, "eval": time.time() - middle},
-             "train_examples": max(0, len(curve) - 1) * sum(map(len, data.train))}
-    entry["first"] = ranked[0].tolist()                         # what the first user is recommended
+             "train_examples": max(0, len(curve) - 1) * sum(map(len, data.train)),
+             "first": ranked[0].tolist()}                       # the list of the first user
     if data.truth:
         entry["lists"] = ranked.tolist()
     if method in ("tb", "fm") and len(data.titles) <= 2000:     # a branch for every item
@@ -712,36 +736,36 @@ def run_method(method, seed, prepared, data, settings):
     return entry
 
 def paired_gains(runs, base, samples=1000):
-    """{metric: {"gain", "low", "high"}} of runs over base runs (seeds), a 95 % bootstrap over users.
-
-    The interval covers the choice of users, not the random seed of training.
-    """
-    metrics = list(runs[0]["by_user"])
-    means = [[np.mean([run["by_user"][metric] for run in group], 0) for metric in metrics]
-             for group in (runs, base)]
-    gains = np.array(means[0]) - np.array(means[1])                                 # (metrics, B)
+    """{metric: {"gain", "low", "high"}} of runs (seeds) over base runs, 95 % bootstrap over users.
+    The interval covers the choice of users, not the random seed of training."""
+    own = [list(run["by_user"].values()) for run in runs]
+    other = [list(run["by_user"].values()) for run in base]
+    gains = np.mean(own, 0) - np.mean(other, 0)                                     # (metrics, B)
     rng = np.random.default_rng(0)
     users = gains.shape[1]
     draws = [np.bincount(rng.integers(users, size=users), minlength=users) for _ in range(samples)]
     low, high = np.quantile(gains @ np.array(draws).T / users, [0.025, 0.975], axis=1)
-    return {metric: {"gain": gains[i].mean(), "low": low[i], "high": high[i]}
-            for i, metric in enumerate(metrics)}
+    rows = zip(runs[0]["by_user"], gains.mean(1), low, high)
+    return {metric: {"gain": gain, "low": a, "high": b} for metric, gain, a, b in rows}
+
+BASES = {"paired": "sft", "paired_continued": "sft-continued"}
 
 def results_of(runs, data, settings):
     """results.json: sizes, settings, versions, every run, mean and std over seeds, paired gains."""
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-    results = {"data": data.sizes, "settings": dataclasses.asdict(settings), "versions": versions,
+    flows = [run["flow"] for run in runs if "flow" in run]
+    results = {"data": data.sizes, "settings": asdict(settings), "versions": versions,
                "runs": runs, "summary": {}, "paired": {}, "paired_continued": {},
-               "flow": next((run["flow"] for run in reversed(runs) if "flow" in run), None)}
+               "flow": flows[-1] if flows else None}
     runs_of = {}
     for run in runs:
         runs_of.setdefault(run["method"], []).append(run)
     for method, own in runs_of.items():
-        row = results["summary"][method] = {}
+        summary = results["summary"][method] = {}
         for metric in own[0]["metrics"]:
             values = [run["metrics"][metric] for run in own]
-            row[metric] = {"mean": np.mean(values), "std": np.std(values, ddof=len(values) > 1)}
-        for key, base in (("paired", "sft"), ("paired_continued", "sft-continued")):
+            summary[metric] = {"mean": np.mean(values), "std": np.std(values, ddof=len(own) > 1)}
+        for key, base in BASES.items():
             if method != base and len(runs_of.get(base, [])) == len(own):
                 results[key][method] = paired_gains(own, runs_of[base])
     return results
@@ -749,73 +773,74 @@ def results_of(runs, data, settings):
 def table_of(results):
     """The Markdown table: means (± std over seeds), gains in % of the base with 95 % intervals."""
     summary = results["summary"]
-    some = next(iter(summary.values()))
-    columns = ["recall@10", "ndcg@10", "coverage@10", "hidden@10", "liked@10", "lift@10"]
-    columns = [metric for metric in columns if metric in some]
-    gains = [("paired", "sft", "ndcg@10"), ("paired_continued", "sft-continued", "ndcg@10"),
-             ("paired", "sft", "hidden@10"), ("paired_continued", "sft-continued", "hidden@10")]
-    gains = [gain for gain in gains if gain[2] in some]
-    lines = [["method", *columns, *[f"{metric} over {base}, %" for _, base, metric in gains]]]
-    lines.append(["---"] * len(lines[0]))
+    shown = ["recall@10", "ndcg@10", "coverage@10", "hidden@10", "liked@10", "lift@10"]
+    shown = [metric for metric in shown if metric in results["runs"][0]["metrics"]]
+    gains = list(product([m for m in ("ndcg@10", "hidden@10") if m in shown], BASES))
     several = len(results["runs"]) > len(summary)
-    for method, row in summary.items():
-        cells = [f"{row[m]['mean']:.4f}" + f" ± {row[m]['std']:.4f}" * several for m in columns]
-        for key, base, metric in gains:
+    lines = [["method", *shown, *[f"{metric} over {BASES[key]}, %" for metric, key in gains]]]
+    lines.append(["---"] * len(lines[0]))
+    for method, numbers in summary.items():
+        cells = [method]
+        for metric in shown:
+            spread = f" ± {numbers[metric]['std']:.4f}" if several else ""
+            cells.append(f"{numbers[metric]['mean']:.4f}{spread}")
+        for metric, key in gains:
             gain = results[key].get(method, {}).get(metric, {})
-            percent = [100 * x / summary[base][metric]["mean"] for x in gain.values()]
+            percent = [100 * x / summary[BASES[key]][metric]["mean"] for x in gain.values()]
             cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*percent) if gain else "")
-        lines.append([method, *cells])
+        lines.append(cells)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 # --- Command line ---------------------------------------------------------------------------------
-def check(settings):
+def check_settings(settings):
     """Methods, in the table's order, and seeds; InputError or ValueError for what cannot be."""
     known = ["pop", "cm", "cm-debiased", *RECIPES, *[f"{method}+cm" for method in RECIPES]]
     asked = settings.methods.split(",")
-    for method in [*asked, settings.oracle or "tb"]:
-        if method not in known:
-            raise InputError(f"unknown method {method!r}; choose of {', '.join(known)}")
+    for method in asked:
+        check(method in known, f"unknown method {method!r}; choose of {', '.join(known)}")
     needed = {*asked, *[method.removesuffix("+cm") for method in asked]}
-    if needed - {"pop", "cm", "cm-debiased"} and not settings.sft:
+    if needed - {"pop", "cm", "cm-debiased"}:
         needed.add("sft")                                       # all the others start from it
-    if settings.sampler not in (None, *SAMPLERS):
-        raise InputError(f"--sampler {settings.sampler}: choose of {', '.join(SAMPLERS)}")
-    for name, value in dataclasses.asdict(settings).items():
+    if settings.sft:
+        needed -= {"sft"}                                       # it is there already
+    devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    devices.append("cpu")
+    if settings.device == "auto":
+        settings.device = devices[0]
+    losses = [name for name, recipe in RECIPES.items() if recipe.loss]
+    choices = {"sampler": SAMPLERS, "device": devices, "oracle": losses}
+    for name, allowed in choices.items():
+        value = getattr(settings, name)
+        message = f"--{name} {value} is not available; choose of {', '.join(allowed)}"
+        check(value in (None, *allowed), message)
+    for name, value in asdict(settings).items():
         least = 0 if name in ("dropout", "debias", "gr", "lam", "codes") else 1e-9
-        if type(value) in (int, float) and not least <= value < (1 if name == "dropout" else 1e9):
-            raise InputError(f"--{name.replace('_', '-')} {value} is out of range")
+        most = 1 if name == "dropout" else 1e9
+        fine = type(value) not in (int, float) or least <= value < most
+        check(fine, f"--{name.replace('_', '-')} {value} is out of range")
     weights = [float(weight) for weight in settings.weights.split(",")]
-    if len(weights) != 3 or min(weights) < 0 or not sum(weights) < math.inf:
-        raise InputError(f"--weights {settings.weights}: give three numbers, none negative")
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [device for device in there if there[device]]
-    settings.device = there[0] if settings.device == "auto" else settings.device
-    if settings.device not in there:
-        raise InputError(f"--device {settings.device} is not here; choose of {', '.join(there)}")
+    fine = len(weights) == 3 and min(weights) >= 0 and sum(weights) < math.inf
+    check(fine, f"--weights {settings.weights}: give three numbers, none negative")
     seeds = [int(seed) for seed in settings.seeds.split(",")]
     return [method for method in known if method in needed], seeds
 
 def earlier_runs(settings, data):
-    """What --resume keeps of OUT/results.json; InputError where that is of other settings or data."""
+    """What --resume keeps of OUT/results.json; InputError if its settings or data are others."""
     path = Path(settings.out) / "results.json"
     if not path.exists():
         return []
     old = json.loads(path.read_text(encoding="utf-8"))
-    new = json.loads(json.dumps({"data": data.sizes, "settings": dataclasses.asdict(settings)}))
-    for free in ("methods", "seeds", "out", "device", "threads", "resume", "sft"):
-        old["settings"].pop(free, None)
-        del new["settings"][free]
-    for name, value in [*new["settings"].items(), ("data", None)]:
-        before, now = (old["settings"].get(name), value) if value is not None or name != "data" else (old["data"], new["data"])
-        if before != now:
-            raise InputError(f"{settings.out} holds a run with {name} {before}, not {now}; "
-                             "choose another --out, or delete that folder")
+    before = old["settings"] | {"data": old["data"]}
+    free = ("methods", "seeds", "out", "device", "threads", "resume", "sft")
+    for name, now in (asdict(settings) | {"data": data.sizes}).items():
+        check(name in free or before.get(name) == now, f"{settings.out} holds a run with {name} "
+              f"{before.get(name)}, not {now}; choose another --out, or delete that folder")
     return old["runs"] if settings.resume else []
 
 def run(settings, cm=None):
     """The whole job → results; every finished method is written at once. cm: your own CM, with
     scores(histories, following) as CollaborativeModel has; it is not saved with guided models."""
-    methods, seeds = check(settings)
+    methods, seeds = check_settings(settings)
     data = load_data(settings.data)
     runs = earlier_runs(settings, data)
     done = [(entry["method"], entry["seed"]) for entry in runs]
@@ -832,14 +857,16 @@ def run(settings, cm=None):
                 continue
             prepared = prepared or prepare(seed, data, settings, cm)
             runs.append(run_method(method, seed, prepared, data, settings))
-            results = results_of(runs, data, settings)
             if RANK == 0:
-                write_json(out / "results.json", results)
+                write_json(out / "results.json", results_of(runs, data, settings))
+    results = results_of(runs, data, settings)
     if RANK == 0:
         show_first_user(runs, data)
-        (out / "results.md").write_text(table_of(results) + "\n", encoding="utf-8")
-        print("\n" + table_of(results) + "\n", *figures.draw_run(out, data, results), sep="\n")
-        print(f"results.json, results.md and the saved models are in {out}/")
+        table = table_of(results)
+        (out / "results.md").write_text(table + "\n", encoding="utf-8")
+        print("", table, "", *figures.draw_run(out, data, results), sep="\n")
+        print(f"results.json, results.md and the saved models are in {out}/. With {len(data.train)} "
+              f"users a share of .1 is known to ± {1.96 * math.sqrt(0.09 / len(data.train)):.3f}.")
     return results
 
 def distribution(policy, histories):
@@ -854,15 +881,15 @@ def flow_of(policy, history, exact, data):
     """What figures.plot_flows draws: P* = R/Z of all items (n,), exact, beside what P is."""
     learned, _ = distribution(policy, [history])
     return {"codes": policy.semantic_ids.codes.tolist(), "titles": data.titles,
-            "history": [data.titles[item] for item in history], "exact_name": "reward, R/Z",
-            "learned_name": "policy, P", "exact": exact.tolist(), "learned": learned[0].tolist()}
+            "history": [data.titles[item] for item in history], "exact_name": "reward: the CM's part",
+            "learned_name": "policy: learned", "exact": exact.tolist(), "learned": learned[0].tolist()}
 
 def run_oracle(settings):
     """Train one method on four contexts, from random weights, until P = R/Z, known exactly."""
-    _, seeds = check(settings)
+    _, seeds = check_settings(settings)
     data = load_data(settings.data)
     _, ids, reward = prepare(seeds[0], data, settings)
-    data = dataclasses.replace(data, train=data.train[:4], histories=data.histories[:4])
+    data = replace(data, train=data.train[:4], histories=data.histories[:4])
     contexts = [(user, len(history) - 1) for user, history in enumerate(data.train)]
     rows = [(user, max(0, place - settings.window), place, place + 1) for user, place in contexts]
     r, _, _, _, histories = rewards_of(contexts, data, reward)
@@ -870,43 +897,52 @@ def run_oracle(settings):
     torch.manual_seed(seeds[0])
     policy = Policy(ids, settings.window, settings.width, settings.layers, dropout=0.0)
     policy.to(settings.device)
-    recipe = dataclasses.replace(RECIPES[settings.oracle], gr=0.0, sampler="reward", even=0.5,
-                                 trajectories=64, rate=1.0)
-    many = dataclasses.replace(settings, batch=4, epochs=15, fine_rate=2e-3)
-    out = Path(settings.out) / f"oracle-{settings.oracle}"
+    loss = RECIPES[settings.oracle].loss
+    learns = loss in (tb_loss, db_loss)                         # these two learn their flows here
+    exact = RECIPES[settings.oracle].exact and not learns
+    recipe = Recipe(loss, trajectories=64, even=0.5, exact=exact)
+    many = replace(settings, batch=4, epochs=15)
     before, _ = distribution(policy, histories)
-    train(settings.oracle, recipe, policy, reward, data, rows * 100, seeds[0], out, many)
+    train(settings.oracle, recipe, policy, reward, data, rows * 100, 2e-3, seeds[0], many)
     learned, log_z = distribution(policy, histories)
-    print(f"mean L1 distance of P from R/Z: {(before - target).abs().sum(1).mean():.4f} before, "
-          f"{(learned - target).abs().sum(1).mean():.4f} after; largest error of log Z(U): "
-          f"{(log_z - r.sum(1).log().cpu()).abs().max():.4f}")
-    figures.plot_flows(out / "oracle.png", flow_of(policy, histories[0], target[0], data))
+    start, end = ((p - target).abs().sum(1).mean() for p in (before, learned))
+    error = (log_z - r.sum(1).log().cpu()).abs().max()
+    print(f"mean L1 distance of P from R/Z: {start:.4f} before, {end:.4f} after; "
+          f"largest error of log Z(U): {error:.4f}")
+    flow = flow_of(policy, histories[0], target[0], data) | {"exact_name": "reward, R/Z"}
+    write_json(Path(settings.out) / "oracle.json", flow)
+    figures.plot_flows(Path(settings.out) / "oracle.png", flow)
 
 def show_first_user(runs, data):
     """For the first user: the history, and what each method recommends, by title."""
-    history = data.histories[0][:-1]
     hidden = data.truth["liked"][0] - data.truth["shown"][0] if data.truth else set()
-    print(f"user {data.user_ids[0]}: " + ", ".join(data.titles[item] for item in history[-8:]))
-    for run in [run for run in runs if run["seed"] == runs[0]["seed"]]:
-        titles = [data.titles[item] + "*" * (item in hidden) for item in run["first"][:5] if item >= 0]
-        print(f"  {run['method']:>13}  " + ", ".join(titles))
+    names = [title + "*" * (item in hidden) for item, title in enumerate(data.titles)]
+    history = [data.titles[item] for item in data.histories[0][:-1]]
+    print(f"user {data.user_ids[0]}: " + ", ".join(history[-8:]))
+    for run in runs:
+        if run["seed"] == runs[0]["seed"]:
+            listed = [names[item] for item in run["first"][:5] if item >= 0]
+            print(f"  {run['method']:>13}  " + ", ".join(listed))
     print("  * liked, but never shown" if hidden else "")
 
 def print_recommendations(policy, names):
     """Ten titles for a history of titles or ids, oldest first."""
-    ids, titles = policy.catalogue["item_ids"], policy.catalogue["titles"]
-    items, scores = policy.recommend([[find_item(name, ids, titles) for name in names]])
+    titles = policy.catalogue["titles"]
+    history = [find_item(name, policy.catalogue["item_ids"], titles) for name in names]
+    items, scores = policy.recommend([history])
     for item, score in zip(items[0].tolist(), scores[0].tolist()):
         if item >= 0:
             print(f"{math.exp(score):.4f}  {titles[item]}")
 
 def main(settings):
-    """Do what was asked for → exit status; one line on stderr where it cannot be done."""
+    """Do what the settings ask for → exit status; an error is one line on stderr."""
     try:
         if settings.recommend:
             print_recommendations(Policy.from_pretrained(settings.model), settings.recommend)
+        elif settings.oracle:
+            run_oracle(settings)
         else:
-            (run_oracle if settings.oracle else run)(settings)
+            run(settings)
         return 0
     except (ValueError, OSError, FloatingPointError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)

@@ -1,11 +1,12 @@
 """The collaborative model (CM), a "traditional recommender", and the comprehensive reward.
 
-The CM counts which items follow which in the users' histories. It is fitted in a second, knows
-nothing of language models, and is hard to beat on small data: it is a line of every table.
+The CM counts which items follow which in the users' histories. It is fitted in a second and is
+hard to beat on small data, so every table has it as a method.
 Letters: B users or contexts, n items.
 """
 import json
 import warnings
+from itertools import chain
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ warnings.filterwarnings("ignore", message="Sparse CSR")         # torch calls it
 
 def entries(lists):
     """Row and column indices (two lists) of all items of B lists, to index a (B, n) matrix."""
-    rows = [b for b, items in enumerate(lists) for _ in items]
-    return rows, [item for items in lists for item in items]
+    rows = np.repeat(np.arange(len(lists)), np.fromiter(map(len, lists), int))
+    return rows.tolist(), list(chain.from_iterable(lists))
 
 def best_of(scores, histories, k=10):
     """The k items with the highest scores (B, n), none of the histories: items, scores (B, k)."""
@@ -33,9 +34,9 @@ class CollaborativeModel(torch.nn.Module):
     """CM(U, v) ∝ Σ_j decay^age(j) · T[j, v] over the recent items j, plus a little popularity (4).
 
     T[j, v] = (forward(j, v) + backward · forward(v, j)) / count(j)^power; forward(j, v) adds up
-    nearness^(d−1) where v stands d ≤ window places after j. With debias = δ > 0 the score is over
-    (count(v) + 1)^δ: what was shown more is logged more, and a CM fitted to the log hands that on.
-    The defaults were chosen on the validation items of MovieLens and Beauty.
+    nearness^(d−1) where v stands d ≤ window places after j. debias = δ > 0 divides the score by
+    (count(v) + 1)^δ: items that were shown more are logged more. The defaults were chosen on the
+    validation items of MovieLens and Beauty.
     """
 
     @classmethod
@@ -54,7 +55,7 @@ class CollaborativeModel(torch.nn.Module):
         super().__init__()
         self.__dict__.update(options)
         self.options = options
-        for name, table in tables.items():                      # index (2, nnz), value, count, scale
+        for name, table in tables.items():                      # index (2, nnz), value, count, …
             self.register_buffer(name, table)
 
     def save(self, path):
@@ -71,18 +72,19 @@ class CollaborativeModel(torch.nn.Module):
     def scores(self, histories, following=None):
         """CM(U, ·) of B histories (lists of items, oldest first) → (B, n) ≥ 0, rows sum to 1.
 
-        score(v) = Σ_j decay^age(j) · T[j, v] over the last `length` items j, age 0 for the newest.
-        Items of the history get 0; the row is divided by its sum. popular = count + 1, treated
-        alike. Result: (1 − s)·score + s·popular, s = self.popularity; popular alone where no score
-        is left. following: B lists, what came next in the same training histories. Their own counts
-        are then taken out of T (leave one user out), or the CM would know the answer: v at d ≤
-        window places after j added nearness^(d−1) · self.scale[j]. Scores ≤ 1e-6 are rounding.
+        score(v) = Σ_j decay^age(j) · T[j, v] over the last `length` items j, age 0 for the newest;
+        popular(v) = count(v) + 1. Both are 0 at items of the history, and divided by their sums.
+        Result: (1 − s)·score + s·popular, s = self.popularity; popular alone if no score is left.
+        following: B lists, what came next in the same training histories. Without these counts the
+        CM would know the answer, so they are taken out of T (leave one user out): v at d ≤ window
+        places after j had added nearness^(d−1) · self.scale[j]. Scores ≤ 1e-6 are float rounding.
         """
-        n, device = len(self.count), self.count.device
+        n = len(self.count)
+        device = self.count.device
         recent = [history[-self.length:] for history in histories]
         index = torch.tensor(entries(recent), dtype=torch.long, device=device)
-        ages = [age for history in recent for age in reversed(range(len(history)))]
-        weight = self.decay ** torch.tensor(ages, device=device).float()
+        ages = chain.from_iterable(reversed(range(len(history))) for history in recent)
+        weight = self.decay ** torch.tensor([*ages], device=device).float()
         # score = H · T, H (B, n) with decay^age at each recent item
         H = torch.sparse_coo_tensor(index, weight, (len(histories), n), check_invariants=False)
         T = torch.sparse_coo_tensor(self.index, self.value.float(), (n, n), is_coalesced=True,
@@ -108,33 +110,36 @@ class CollaborativeModel(torch.nn.Module):
 
     def _own_counts(self, recent, following):
         """What the contexts' own histories added to their scores → (B, n)."""
-        rows, items, counts = [], [], []
+        places = []                                             # (row, item) of each count
+        counts = []
         scale = self.scale.tolist()
         for b, (history, after) in enumerate(zip(recent, following)):
             for age, j in enumerate(reversed(history)):
                 for ahead, item in enumerate(after[:max(0, self.window - age)]):
-                    rows.append(b)                              # item stands 1 + age + ahead after j
-                    items.append(item)
+                    places.append((b, item))                    # 1 + age + ahead places after j
                     counts.append(self.decay ** age * self.nearness ** (age + ahead) * scale[j])
         own = torch.zeros(len(recent), len(self.count), device=self.count.device)
-        place = torch.tensor([rows, items], dtype=torch.long, device=own.device)
+        places = torch.tensor(places, dtype=torch.long, device=own.device).reshape(-1, 2)
         counts = torch.tensor(counts, dtype=torch.float32, device=own.device)
-        return own.index_put_(tuple(place), counts, accumulate=True)
+        return own.index_put_(tuple(places.T), counts, accumulate=True)
 
 class Reward(torch.nn.Module):
-    """R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/n, the comprehensive reward of METHOD.md (5).
+    """R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/n, the comprehensive reward (5).
 
     Each signal sums to 1 over the catalogue (r_a to 1/10 where v was only clicked), so the
-    heuristic weights are shares of Z. With raw signals (10, a score, up to L for each of thousands
-    of items) the similarity of the whole catalogue would outweigh the one logged item.
+    heuristic weights are shares of Z. The paper's raw signals are 10, a score, and up to L for each
+    item: over thousands of items the similarity would outweigh the one logged item.
     """
 
     def __init__(self, ids, cm, weights=(0.3, 0.65, 0.05), epsilon=1e-3, gamma=None):
-        """ids: SemanticIDs; cm: has scores(histories, following); weights w_a, w_ŷ, w_s; gamma:
-        γ of the product P_SFT · R^γ, made in loss_of; None for the paper's sum alone."""
+        """cm: has scores(histories, following); weights w_a, w_ŷ, w_s; gamma: γ of the product
+        P_SFT · R^γ, which loss_of forms; None for the paper's sum."""
         super().__init__()
-        self.ids, self.cm, self.weights = ids, cm, tuple(weights)
-        self.epsilon, self.gamma = epsilon, gamma
+        self.ids = ids
+        self.cm = cm
+        self.weights = tuple(weights)
+        self.epsilon = epsilon
+        self.gamma = gamma
 
     def action(self, positives, liked):
         """r_a (B, n): 1 at a liked positive, 0.1 at a clicked one (the paper's 10 : 1), else 0."""
@@ -144,20 +149,16 @@ class Reward(torch.nn.Module):
     def similarity(self, positives):
         """r_s (B, n), rows sum to 1: codes shared with the ID of the positive, positives (B,).
 
-        m(v) = Σ_l 1[t_l = t'_l], t and t' the IDs (self.ids.codes) of v and of the positive,
-        compared level by level whatever stands before. r_s(v) = m(v) / Σ_u m(u).
+        r_s(v) = m(v) / Σ_u m(u), m(v) = Σ_l 1[t_l = t'_l]: t and t' are the IDs (in self.ids.codes)
+        of v and of the positive, compared at each level alone.
         """
-        shared = 0
-        for column in self.ids.codes.T:
-            shared = shared + (column[positives, None] == column).byte()
+        shared = sum((column[positives, None] == column).byte() for column in self.ids.codes.T)
         return shared / shared.sum(1, keepdim=True)
 
     def forward(self, scores, positives, liked):
         """R (B, n) > 0 of every item from r_ŷ = scores (B, n), positives (B,) and liked (B,) bool.
-
-        R = w_a · self.action(positives, liked) + w_ŷ · r_ŷ + w_s · self.similarity(positives) + ε/n,
-        (w_a, w_ŷ, w_s) = self.weights and ε = self.epsilon.
-        """
+        R = w_a · r_a + w_ŷ · r_ŷ + w_s · r_s + ε/n: r_a = self.action(positives, liked), r_s =
+        self.similarity(positives), (w_a, w_ŷ, w_s) = self.weights, ε = self.epsilon."""
         w_a, w_y, w_s = self.weights
         r = w_y * scores + self.epsilon / scores.shape[1]
         r += w_s * self.similarity(positives)

@@ -2,46 +2,45 @@
 
     features of an item  →  residual k-means  →  (c_1, …, c_L)
 
-TIGER and LETTER learn IDs with an RQ-VAE; k-means on residuals also gives similar items the same
-first codes. All IDs differ: below l codes there is room for K^(L-l) items, and a full code refuses
-the items farthest from it. Letters: n items, L levels, K codes a level, P prefixes, C contexts.
+TIGER and LETTER learn IDs with an RQ-VAE. K-means on residuals also gives similar items the same
+first codes. All IDs differ: a prefix of l codes has room for K^(L-l) items; when it is full, it
+refuses the items farthest from it. Letters: n items, L levels, K codes a level, P prefixes.
 """
+from itertools import chain
+
 import numpy as np
 import torch
 
-
 def tf_idf(texts):
     """Sparse (n, words) tf-idf over words and word pairs: (rows, columns, values, shape)."""
-    words, rows, cols = {}, [], []
-    for i, text in enumerate(texts):
-        parts = text.lower().translate(str.maketrans("(),", "   ")).split()
-        for term in parts + [f"{first} {second}" for first, second in zip(parts, parts[1:])]:
-            rows.append(i)
-            cols.append(words.setdefault(term, len(words)))
-    document_frequency = np.bincount(np.array(cols, np.int64), minlength=len(words))
-    # idf = log(n / documents with the word); a word of one item says nothing of similarity
-    idf = np.log(len(texts) / np.maximum(document_frequency, 1))
-    idf[document_frequency < 2] = 0
-    return rows, cols, idf[np.array(cols, np.int64)], (len(texts), len(words))
-
+    column_of = {}                                              # word → column
+    places = []
+    for row, text in enumerate(texts):
+        words = text.lower().translate(str.maketrans("(),", "   ")).split()
+        for term in words + [f"{first} {second}" for first, second in zip(words, words[1:])]:
+            places.append((row, column_of.setdefault(term, len(column_of))))
+    rows, columns = np.array(places, np.int64).reshape(-1, 2).T
+    count = np.bincount(columns)
+    # idf = log(n / items with the word), 0 for a word of one item: it makes no two items similar
+    idf = np.log(len(texts) / count) * (count > 1)
+    return rows, columns, idf[columns], (len(texts), len(count))
 
 def cooccurrence(histories, num_items, window, decay, backward):
     """Sparse (n, n) counts of b near a: arrays (rows a, columns b, weights), each pair once.
-
-    For b at d ≤ window places after a, (a, b) gains decay^(d-1), (b, a) backward · decay^(d-1).
-    """
-    flat = np.array([item for history in histories for item in history], np.int64)
+    For b at d ≤ window places after a, (a, b) gains decay^(d-1), (b, a) backward · decay^(d-1)."""
+    items = np.fromiter(chain.from_iterable(histories), np.int64)
     user = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
-    keys, weights = [], []
+    keys = []                                                   # a · n + b
+    weights = []
     for distance in range(1, window + 1):
         same_user = user[distance:] == user[:-distance]
-        a, b = flat[:-distance][same_user], flat[distance:][same_user]
+        a = items[:-distance][same_user]
+        b = items[distance:][same_user]
         weight = np.full(len(a), decay ** (distance - 1))
         keys += [a * num_items + b, b * num_items + a]
         weights += [weight, backward * weight]
     keys, place = np.unique(np.concatenate(keys), return_inverse=True)
     return keys // num_items, keys % num_items, np.bincount(place, np.concatenate(weights))
-
 
 def ppmi(histories, num_items):
     """Sparse (n, n) positive pointwise mutual information: (rows, columns, values, shape)."""
@@ -52,14 +51,14 @@ def ppmi(histories, num_items):
     ratio = np.maximum(w * smooth.sum(), 1e-12) / np.maximum(count[a] * smooth[b], 1e-12)
     return a, b, np.maximum(0, np.log(ratio)), (num_items, num_items)
 
-
-def _svd(rows, cols, values, shape, dim, seed):
+def _svd(rows, columns, values, shape, dim, seed):
     """Left singular vectors · √(singular values) of a sparse matrix, rows of length 1 (or 0)."""
     out = np.zeros((shape[0], dim), np.float32)
     if len(values) == 0:
         return out
     rank = min(dim, *shape)
-    index, values = torch.tensor(np.stack([rows, cols])), torch.tensor(values).float()
+    index = torch.tensor(np.stack([rows, columns]))
+    values = torch.tensor(values).float()
     matrix = torch.sparse_coo_tensor(index, values, shape, check_invariants=False).coalesce()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -68,22 +67,19 @@ def _svd(rows, cols, values, shape, dim, seed):
     norm = np.linalg.norm(out, axis=1, keepdims=True)
     return np.divide(out, norm, out=np.zeros_like(out), where=norm > 1e-6)
 
-
 def item_features(kind, texts, histories, seed, dim=64):
     """(n, d) features: "content" is text (as TIGER), "mixed" adds co-occurrence (as LETTER).
-
-    Pass training histories only: validation or test interactions would leak into every result.
-    """
+    Pass training histories only: validation or test items would leak into every result."""
     text = _svd(*tf_idf(texts), dim, seed)
     if kind == "content":
         return text
-    # The 2 is a choice by hand: who liked what says more than a few words.
+    # The 2 is chosen by hand: co-occurrence says more than a few words.
     return np.hstack([text, 2 * _svd(*ppmi(histories, len(texts)), dim, seed)])
-
 
 def kmeans(points, k, rng, steps=20):
     """(k, d) centroids of points (n, d): k-means++ seeds, then Lloyd's steps."""
-    centroids, cost = np.empty((k, points.shape[1])), np.full(len(points), np.inf)
+    centroids = np.empty((k, points.shape[1]))
+    cost = np.full(len(points), np.inf)                         # squared distance to the nearest
     for j in range(k):
         # k-means++: the next seed is a point, P ∝ squared distance from the nearest seed so far
         p = cost / cost.sum() if j and cost.sum() > 0 else None
@@ -96,18 +92,17 @@ def kmeans(points, k, rng, steps=20):
         centroids = np.where(count > 0, total / np.maximum(count, 1), centroids)
     return centroids
 
-
 def _squared_distances(points, centroids):
+    # |x − c|² = |x|² − 2 x·c + |c|²
     cross = points @ centroids.T                                                    # (n, k)
     return np.maximum((points ** 2).sum(1)[:, None] - 2 * cross + (centroids ** 2).sum(1), 0)
-
 
 def assign_with_capacity(cost, parent, capacity):
     """Give each item its cheapest code, but at most `capacity` items to a cell (parent, code).
 
-    Every item asks for the cheapest code that has not refused it; a cell keeps the cheapest
-    `capacity` items and refuses the others for good; repeat until nobody is refused.
-    cost (n, K) floats, unchanged; parent (n,) integers, the item's cell one level up → (n,) codes.
+    Every item asks for the cheapest code that has not refused it. A cell keeps its `capacity`
+    cheapest items and refuses the others for good. Repeat until no item is refused.
+    cost (n, K), unchanged; parent (n,), the item's cell one level up → codes (n,).
 
     >>> cost = np.array([[0.0, 5.0], [1.0, 2.0], [0.5, 9.0], [3.0, 0.0]])
     >>> assign_with_capacity(cost, np.array([0, 0, 0, 0]), capacity=2).tolist()
@@ -125,28 +120,30 @@ def assign_with_capacity(cost, parent, capacity):
             return code
         cost[refused, code[refused]] = np.inf
 
-
 class SemanticIDs(torch.nn.Module):
-    """The table item ↔ semantic ID, and the tree of its prefixes; a Module so that .to() moves it."""
+    """The table item ↔ semantic ID, and the tree of its prefixes. A Module, so that .to() moves it.
+    Nodes: 0 is the root, 1 … P−1 the other prefixes, level by level, P + i is item i."""
 
     def __init__(self, codes, num_codes):
         """codes (n, L) integers in [0, num_codes), all rows different; ValueError otherwise."""
         codes = np.asarray(codes)
-        if codes.ndim != 2 or codes.dtype.kind not in "iu" or len(np.unique(codes, axis=0)) < len(codes):
+        table = codes.ndim == 2 and codes.dtype.kind in "iu"
+        if not table or len(np.unique(codes, axis=0)) < len(codes):
             raise ValueError("semantic IDs must be an (n, L) table of integers, all rows different")
         if codes.min() < 0 or codes.max() >= num_codes:
             raise ValueError(f"every code must lie in [0, {num_codes})")
         super().__init__()
-        self.num_codes, self.num_levels = int(num_codes), codes.shape[1]
-        # Nodes of the tree: 0 is the root, 1 … P-1 the other prefixes level by level, P + i item i.
-        nodes, count = [np.zeros(len(codes), np.int64)], 1
+        self.num_codes = int(num_codes)
+        self.num_levels = codes.shape[1]
+        nodes = [np.zeros(len(codes), np.int64)]
+        count = 1
         for column in codes.T[:-1]:
             prefix, place = np.unique(nodes[-1] * num_codes + column, return_inverse=True)
             nodes.append(count + place)
             count += len(prefix)
         nodes = np.stack(nodes + [count + np.arange(len(codes))], 1)
-        # next_node[node, code]: the node that the code leads to, or −1. The last row is all −1:
-        # index −1 reaches it, so a walk that left the tree stays outside.
+        # next_node[node, code]: the node that the code leads to, or −1. The last row is all −1.
+        # Index −1 reads that row, so a walk that has left the tree stays outside.
         next_node = np.full((count + 1, num_codes), -1, np.int64)
         next_node[nodes[:, :-1], codes] = nodes[:, 1:]
         self.num_prefixes = count                               # P
@@ -162,7 +159,8 @@ class SemanticIDs(torch.nn.Module):
             raise ValueError(f"{len(residual)} items do not fit into {num_codes}^{num_levels} "
                              "semantic IDs; raise --codes or --levels")
         rng = np.random.default_rng(seed)
-        codes, parent = [], np.zeros(len(residual), np.int64)
+        codes = []
+        parent = np.zeros(len(residual), np.int64)
         for level in range(num_levels):
             centroids = kmeans(residual, num_codes, rng)
             capacity = num_codes ** (num_levels - 1 - level)    # items below one code of this level
@@ -184,7 +182,7 @@ class SemanticIDs(torch.nn.Module):
     def legal(self, prefix):
         """Codes that lead from a prefix of l < L codes on to an item: (..., l) → (..., K) bool.
 
-        Entry c is True where some row of self.codes (n, L) begins with the prefix and then c.
+        Entry c is True where some row of self.codes begins with the prefix and then c.
 
         >>> ids = SemanticIDs([[0, 1, 1], [0, 2, 0], [2, 0, 0]], num_codes=3)
         >>> ids.legal([]).int().tolist(), ids.legal([[0], [2], [1]]).int().tolist()
@@ -199,8 +197,8 @@ class SemanticIDs(torch.nn.Module):
     def flows(self, values):
         """Exact flow F*(s) of every node: values (C, n), such as R → (C, P + n).
 
-        F*(s) = Σ values over the items below s. Node 0 is the root, so its flow is Z; node P + i
-        is item i. self.nodes (n, L + 1) holds the nodes from the root to each item.
+        F*(s) = Σ values over the items below s. Node 0 is the root: its flow is Z. Node P + i is
+        item i. self.nodes (n, L + 1) holds the nodes from the root to each item.
 
         >>> ids = SemanticIDs([[0, 1, 1], [0, 2, 0], [2, 0, 0]], num_codes=3)
         >>> ids.nodes[1].tolist()                               # root, (0,), (0, 2), item 1
