@@ -452,8 +452,9 @@ def augmented(recipe, r, scores, logged, positives, histories, policy, progress)
     """The N augmented items (C, N) of each context, by the sampler of the recipe."""
     count = recipe.trajectories
     if recipe.sampler == "reward":                              # ours: from R, a share evenly
-        weight = (1 - recipe.even) * r / r.sum(1, keepdim=True) + recipe.even / r.shape[1]
-        return torch.multinomial(weight, count + 1, replacement=True)[:, :count]   # 1 alone is slow
+        if recipe.even:
+            r = (1 - recipe.even) * r / r.sum(1, keepdim=True) + recipe.even / r.shape[1]
+        return torch.multinomial(r, count + 1, replacement=True)[:, :count]   # one alone is slow
     if recipe.sampler == "session":                             # others of the user's own items
         own = torch.zeros_like(scores)
         own[entries(logged)] = 1

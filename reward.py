@@ -91,25 +91,28 @@ class CollaborativeModel(torch.nn.Module):
                                     check_invariants=False)
         scores = torch.sparse.mm(H, T).to_dense()
         if following is not None:
-            scores -= self._own_counts(recent, following)
-        scores.masked_fill_(scores <= 1e-6, 0)
-        popular = (self.count + 1.0).repeat(len(histories), 1)
-        owned = entries(histories)
+            self._take_out(scores, recent, following)
+        # From here in place: at 10^4 items every pass over (B, n) takes time
+        F.threshold_(scores, 1e-6, 0.0)                         # float rounding
+        owned = entries([set(history) for history in histories])
         scores[owned] = 0
-        popular[owned] = 0
-        popular[popular.sum(1) == 0] = 1.0                      # the history is the whole catalogue
-        total = scores.sum(1, keepdim=True)
+        popular = (self.count + 1.0) / (self.count + 1.0).sum()                     # (n,)
+        had = torch.zeros(len(histories), device=device)        # popular share of the history
+        had.index_add_(0, torch.tensor(owned[0], dtype=torch.long, device=device), popular[owned[1]])
+        total = scores.sum(1)                                                       # (B,)
         share = torch.where(total > 0, self.popularity, 1.0)
-        # In place: at 10^4 items every pass over (B, n) takes time
-        scores.mul_((1 - share) / total.clamp(min=1e-12))
-        scores.add_(popular.mul_(share / popular.sum(1, keepdim=True)))
+        scores.mul_(((1 - share) / total.clamp(min=1e-12))[:, None])
+        scores.addr_(share / (1 - had).clamp(min=1e-12), popular)
+        scores[owned] = 0
+        whole = [len(set(history)) == n for history in histories]
+        scores[whole] = popular                                 # nothing is left: all is popular
         if self.debias:
             scores /= (self.count + 1.0) ** self.debias
             scores /= scores.sum(1, keepdim=True)
         return scores
 
-    def _own_counts(self, recent, following):
-        """What the contexts' own histories added to their scores → (B, n)."""
+    def _take_out(self, scores, recent, following):
+        """Subtract from scores (B, n), in place, what the contexts' own histories added to T."""
         places = []                                             # (row, item) of each count
         counts = []
         scale = self.scale.tolist()
@@ -118,10 +121,9 @@ class CollaborativeModel(torch.nn.Module):
                 for ahead, item in enumerate(after[:max(0, self.window - age)]):
                     places.append((b, item))                    # 1 + age + ahead places after j
                     counts.append(self.decay ** age * self.nearness ** (age + ahead) * scale[j])
-        own = torch.zeros(len(recent), len(self.count), device=self.count.device)
-        places = torch.tensor(places, dtype=torch.long, device=own.device).reshape(-1, 2)
-        counts = torch.tensor(counts, dtype=torch.float32, device=own.device)
-        return own.index_put_(tuple(places.T), counts, accumulate=True)
+        places = torch.tensor(places, dtype=torch.long, device=scores.device).reshape(-1, 2)
+        counts = torch.tensor(counts, dtype=torch.float32, device=scores.device)
+        scores.index_put_(tuple(places.T), -counts, accumulate=True)
 
 class Reward(torch.nn.Module):
     """R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/n, the comprehensive reward (5).
@@ -160,6 +162,6 @@ class Reward(torch.nn.Module):
         R = w_a · r_a + w_ŷ · r_ŷ + w_s · r_s + ε/n: r_a = self.action(positives, liked), r_s =
         self.similarity(positives), (w_a, w_ŷ, w_s) = self.weights, ε = self.epsilon."""
         w_a, w_y, w_s = self.weights
-        r = w_y * scores + self.epsilon / scores.shape[1]
-        r += w_s * self.similarity(positives)
-        return r.add_(w_a * self.action(positives, liked))
+        r = torch.add(self.epsilon / scores.shape[1], scores, alpha=w_y)
+        r.add_(self.similarity(positives), alpha=w_s)
+        return r.add_(self.action(positives, liked), alpha=w_a)
