@@ -247,7 +247,7 @@ class Policy(torch.nn.Module):
             torch.cat([tokens, branches], 1), attention_mask=tree_mask(ends, H, L)[:, None],
             position_ids=places, use_cache=False).last_hidden_state                 # (B, S, d)
         root = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[2]))    # (B, E, d)
-        later = hidden[:, H:].reshape(*ends.shape, L - 1, -1)                       # (B, E, L-1, d)
+        later = hidden[:, H:].reshape(*ends.shape, L - 1, hidden.shape[2])          # (B, E, L-1, d)
         prefixes = torch.cat([root[:, :, None], later], 2)                          # (B, E, L, d)
         # One head a level: its rows of the embedding. Slice the embedding once: a slice per level
         # would allocate a full-size gradient for each.
@@ -348,7 +348,8 @@ class Policy(torch.nn.Module):
         try:
             table = json.loads((Path(folder) / "semantic_ids.json").read_text(encoding="utf-8"))
             ids = SemanticIDs(table.pop("codes"), table.pop("num_codes"))
-            policy = cls(ids, lm=GPT2LMHeadModel.from_pretrained(folder))
+            lm = GPT2LMHeadModel.from_pretrained(folder, use_safetensors=True)   # never a pickle
+            policy = cls(ids, lm=lm)
             if (Path(folder) / "cm.safetensors").exists():
                 policy.cm = CollaborativeModel.load(Path(folder) / "cm.safetensors")
         except Exception as error:                              # whatever is wrong with the files
