@@ -26,7 +26,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from data import InputError, check, find_item, load_data, read_ids
 
-PRESETS = {                                     # long histories fill a beam: ml-100k has 50
+PRESETS = {                                     # ml-100k: long histories take up many beams
     "toy": dict(methods="pop,cm,cm-debiased,sft,sft-continued,tb,fm,fm+cm", width=64, layers=2,
                 batch=16, sft_epochs=12, rate=3e-3, epochs=8, fine_rate=3e-3,
                 weights="0.2,0.75,0.05", debias=1.0),
@@ -62,9 +62,8 @@ class Settings:
     gr: Optional[float] = HfArg(default=None, help="weight of L_GR (default: see RECIPES)")
     lam: Optional[float] = HfArg(default=None, help="lambda, weight of L_GFN (also by method)")
     weights: str = HfArg(default="0.3,0.65,0.05", help="w_a,w_y,w_s of R; the CM sees unseen items")
-    reward: Literal["sum", "product"] = HfArg(default="sum", help="R, or P of SFT times R^gamma")
     debias: float = HfArg(default=0.0, help="delta: CM score over popularity^delta; 0: as logged")
-    gamma: float = HfArg(default=2.0, help="power of the CM in NAME+cm, or of R in the product")
+    gamma: float = HfArg(default=2.0, help="power of the CM that guides NAME+cm: best of 1/2 to 4")
     beams: int = HfArg(default=20, help="beam width: twice the ten items that are shown")
     oracle: Optional[str] = HfArg(default=None, metadata={"nargs": "?", "const": "tb"},
                                   help="train four users with this loss until P = R/Z")
@@ -116,7 +115,8 @@ def pad(lists, value):
 
 def training_rows(histories, window):
     """Rows (user, start, first, stop): items[start:stop] are read, items[first:stop] are targets.
-    A history longer than the window gives several rows; the later ones have window // 2 targets."""
+    The first row of a history has up to window + 1 targets, later ones window // 2 each, so that
+    their targets see at least half a window."""
     rows = []
     for user, history in enumerate(histories):
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
@@ -177,7 +177,7 @@ class Policy(torch.nn.Module):
     """A small GPT-2 that reads a history and writes a semantic ID, plus the table of IDs.
 
     Tokens: code c of level l is l·K + c; L·K is <user>, which opens every row; L·K + 1 + i is item
-    i of a history (2). A row is a packed tree: the history once, then branches. A branch is the
+    i of a history, one token (2). A row is a packed tree: the history once, then branches. A branch is the
     first L−1 codes of one path; the last code is never read. So many paths cost one pass.
     """
 
@@ -190,14 +190,14 @@ class Policy(torch.nn.Module):
         self.cm = None                                          # guides the beam by scores^gamma
         self.gamma = 2.0
         n = len(semantic_ids.codes)
-        self.lm = lm or GPT2LMHeadModel(GPT2Config(             # (1)
+        self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch (1)
             vocab_size=self.user_token + 1 + n, n_positions=window + semantic_ids.num_levels,
             n_embd=width, n_layer=layers, n_head=max(1, width // 32), attn_pdrop=0.0,
             resid_pdrop=dropout, embd_pdrop=dropout,            # attn_pdrop would double a step
             bos_token_id=self.user_token, eos_token_id=self.user_token,
             activation_function="gelu_pytorch_tanh"))           # gelu_new's values, faster on CPU
-        # log F(s) = output of the head + log of the share of items below s. Without the second part
-        # residuals begin as large as log n. At the root, log F is log Z(U).
+        # The head learns how log F(s) differs from an even flow, log(items below s / n); it starts
+        # at 0. At the root, log F is log Z(U).
         self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)
         for parameter in self.flow_head.parameters():
             torch.nn.init.zeros_(parameter)
@@ -207,7 +207,7 @@ class Policy(torch.nn.Module):
     @torch.no_grad()
     def start_from(self, features):
         """Token embeddings from features (n, ...). An item gets its features, projected at random;
-        a code the mean, over the items that have it, of the residual after the codes before."""
+        a code the mean vector of its items, after subtracting the embeddings of earlier codes."""
         K = self.semantic_ids.num_codes
         wte = self.lm.transformer.wte.weight
         vector = torch.as_tensor(features, dtype=torch.float32)
@@ -306,7 +306,7 @@ class Policy(torch.nn.Module):
             best = value.topk(min(max(beams, k), value.shape[1]), 1).indices        # (B, W)
             score = total.gather(1, best)
             node = child.gather(1, best)
-            # A beam sees what its parent saw, and itself; so the cache is never reordered.
+            # Keys stay in the cache where they are; a beam sees what its parent saw, and itself.
             W = best.shape[1]
             seen = mask.gather(1, (best // K)[..., None].expand(-1, -1, mask.shape[2]))
             itself = torch.full((W, W), NEVER, device=mask.device).fill_diagonal_(0)
@@ -319,7 +319,7 @@ class Policy(torch.nn.Module):
         """The k best whole paths: value (B, W·K), nodes child (B, W·K) → items, scores (B, k)."""
         owned = torch.zeros(len(histories), len(self.semantic_ids.codes), dtype=torch.bool)
         owned[entries(histories)] = True
-        enough = k + min(max(map(len, histories)), value.shape[1])   # k are left without the owned
+        enough = k + min(max(map(len, histories)), value.shape[1])   # enough without the owned
         value, best = F.pad(value, (0, k), value=NEVER).topk(enough, 1)
         item = F.pad(child, (0, k), value=-1).gather(1, best) - self.semantic_ids.num_prefixes
         # Illegal paths keep a score below NEVER / 2.
@@ -376,7 +376,7 @@ def detailed_balance(log_flow, log_pf):
     return (log_flow[..., :-1] + log_pf - log_flow[..., 1:]).square().sum(-1).mean()
 
 def flow_matching(flow, log_pf):
-    """FM, ours: exact flows of all children (..., L, K) ≥ 0, log P_F (..., L, K) → scalar."""
+    """FM (8): exact flows of all children (..., L, K) ≥ 0, log P_F (..., L, K) → scalar."""
     # KL: Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), mean over paths
     target = flow / flow.sum(-1, keepdim=True)
     return (target * (target.clamp(min=1e-30).log() - log_pf)).sum((-2, -1)).mean()
@@ -389,7 +389,8 @@ def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
 
 # The same losses as functions of `paths`, J paths at each of C contexts: log_pf (C, J, L) of the
 # codes taken, log_probs (C, J, L, K) of all codes, log_flow (C, J, L) of s_0 … s_{L-1}, log_r
-# (C, J), child_flow (C, J, L, K), exact, and reference (C, J, L), log P_F of the frozen SFT policy.
+# (C, J); with exact=True child_flow (C, J, L, K), and log_flow is exact, else the head's; with
+# reference=True reference (C, J, L), log P_F of the frozen SFT policy.
 def tb_loss(paths):
     return trajectory_balance(paths.log_flow[:, 0, 0], paths.log_pf.sum(-1), paths.log_r)
 
@@ -415,14 +416,15 @@ class Recipe:
     even: float = 0.0               # share of the draws from R that are even draws instead
     exact: bool = False             # with the exact flows of R, in place of the learned log F
     rates: tuple = (1.0,)           # peak rates to try, in units of --fine-rate; validation chooses
-    dropout: float = 0.0            # of fine-tuning
+    dropout: float = 0.0            # of fine-tuning; SFT has --dropout
+    reference: bool = False         # with log P_F of the frozen SFT policy
 
-# The paper's recipe is L_GR + λ · L_GFN of a few trajectories. A squared log-ratio drowns L_GR
-# unless λ is small. Ours is L_GFN of the whole reward alone: its r_a carries the log.
+# The paper's recipe is L_GR + λ · L_GFN: tb-paper, with λ = .1, since squared log-ratios are large
+# beside L_GR. tb, db and fm need no L_GR (7): r_a in R teaches the logged item.
 RECIPES = {
     "sft": Recipe(gr=1),
     "sft-continued": Recipe(gr=1, rates=(1.0, 0.3), dropout=0.2),
-    "sdpo": Recipe(sdpo_loss, 1, 1.0, "curriculum", 3, rates=(0.3,), dropout=0.2),
+    "sdpo": Recipe(sdpo_loss, 1, 1.0, "curriculum", 3, rates=(0.3,), dropout=0.2, reference=True),
     "tb-paper": Recipe(tb_loss, 1, 0.1, "curriculum", 3, rates=(0.3,), dropout=0.2),
     "db": Recipe(db_loss, trajectories=2, exact=True),
     "tb": Recipe(tb_loss, trajectories=2, exact=True),
@@ -441,8 +443,8 @@ def curriculum(scores, logged, count, progress):
 
     scores (C, n) of the CM, logged C lists, progress in [0, 1]. Draw 2N−1 items, item i with
     P ∝ scores[i]/2 + 1/(2n), 0 if logged; sort them from low to high score; keep N neighbours from
-    place round(progress · (N−1)) on. The even half is ours: with likely items alone, a large log Z
-    could hide that the policy finds all of them too unlikely.
+    place round(progress · (N−1)) on. The even half is ours (6): if only likely items were drawn,
+    the loss could fall by moving log Z instead of P.
     """
     pool = draw(0.5 * scores + 0.5 / scores.shape[1], logged, 2 * count - 1)        # (C, 2N-1)
     ranked = pool.gather(1, scores.gather(1, pool).argsort(1))
@@ -455,7 +457,7 @@ def augmented(recipe, r, scores, logged, positives, histories, policy, progress)
     if recipe.sampler == "reward":                              # ours: from R, a share evenly
         if recipe.even:
             r = (1 - recipe.even) * r / r.sum(1, keepdim=True) + recipe.even / r.shape[1]
-        return torch.multinomial(r, count + 1, replacement=True)[:, :count]   # one alone is slow
+        return torch.multinomial(r, count + 1, replacement=True)[:, :count]   # drawing 1 is slow
     if recipe.sampler == "session":                             # others of the user's own items
         own = torch.zeros_like(scores)
         own[entries(logged)] = 1
@@ -471,8 +473,9 @@ def augmented(recipe, r, scores, logged, positives, histories, policy, progress)
 
 # --- Training -------------------------------------------------------------------------------------
 def rewards_of(contexts, data, reward):
-    """R and r_ŷ (C, n) at training contexts (user, place), the CM without the user's own counts;
-    then what was logged: the user's items (C lists), the target (C,), the history (C lists)."""
+    """R, r_ŷ (both (C, n)), logged, positives, histories at C training contexts (user, place).
+    The CM does not count the user's own items. logged: C lists, all items of the user; positives
+    (C,): the targets; histories: C lists, what stands before them."""
     logged = [data.train[user] for user, _ in contexts]
     histories = [items[:place] for items, (_, place) in zip(logged, contexts)]
     following = [items[place:] for items, (_, place) in zip(logged, contexts)]
@@ -500,8 +503,9 @@ def loss_of(recipe, model, reference, batch, reward, data, progress):
     model: the policy, or DistributedDataParallel around it; reference: the frozen SFT policy."""
     items = batch.targets[batch.valid][:, None]                 # (C, J = 1): the logged path τ_1
     if recipe.loss:                                             # … and N augmented ones
-        r, *known = rewards_of(batch.contexts, data, reward)                        # (C, n)
-        drawn = augmented(recipe, r, *known, getattr(model, "module", model), progress)  # (C, N)
+        r, *logged = rewards_of(batch.contexts, data, reward)                       # (C, n)
+        policy = getattr(model, "module", model)
+        drawn = augmented(recipe, r, *logged, policy, progress)                     # (C, N)
         # Without L_GR the N paths stand alone: R brings the logged one too.
         items = torch.cat([items.to(r.device), drawn], 1) if recipe.gr else drawn
     paths = paths_of(model, batch, items)
@@ -512,19 +516,12 @@ def loss_of(recipe, model, reference, batch, reward, data, progress):
     # is log F(s_0), s_0 the state after the history. The mean is over J paths of C contexts.
     device = paths.log_pf.device
     paths.log_r = r.gather(1, items).log().to(device)                               # (C, J)
-    if reference:
-        with torch.no_grad():
-            frozen = paths_of(reference, batch, items)
-        paths.reference = frozen.log_pf                                             # (C, J, L)
-    if reward.gamma:                                            # the product P_SFT(v | U) · R(v)^γ
-        paths.log_r = reward.gamma * paths.log_r + paths.reference.sum(-1)
-        r = r ** reward.gamma
     if recipe.exact:
         paths.child_flow = reward.ids.child_flows(r, items).to(device)              # (C, J, L, K)
-        if reward.gamma:
-            paths.child_flow *= frozen.log_probs.exp()
-        else:
-            paths.log_flow = paths.child_flow.sum(-1).log()     # log F*(s); at s_0 log Z = log Σ R
+        paths.log_flow = paths.child_flow.sum(-1).log()         # log F*(s); at s_0 log Z = log Σ R
+    if recipe.reference:
+        with torch.no_grad():
+            paths.reference = paths_of(reference, batch, items).log_pf              # (C, J, L)
     return recipe.gr * L_GR + recipe.lam * recipe.loss(paths)
 
 def optimizer_of(policy, rate, steps):
@@ -539,11 +536,11 @@ def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
     """The one training loop → the curve, a list of {"epoch", "loss", "ndcg@10"}, 0 being the start.
     The last epoch counts: there the rate has come down to 0."""
     epochs = settings.sft_epochs if method == "sft" else settings.epochs
-    per_epoch = max(1, math.ceil(len(rows) / settings.batch) // WORLD)
+    size = min(settings.batch, math.ceil(len(rows) / 20))       # 20 steps an epoch or more
+    per_epoch = max(1, math.ceil(len(rows) / size) // WORLD)
     steps = epochs * per_epoch
     optimizer, schedule = optimizer_of(policy, rate, steps)
-    frozen = recipe.loss is sdpo_loss or (recipe.loss and reward.gamma)
-    reference = copy.deepcopy(policy).eval() if frozen else None
+    reference = copy.deepcopy(policy).eval() if recipe.reference else None
     model = policy
     if WORLD > 1:
         model = torch.nn.parallel.DistributedDataParallel(policy, find_unused_parameters=True)
@@ -553,7 +550,7 @@ def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
         order = np.random.default_rng((seed, epoch))            # the same in all processes
         torch.manual_seed(int(np.random.default_rng((seed, epoch, RANK)).integers(2 ** 63)))
         policy.train()
-        everyone = batches(rows, data.train, settings.batch, policy, order)
+        everyone = batches(rows, data.train, size, policy, order)
         own = islice(everyone, RANK, per_epoch * WORLD, WORLD)  # every WORLD-th batch
         for batch in tqdm(own, method, per_epoch, leave=False, disable=None):
             loss = loss_of(recipe, model, reference, batch, reward, data, len(losses) / steps)
@@ -596,7 +593,7 @@ def exposure_bias(listed, liked, shown, history, counts):
     fair = counts[list(new)].mean().item() if new else 1.0
     return {"hidden@10": len(hidden & set(listed)) / max(1, len(hidden)),
             "liked@10": len(new & set(listed)) / max(1, len(listed)),
-            "lift@10": counts[listed].mean().item() / max(1.0, fair)}
+            "lift@10": counts[listed].sum().item() / max(1, len(listed)) / max(1.0, fair)}
 
 def rank_all(recommend, histories, size=256):
     """The ten best items (B, 10) by recommend(histories); users of similar length together."""
@@ -648,8 +645,7 @@ def prepare(seed, data, settings, cm=None):
         ids = SemanticIDs(codes, codes.max() + 1)
     cm = cm or CollaborativeModel.fit(data.train, n, debias=settings.debias)
     weights = [float(weight) for weight in settings.weights.split(",")]
-    gamma = settings.gamma if settings.reward == "product" else None
-    reward = Reward(copy.deepcopy(ids), cm, weights, gamma=gamma)
+    reward = Reward(copy.deepcopy(ids), cm, weights)
     print(f"seed {seed}: {ids.health()}", flush=True)
     return features, ids, reward.to("cuda" if settings.device == "cuda" else "cpu")
 
@@ -678,12 +674,13 @@ def trained(method, seed, prepared, data, settings):
         for name in ("gr", "lam", "sampler", "trajectories"):
             if getattr(settings, name) is not None:
                 recipe = replace(recipe, **{name: getattr(settings, name)})
+    _, _, reward = prepared
     rows = training_rows(data.train, settings.window)
     best = None
     for share in recipe.rates:
         policy = start_of(method, seed, recipe, prepared, data, settings)
         rate = settings.rate if method == "sft" else settings.fine_rate * share
-        curve = train(method, recipe, policy, prepared[2], data, rows, rate, seed, settings)
+        curve = train(method, recipe, policy, reward, data, rows, rate, seed, settings)
         if best is None or curve[-1]["ndcg@10"] > best[1][-1]["ndcg@10"]:
             best = policy.eval(), curve
     if RANK == 0:
@@ -706,7 +703,8 @@ def guided(method, seed, cm, settings):
 def run_method(method, seed, prepared, data, settings):
     """Train and test one method with one seed → its entry of results.json["runs"]."""
     started = time.time()
-    cm = copy.copy(prepared[2].cm)
+    _, _, reward = prepared
+    cm = copy.copy(reward.cm)
     counts = np.bincount(entries(data.train)[1], minlength=len(data.item_ids))
     counts = torch.tensor(counts, dtype=torch.float32)
     curve = []
@@ -734,7 +732,7 @@ def run_method(method, seed, prepared, data, settings):
         entry["lists"] = ranked.tolist()
     if method in ("tb", "fm") and len(data.titles) <= 2000:     # a branch for every item
         history = data.histories[0][:-1]
-        entry["flow"] = flow_of(policy, history, cm.scores([history])[0].cpu(), data)
+        entry["flow"] = flow_of(method, policy, history, cm.scores([history])[0].cpu(), data)
     return entry
 
 def paired_gains(runs, base, samples=1000):
@@ -800,6 +798,8 @@ def check_settings(settings):
     asked = settings.methods.split(",")
     for method in asked:
         check(method in known, f"unknown method {method!r}; choose of {', '.join(known)}")
+    message = "cm-debiased is the CM over popularity^delta; it needs --debias above 0"
+    check("cm-debiased" not in asked or settings.debias, message)
     needed = {*asked, *[method.removesuffix("+cm") for method in asked]}
     if needed - {"pop", "cm", "cm-debiased"}:
         needed.add("sft")                                       # all the others start from it
@@ -809,7 +809,7 @@ def check_settings(settings):
     devices.append("cpu")
     if settings.device == "auto":
         settings.device = devices[0]
-    losses = [name for name, recipe in RECIPES.items() if recipe.loss]
+    losses = [name for name, recipe in RECIPES.items() if recipe.loss and not recipe.reference]
     choices = {"sampler": SAMPLERS, "device": devices, "oracle": losses}
     for name, allowed in choices.items():
         value = getattr(settings, name)
@@ -835,8 +835,9 @@ def earlier_runs(settings, data):
     before = old["settings"] | {"data": old["data"]}
     free = ("methods", "seeds", "out", "device", "threads", "resume", "sft")
     for name, now in (asdict(settings) | {"data": data.sizes}).items():
-        check(name in free or before.get(name) == now, f"{settings.out} holds a run with {name} "
-              f"{before.get(name)}, not {now}; choose another --out, or delete that folder")
+        was = "of other data" if name == "data" else f"with {name} {before.get(name)}, not {now}"
+        check(name in free or before.get(name) == now,
+              f"{settings.out} holds a run {was}; choose another --out, or delete that folder")
     return old["runs"] if settings.resume else []
 
 def run(settings, cm=None):
@@ -872,19 +873,19 @@ def run(settings, cm=None):
     return results
 
 def distribution(policy, histories):
-    """P(v | U) of every item (B, n), and the head's log Z(U) (B,)."""
-    tokens, lengths = policy.eval().tokens(histories)
+    """P(v | U) of every item (B, n)."""
     items = torch.arange(len(policy.semantic_ids.codes)).expand(len(histories), -1)
     with torch.no_grad():
-        log_probs, log_flow = policy(tokens, lengths[:, None].expand(items.shape), items)
-    return policy.steps(log_probs, items).sum(-1).exp().cpu(), log_flow[:, 0, 0].cpu()
+        return policy.eval().path_log_probs(histories, items).sum(-1).exp().cpu()
 
-def flow_of(policy, history, exact, data):
-    """What figures.plot_flows draws: P* = R/Z of all items (n,), exact, beside what P is."""
-    learned, _ = distribution(policy, [history])
+def flow_of(method, policy, history, exact, data):
+    """What figures.plot_flows draws: an exact distribution over the items (n,), and the policy's."""
+    learned = distribution(policy, [history])
+    learned[:, history] = 0                                     # never recommended
+    learned /= learned.sum()
     return {"codes": policy.semantic_ids.codes.tolist(), "titles": data.titles,
             "history": [data.titles[item] for item in history], "exact_name": "reward: the CM's part",
-            "learned_name": "policy: learned", "exact": exact.tolist(), "learned": learned[0].tolist()}
+            "learned_name": f"policy: {method}", "exact": exact.tolist(), "learned": learned[0].tolist()}
 
 def run_oracle(settings):
     """Train one method on four contexts, from random weights, until P = R/Z, known exactly."""
@@ -902,14 +903,13 @@ def run_oracle(settings):
     recipe = RECIPES[settings.oracle]
     recipe = Recipe(recipe.loss, trajectories=64, even=0.5, exact=recipe.exact)
     many = replace(settings, batch=4, epochs=15)
-    before, _ = distribution(policy, histories)
+    before = distribution(policy, histories)
+    print("training on four contexts alone; their validation says nothing")
     train(settings.oracle, recipe, policy, reward, data, rows * 100, 2e-3, seeds[0], many)
-    learned, log_z = distribution(policy, histories)
+    learned = distribution(policy, histories)
     start, end = ((p - target).abs().sum(1).mean() for p in (before, learned))
     print(f"mean L1 distance of P from R/Z: {start:.4f} before, {end:.4f} after")
-    if not recipe.exact:                                        # its flow head has learned log Z(U)
-        print(f"largest error of log Z(U): {(log_z - r.sum(1).log().cpu()).abs().max():.4f}")
-    flow = flow_of(policy, histories[0], target[0], data) | {"exact_name": "reward, R/Z"}
+    flow = flow_of(settings.oracle, policy, histories[0], target[0], data) | {"exact_name": "reward, R/Z"}
     write_json(Path(settings.out) / "oracle.json", flow)
     figures.plot_flows(Path(settings.out) / "oracle.png", flow)
 
@@ -930,9 +930,9 @@ def print_recommendations(policy, names):
     titles = policy.catalogue["titles"]
     history = [find_item(name, policy.catalogue["item_ids"], titles) for name in names]
     items, scores = policy.recommend([history])
-    for item, score in zip(items[0].tolist(), scores[0].tolist()):
+    for item, share in zip(items[0].tolist(), scores[0].softmax(0).tolist()):
         if item >= 0:
-            print(f"{math.exp(score):.4f}  {titles[item]}")
+            print(f"{share:6.1%}  {titles[item]}")                  # of the weight of these ten
 
 def main(settings):
     """Do what the settings ask for → exit status; an error is one line on stderr."""

@@ -133,15 +133,13 @@ class Reward(torch.nn.Module):
     item: over thousands of items the similarity would outweigh the one logged item.
     """
 
-    def __init__(self, ids, cm, weights=(0.3, 0.65, 0.05), epsilon=1e-3, gamma=None):
-        """cm: has scores(histories, following); weights w_a, w_ŷ, w_s; gamma: γ of the product
-        P_SFT · R^γ, which loss_of forms; None for the paper's sum."""
+    def __init__(self, ids, cm, weights=(0.3, 0.65, 0.05), epsilon=1e-3):
+        """ids: SemanticIDs; cm: has scores(histories, following); weights w_a, w_ŷ, w_s."""
         super().__init__()
         self.ids = ids
         self.cm = cm
-        self.weights = tuple(weights)
+        self.weights = weights
         self.epsilon = epsilon
-        self.gamma = gamma
 
     def action(self, positives, liked):
         """r_a (B, n): 1 at a liked positive, 0.1 at a clicked one (the paper's 10 : 1), else 0."""

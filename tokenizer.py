@@ -2,7 +2,7 @@
 
     features of an item  →  residual k-means  →  (c_1, …, c_L)
 
-TIGER and LETTER learn IDs with an RQ-VAE. K-means on residuals also gives similar items the same
+TIGER and LETTER learn IDs with an RQ-VAE (3). K-means on residuals also gives similar items the same
 first codes. All IDs differ: a prefix of l codes has room for K^(L-l) items; when it is full, it
 refuses the items farthest from it. Letters: n items, L levels, K codes a level, P prefixes.
 """

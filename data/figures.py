@@ -77,13 +77,13 @@ def plot_flows(path, flow):
         axes[0].text(0, -0.09, textwrap.fill(text, int(22 * width)), va="top")
 
 def plot_curves(path, results):
-    """Validation NDCG@10 of every method and seed after each epoch."""
+    """Validation NDCG@10 of every method after each epoch, the mean over seeds."""
     with picture(path, 1, 1, (8, 4)) as [axis]:
-        for run in results["runs"]:
-            if run["curve"]:
-                epochs = [point["epoch"] for point in run["curve"]]
-                scores = [point["ndcg@10"] for point in run["curve"]]
-                axis.plot(epochs, scores, ".-", label=f"{run['method']}, seed {run['seed']}")
+        for method in results["summary"]:
+            curves = [run["curve"] for run in results["runs"] if run["method"] == method]
+            scores = [[point["ndcg@10"] for point in curve] for curve in curves]
+            if curves[0]:
+                axis.plot(np.mean(scores, 0), ".-", label=method)
         axis.set(xlabel="epoch (0: before it)", ylabel="validation NDCG@10")
         axis.legend()
 
