@@ -72,8 +72,9 @@ def plot_flows(path, flow):
             axes[2].yaxis.set_major_formatter("{x:g}")
             axes[2].set(title="How far the learned flow is off", xlabel="training step")
             axes[2].legend()
+        code = tuple(flow["codes"][chosen].tolist())
         text = (f"The user's last items: {', '.join(flow['history'][-8:])}. Height: share. Orange: "
-                f"{flow['titles'][chosen]}, ID {flow['codes'][chosen]}. {flow.get('caption', '')}")
+                f"{flow['titles'][chosen]}, ID {code}. {flow.get('caption', '')}")
         axes[0].text(0, -0.09, textwrap.fill(text, int(22 * width)), va="top")
 
 def plot_curves(path, results):
