@@ -177,8 +177,8 @@ class Policy(torch.nn.Module):
     """A small GPT-2 that reads a history and writes a semantic ID, plus the table of IDs.
 
     Tokens: code c of level l is l·K + c; L·K is <user>, which opens every row; L·K + 1 + i is item
-    i of a history, one token (2). A row is a packed tree: the history once, then branches. A branch is the
-    first L−1 codes of one path; the last code is never read. So many paths cost one pass.
+    i of a history, one token (2). A row is a packed tree: the history once, then branches. A branch
+    is the first L−1 codes of one path; the last is never read. So many paths cost one pass.
     """
 
     def __init__(self, semantic_ids, window=20, width=128, layers=3, dropout=0.2, lm=None):
@@ -196,13 +196,9 @@ class Policy(torch.nn.Module):
             resid_pdrop=dropout, embd_pdrop=dropout,            # attn_pdrop would double a step
             bos_token_id=self.user_token, eos_token_id=self.user_token,
             activation_function="gelu_pytorch_tanh"))           # gelu_new's values, faster on CPU
-        # The head learns how log F(s) differs from an even flow, log(items below s / n); it starts
-        # at 0. At the root, log F is log Z(U).
-        self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)
+        self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)   # log F(s); log Z(U) at s_0
         for parameter in self.flow_head.parameters():
-            torch.nn.init.zeros_(parameter)
-        even_flow = semantic_ids.flows(torch.full((1, n), 1 / n))[0].log()          # (P + n,)
-        self.register_buffer("even_flow", even_flow, persistent=False)
+            torch.nn.init.zeros_(parameter)                     # Z is about 1 (5)
 
     @torch.no_grad()
     def start_from(self, features):
@@ -235,7 +231,7 @@ class Policy(torch.nn.Module):
         and log flows (B, E, L) of s_0 … s_{L-1}.
         """
         ids = self.semantic_ids
-        tokens, ends, items = (x.to(self.even_flow.device) for x in (tokens, ends, items))
+        tokens, ends, items = (x.to(ids.codes.device) for x in (tokens, ends, items))
         B, H = tokens.shape
         L = ids.num_levels
         K = ids.num_codes
@@ -255,7 +251,7 @@ class Policy(torch.nn.Module):
         logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()            # (B, E, L, K)
         nodes = ids.nodes[items][..., :-1]                                          # (B, E, L)
         log_probs = logits.masked_fill(ids.next_node[nodes] < 0, NEVER).log_softmax(-1)
-        return log_probs, self.flow_head(prefixes)[..., 0] + self.even_flow[nodes]
+        return log_probs, self.flow_head(prefixes)[..., 0]
 
     def steps(self, log_probs, items):
         """log P_F of the codes taken: log_probs (..., L, K), items (...) → (..., L)."""
@@ -278,7 +274,7 @@ class Policy(torch.nn.Module):
         prefixes compete by log P_F(s) + log F(s), F the exact flow of CM^γ (9).
         """
         ids = self.semantic_ids
-        tokens, lengths = (x.to(self.even_flow.device) for x in self.tokens(histories))
+        tokens, lengths = (x.to(ids.codes.device) for x in self.tokens(histories))
         B, H = tokens.shape
         K = ids.num_codes
         cache = DynamicCache()
@@ -668,7 +664,7 @@ def start_of(method, seed, recipe, prepared, data, settings):
     return policy.to(settings.device)
 
 def trained(method, seed, prepared, data, settings):
-    """Train one method at its rates → (policy of the best rate, saved in OUT/METHOD-SEED; curve)."""
+    """Train a method at its rates → (policy of the best rate, saved in OUT/METHOD-SEED; curve)."""
     recipe = RECIPES[method]
     if recipe.loss:
         for name in ("gr", "lam", "sampler", "trajectories"):
@@ -727,12 +723,11 @@ def run_method(method, seed, prepared, data, settings):
     entry = {"method": method, "seed": seed, "metrics": metrics, "curve": curve, "by_user": by_user,
              "seconds": {"train": middle - started, "eval": time.time() - middle},
              "train_examples": max(0, len(curve) - 1) * sum(map(len, data.train)),
-             "first": ranked[0].tolist()}                       # the list of the first user
-    if data.truth:
-        entry["lists"] = ranked.tolist()
+             "lists": ranked.tolist()}
     if method in ("tb", "fm") and len(data.titles) <= 2000:     # a branch for every item
         history = data.histories[0][:-1]
-        entry["flow"] = flow_of(method, policy, history, cm.scores([history])[0].cpu(), data)
+        exact = cm.scores([history])[0].cpu()
+        entry["flow"] = flow_of(policy, history, exact, data, "the CM's part of R", method)
     return entry
 
 def paired_gains(runs, base, samples=1000):
@@ -868,8 +863,9 @@ def run(settings, cm=None):
         table = table_of(results)
         (out / "results.md").write_text(table + "\n", encoding="utf-8")
         print("", table, "", *figures.draw_run(out, data, results), sep="\n")
-        print(f"results.json, results.md and the saved models are in {out}/. With {len(data.train)} "
-              f"users a share of .1 is known to ± {1.96 * math.sqrt(0.09 / len(data.train)):.3f}.")
+        print(f"results.json, results.md and the saved models are in {out}/")
+        error = 1.96 * math.sqrt(0.09 / len(data.train))
+        print(f"With {len(data.train)} users, a share of .1 is known to ± {error:.3f}.")
     return results
 
 def distribution(policy, histories):
@@ -878,14 +874,14 @@ def distribution(policy, histories):
     with torch.no_grad():
         return policy.eval().path_log_probs(histories, items).sum(-1).exp().cpu()
 
-def flow_of(method, policy, history, exact, data):
-    """What figures.plot_flows draws: an exact distribution over the items (n,), and the policy's."""
+def flow_of(policy, history, exact, data, *names):
+    """What figures.plot_flows draws: an exact distribution over the n items, and the policy's."""
     learned = distribution(policy, [history])
     learned[:, history] = 0                                     # never recommended
     learned /= learned.sum()
     return {"codes": policy.semantic_ids.codes.tolist(), "titles": data.titles,
-            "history": [data.titles[item] for item in history], "exact_name": "reward: the CM's part",
-            "learned_name": f"policy: {method}", "exact": exact.tolist(), "learned": learned[0].tolist()}
+            "history": [data.titles[item] for item in history], "exact": exact.tolist(),
+            "learned": learned[0].tolist(), "exact_name": names[0], "learned_name": names[1]}
 
 def run_oracle(settings):
     """Train one method on four contexts, from random weights, until P = R/Z, known exactly."""
@@ -909,7 +905,8 @@ def run_oracle(settings):
     learned = distribution(policy, histories)
     start, end = ((p - target).abs().sum(1).mean() for p in (before, learned))
     print(f"mean L1 distance of P from R/Z: {start:.4f} before, {end:.4f} after")
-    flow = flow_of(settings.oracle, policy, histories[0], target[0], data) | {"exact_name": "reward, R/Z"}
+    flow = flow_of(policy, histories[0], target[0], data, "the reward, R/Z",
+                   f"what {settings.oracle} has learned, P")
     write_json(Path(settings.out) / "oracle.json", flow)
     figures.plot_flows(Path(settings.out) / "oracle.png", flow)
 
@@ -921,7 +918,7 @@ def show_first_user(runs, data):
     print(f"user {data.user_ids[0]}: " + ", ".join(history[-8:]))
     for run in runs:
         if run["seed"] == runs[0]["seed"]:
-            listed = [names[item] for item in run["first"][:5] if item >= 0]
+            listed = [names[item] for item in run["lists"][0][:5] if item >= 0]
             print(f"  {run['method']:>13}  " + ", ".join(listed))
     print("  * liked, but never shown" if hidden else "")
 

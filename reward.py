@@ -98,7 +98,8 @@ class CollaborativeModel(torch.nn.Module):
         scores[owned] = 0
         popular = (self.count + 1.0) / (self.count + 1.0).sum()                     # (n,)
         had = torch.zeros(len(histories), device=device)        # popular share of the history
-        had.index_add_(0, torch.tensor(owned[0], dtype=torch.long, device=device), popular[owned[1]])
+        rows = torch.tensor(owned[0], dtype=torch.long, device=device)
+        had.index_add_(0, rows, popular[owned[1]])
         total = scores.sum(1)                                                       # (B,)
         share = torch.where(total > 0, self.popularity, 1.0)
         scores.mul_(((1 - share) / total.clamp(min=1e-12))[:, None])

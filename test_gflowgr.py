@@ -149,7 +149,6 @@ def one_by_one(policy, history):
         below = [row for row in rows if row[:l] == rows[v][:l]]
         logits = out.logits[v, len(head) - 1 + l, l * K:(l + 1) * K]
         log_pf[v, l] = logits[rows[v][l]] - logits[sorted({row[l] for row in below})].logsumexp(0)
-        log_flow[v, l] += math.log(len(below) / len(rows))      # the even share
     return log_pf, log_flow
 
 def logs(*numbers):

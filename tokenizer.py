@@ -2,8 +2,8 @@
 
     features of an item  →  residual k-means  →  (c_1, …, c_L)
 
-TIGER and LETTER learn IDs with an RQ-VAE (3). K-means on residuals also gives similar items the same
-first codes. All IDs differ: a prefix of l codes has room for K^(L-l) items; when it is full, it
+TIGER and LETTER learn IDs with an RQ-VAE; k-means on residuals (3) also gives similar items the
+same first codes. All IDs differ: a prefix of l codes has room for K^(L-l) items; when full, it
 refuses the items farthest from it. Letters: n items, L levels, K codes a level, P prefixes.
 """
 from itertools import chain
