@@ -1,10 +1,9 @@
 """Item tokenizer: every item becomes a semantic ID, a short path of codes down a tree.
 
     features of an item  →  residual k-means  →  (c_1, …, c_L)
-
 TIGER and LETTER learn IDs with an RQ-VAE; k-means on residuals (3) also gives similar items the
-same first codes. All IDs differ: a prefix of l codes has room for K^(L-l) items; when full, it
-refuses the items farthest from it. Letters: n items, L levels, K codes a level, P prefixes.
+same first codes. All IDs differ: a prefix of l codes has room for K^(L-l) items, the nearest ones.
+Letters: n items, L levels, K codes a level, P prefixes.
 """
 from itertools import chain
 
@@ -73,8 +72,8 @@ def item_features(kind, texts, histories, seed, dim=64):
     text = _svd(*tf_idf(texts), dim, seed)
     if kind == "content":
         return text
-    # The 2 is chosen by hand: co-occurrence says more than a few words.
-    return np.hstack([text, 2 * _svd(*ppmi(histories, len(texts)), dim, seed)])
+    collaborative = _svd(*ppmi(histories, len(texts)), dim, seed)
+    return np.hstack([text, 2 * collaborative])                 # 2: it says more than a few words
 
 def kmeans(points, k, rng, steps=20):
     """(k, d) centroids of points (n, d): k-means++ seeds, then Lloyd's steps."""
@@ -93,21 +92,14 @@ def kmeans(points, k, rng, steps=20):
     return centroids
 
 def _squared_distances(points, centroids):
-    # |x − c|² = |x|² − 2 x·c + |c|²
     cross = points @ centroids.T                                                    # (n, k)
     return np.maximum((points ** 2).sum(1)[:, None] - 2 * cross + (centroids ** 2).sum(1), 0)
 
 def assign_with_capacity(cost, parent, capacity):
     """Give each item its cheapest code, but at most `capacity` items to a cell (parent, code).
-
     Every item asks for the cheapest code that has not refused it. A cell keeps its `capacity`
     cheapest items and refuses the others for good. Repeat until no item is refused.
-    cost (n, K), unchanged; parent (n,), the item's cell one level up → codes (n,).
-
-    >>> cost = np.array([[0.0, 5.0], [1.0, 2.0], [0.5, 9.0], [3.0, 0.0]])
-    >>> assign_with_capacity(cost, np.array([0, 0, 0, 0]), capacity=2).tolist()
-    [0, 1, 0, 1]
-    """
+    cost (n, K), unchanged; parent (n,), the item's cell one level up → codes (n,)."""
     cost = cost.copy()
     items = np.arange(len(cost))
     while True:
@@ -127,11 +119,9 @@ class SemanticIDs(torch.nn.Module):
     def __init__(self, codes, num_codes):
         """codes (n, L) integers in [0, num_codes), all rows different; ValueError otherwise."""
         codes = np.asarray(codes)
-        table = codes.ndim == 2 and codes.dtype.kind in "iu"
-        if not table or len(np.unique(codes, axis=0)) < len(codes):
-            raise ValueError("semantic IDs must be an (n, L) table of integers, all rows different")
-        if codes.min() < 0 or codes.max() >= num_codes:
-            raise ValueError(f"every code must lie in [0, {num_codes})")
+        fine = codes.ndim == 2 and codes.dtype.kind in "iu" and 0 <= codes.min()
+        if not fine or codes.max() >= num_codes or len(np.unique(codes, axis=0)) < len(codes):
+            raise ValueError(f"IDs: (n, L) integers from 0 to {num_codes - 1}, all rows different")
         super().__init__()
         self.num_codes = int(num_codes)
         self.num_levels = codes.shape[1]
@@ -156,8 +146,8 @@ class SemanticIDs(torch.nn.Module):
         """Residual k-means of features (n, d); same seed, same IDs; ValueError for n > K^L."""
         residual = np.array(features, np.float64)
         if len(residual) > num_codes ** num_levels:
-            raise ValueError(f"{len(residual)} items do not fit into {num_codes}^{num_levels} "
-                             "semantic IDs; raise --codes or --levels")
+            message = f"{len(residual)} items do not fit into {num_codes}^{num_levels} IDs"
+            raise ValueError(message + "; raise --codes")
         rng = np.random.default_rng(seed)
         codes = []
         parent = np.zeros(len(residual), np.int64)
@@ -181,13 +171,7 @@ class SemanticIDs(torch.nn.Module):
 
     def legal(self, prefix):
         """Codes that lead from a prefix of l < L codes on to an item: (..., l) → (..., K) bool.
-
-        Entry c is True where some row of self.codes begins with the prefix and then c.
-
-        >>> ids = SemanticIDs([[0, 1, 1], [0, 2, 0], [2, 0, 0]], num_codes=3)
-        >>> ids.legal([]).int().tolist(), ids.legal([[0], [2], [1]]).int().tolist()
-        ([1, 0, 1], [[0, 1, 1], [1, 0, 0], [0, 0, 0]])
-        """
+        Entry c is True where some row of self.codes begins with the prefix and then c."""
         return self.next_node[self.node(prefix)] >= 0
 
     def lookup(self, codes):
@@ -196,16 +180,8 @@ class SemanticIDs(torch.nn.Module):
 
     def flows(self, values):
         """Exact flow F*(s) of every node: values (C, n), such as R → (C, P + n).
-
         F*(s) = Σ values over the items below s. Node 0 is the root: its flow is Z. Node P + i is
-        item i. self.nodes (n, L + 1) holds the nodes from the root to each item.
-
-        >>> ids = SemanticIDs([[0, 1, 1], [0, 2, 0], [2, 0, 0]], num_codes=3)
-        >>> ids.nodes[1].tolist()                               # root, (0,), (0, 2), item 1
-        [0, 1, 4, 7]
-        >>> ids.flows(torch.tensor([[4.0, 3.0, 2.0]])).tolist()
-        [[9.0, 7.0, 2.0, 4.0, 3.0, 2.0, 4.0, 3.0, 2.0]]
-        """
+        item i. self.nodes (n, L + 1) holds the nodes from the root to each item."""
         flow = values.new_zeros(self.num_prefixes, len(values))
         items = values.T.contiguous()                           # (n, C): rows are faster to add
         for level in range(self.num_levels):
@@ -219,6 +195,6 @@ class SemanticIDs(torch.nn.Module):
         return flow * (child >= 0)                              # 0 where a code is illegal
 
     def health(self):
-        """One line for the screen: items, and how many codes each level uses."""
-        used = "/".join(str(len(column.unique())) for column in self.codes.T)
-        return f"{len(self.codes)} semantic IDs, {used} of {self.num_codes} codes used by level"
+        """How many codes each level uses."""
+        used = [len(column.unique()) for column in self.codes.T]
+        return f"{len(self.codes)} semantic IDs; of {self.num_codes} codes {used} used by level"
