@@ -102,6 +102,7 @@ from data import figures
 from reward import CollaborativeModel, Reward, best_of, entries
 from tokenizer import SemanticIDs, item_features
 
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))   # if torch was there before
 transformers.utils.logging.disable_progress_bar()
 NEVER = -1e9                                    # log-probability of what is illegal; 0 · NEVER = 0
 RANK = int(os.environ.get("RANK", 0))           # set by torchrun: the number of this process
