@@ -25,6 +25,7 @@ from typing import Literal, Optional
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from data import InputError, check, find_item, load_data, read_ids
+# data.train: histories without their last two items; data.liked: parallel to data.histories
 
 PRESETS = {                                     # ml-100k: long histories take up many beams
     "toy": dict(methods="pop,cm,cm-debiased,sft,sft-continued,tb,fm,fm+cm", width=64, layers=2,
