@@ -390,15 +390,19 @@ def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
 # (C, J); with exact=True child_flow (C, J, L, K), and log_flow is exact, else the head's; with
 # reference=True reference (C, J, L), log P_F of the frozen SFT policy.
 def tb_loss(paths):
+    """TB: log Z(U) is log F of s_0."""
     return trajectory_balance(paths.log_flow[:, 0, 0], paths.log_pf.sum(-1), paths.log_r)
 
 def db_loss(paths):
+    """DB: log R is log F of s_L."""
     return detailed_balance(torch.cat([paths.log_flow, paths.log_r[..., None]], -1), paths.log_pf)
 
 def fm_loss(paths):
+    """FM: exact flows against P_F, at every step of the paths."""
     return flow_matching(paths.child_flow, paths.log_probs)
 
 def sdpo_loss(paths):
+    """S-DPO: the first path is the positive, the others are negatives."""
     policy = paths.log_pf.sum(-1)
     reference = paths.reference.sum(-1)
     return sdpo(policy[:, 0], policy[:, 1:], reference[:, 0], reference[:, 1:], beta=0.1)

@@ -769,7 +769,7 @@ def test_help_is_fast_and_does_without_torch():
     command = [sys.executable, "-X", "importtime", ROOT / "gflowgr.py", "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "--recommend" in done.stdout
-    if gflowgr.transformers.__version__ >= "5":                          # 4 imports torch in its arguments
+    if gflowgr.transformers.__version__ >= "5":   # 4 imports torch
         assert os.times().children_user - before < 1.5 and " torch\n" not in done.stderr
 
 @pytest.mark.parametrize("module", [gflowgr, reward, tokenizer], ids=lambda module: module.__name__)

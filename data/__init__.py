@@ -11,6 +11,7 @@ class InputError(ValueError):
     """Something the user can mend: the message names the file, the line and the cure."""
 
 def check(fine, message):
+    """Raise InputError with this message unless all is fine."""
     if not fine:
         raise InputError(message)
 
