@@ -825,6 +825,9 @@ def check_settings(settings):
     fine = len(weights) == 3 and min(weights) >= 0 and sum(weights) < math.inf
     check(fine, f"--weights {settings.weights}: give three numbers, none negative")
     seeds = [int(seed) for seed in settings.seeds.split(",")]
+    for seed in seeds if settings.sft else []:
+        there = (Path(settings.sft) / f"sft-{seed}" / "config.json").exists()
+        check(there, f"--sft: {settings.sft} holds no saved model sft-{seed}")
     return [method for method in known if method in needed], seeds
 
 def earlier_runs(settings, data):
