@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -729,23 +730,28 @@ def run_method(method, seed, prepared, data, settings):
     entry = {"method": method, "seed": seed, "metrics": metrics, "curve": curve, "by_user": by_user,
              "seconds": {"train": middle - started, "eval": time.time() - middle},
              "train_examples": max(0, len(curve) - 1) * sum(map(len, data.train)),
-             "lists": ranked.tolist()}
+             "lists": (ranked if data.truth else ranked[:1]).tolist()}     # else of the first user
     if method in ("tb", "fm") and len(data.titles) <= 2000:     # a branch for every item
         history = data.histories[0][:-1]
         exact = cm.scores([history])[0].cpu()
         entry["flow"] = flow_of(policy, history, exact, data, "the CM's part of R", method)
     return entry
 
-def paired_gains(runs, base, samples=1000):
+@lru_cache(maxsize=1)
+def bootstrap(users, samples=1000):
+    """How often each user is drawn in each sample (samples, users): the same for all methods."""
+    rng = np.random.default_rng(0)
+    draws = [np.bincount(rng.integers(users, size=users), minlength=users) for _ in range(samples)]
+    return np.array(draws)
+
+def paired_gains(runs, base):
     """{metric: {"gain", "low", "high"}} of runs (seeds) over base runs, 95 % bootstrap over users.
     The interval covers the choice of users, not the random seed of training."""
     own = [list(run["by_user"].values()) for run in runs]
     other = [list(run["by_user"].values()) for run in base]
     gains = np.mean(own, 0) - np.mean(other, 0)                                     # (metrics, B)
-    rng = np.random.default_rng(0)
     users = gains.shape[1]
-    draws = [np.bincount(rng.integers(users, size=users), minlength=users) for _ in range(samples)]
-    low, high = np.quantile(gains @ np.array(draws).T / users, [0.025, 0.975], axis=1)
+    low, high = np.quantile(gains @ bootstrap(users).T / users, [0.025, 0.975], axis=1)
     rows = zip(runs[0]["by_user"], gains.mean(1), low, high)
     return {metric: {"gain": gain, "low": a, "high": b} for metric, gain, a, b in rows}
 
