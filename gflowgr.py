@@ -301,7 +301,7 @@ class Policy(torch.nn.Module):
             if self.cm is not None:
                 value = total + log_flow.gather(1, child.clamp(min=0))
             if level == ids.num_levels - 1:
-                return self.best_unseen(value, child, histories, k)
+                break
             best = value.topk(min(max(beams, k), value.shape[1]), 1).indices        # (B, W)
             score = total.gather(1, best)
             node = child.gather(1, best)
@@ -313,42 +313,34 @@ class Policy(torch.nn.Module):
             places = (lengths[:, None] + 1 + level).expand(B, W)
             hidden = self.lm.transformer(level * K + best % K, cache, attention_mask=mask[:, None],
                                          position_ids=places).last_hidden_state     # (B, W, d)
-
-    def best_unseen(self, value, child, histories, k):
-        """The k best whole paths: value (B, W·K), nodes child (B, W·K) → items, scores (B, k)."""
-        owned = torch.zeros(len(histories), len(self.semantic_ids.codes), dtype=torch.bool)
+        item = child - ids.num_prefixes                         # (B, W·K); < 0 is no item
+        owned = torch.zeros(B, len(ids.codes), dtype=torch.bool)
         owned[entries(histories)] = True
-        enough = k + min(max(map(len, histories)), value.shape[1])   # enough without the owned
-        value, best = F.pad(value, (0, k), value=NEVER).topk(enough, 1)
-        item = F.pad(child, (0, k), value=-1).gather(1, best) - self.semantic_ids.num_prefixes
-        # Illegal paths keep a score below NEVER / 2.
-        gone = (value < NEVER / 2) | owned.to(item.device).gather(1, item.clamp(min=0))
-        score, best = value.masked_fill(gone, -math.inf).topk(k, 1)
-        return item.gather(1, best).masked_fill(score == -math.inf, -1), score
+        gone = owned.to(item.device).gather(1, item.clamp(min=0)) | (item < 0)
+        value.masked_fill_(gone, -math.inf)
+        score, best = F.pad(value, (0, k), value=-math.inf).topk(k, 1)
+        return F.pad(item, (0, k)).gather(1, best).masked_fill(score == -math.inf, -1), score
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors (plain GPT-2), and IDs and titles beside them."""
-        part = Path(f"{folder}.part")                           # renamed when whole
-        self.lm.save_pretrained(part)
-        ids = self.semantic_ids
-        table = {"num_codes": ids.num_codes, "codes": ids.codes.tolist(), "gamma": self.gamma}
-        write_json(part / "semantic_ids.json", table | self.catalogue)
+        """Write config.json and model.safetensors (plain GPT-2), and IDs, titles, CM beside them."""
+        table = Path(folder) / "semantic_ids.json"              # written last: the folder is whole
+        table.unlink(missing_ok=True)
+        self.lm.save_pretrained(folder)
         if isinstance(self.cm, CollaborativeModel):
-            self.cm.save(part / "cm.safetensors")
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for file in part.iterdir():
-            os.replace(file, Path(folder) / file.name)
-        part.rmdir()
+            self.cm.save(Path(folder) / "cm.safetensors")
+        ids = self.semantic_ids
+        write_json(table, {"num_codes": ids.num_codes, "codes": ids.codes.tolist(),
+                           "gamma": self.gamma, **self.catalogue})
 
     @classmethod
-    def from_pretrained(cls, folder):
+    def from_pretrained(cls, folder, dropout=0.0):
         """The Policy that save_pretrained wrote, in eval mode; InputError where there is none.
         Its flow head, which training alone needs, starts anew."""
         try:
             table = json.loads((Path(folder) / "semantic_ids.json").read_text(encoding="utf-8"))
             ids = SemanticIDs(table.pop("codes"), table.pop("num_codes"))
-            lm = GPT2LMHeadModel.from_pretrained(folder, use_safetensors=True)   # never a pickle
-            policy = cls(ids, lm=lm)
+            policy = cls(ids, lm=GPT2LMHeadModel.from_pretrained(
+                folder, use_safetensors=True, resid_pdrop=dropout, embd_pdrop=dropout))  # no pickle
             if (Path(folder) / "cm.safetensors").exists():
                 policy.cm = CollaborativeModel.load(Path(folder) / "cm.safetensors")
         except Exception as error:                              # whatever is wrong with the files
@@ -488,30 +480,28 @@ def rewards_of(contexts, data, reward):
     r = reward(scores, positives, torch.tensor(liked, device=scores.device))
     return r, scores, logged, positives, histories
 
-def paths_of(model, batch, items):
+def paths_of(policy, batch, items):
     """One pass over the paths of items (C, J), packed as branches → log_pf, log_probs, log_flow."""
-    policy = getattr(model, "module", model)                    # what DistributedDataParallel wraps
     J = items.shape[1]
     packed = torch.zeros(*batch.valid.shape, J, dtype=torch.long)                   # (B, T, J)
     packed[batch.valid] = items.cpu()
     packed = packed.flatten(1)                                                      # (B, E = T·J)
-    log_probs, log_flow = model(batch.tokens, batch.ends.repeat_interleave(J, 1), packed)
+    log_probs, log_flow = policy(batch.tokens, batch.ends.repeat_interleave(J, 1), packed)
     def at_contexts(x):
         return x.unflatten(1, (-1, J))[batch.valid]                                 # (C, J, ...)
     return SimpleNamespace(log_pf=at_contexts(policy.steps(log_probs, packed)),
                            log_probs=at_contexts(log_probs), log_flow=at_contexts(log_flow))
 
-def loss_of(recipe, model, reference, batch, reward, data, progress):
+def loss_of(recipe, policy, reference, batch, reward, data, progress):
     """L = gr · L_GR(U, v) + λ · mean over trajectories of L_GFN(τ); gr = 1 without a loss is SFT.
-    model: the policy, or DistributedDataParallel around it; reference: the frozen SFT policy."""
+    reference: the frozen SFT policy, for S-DPO."""
     items = batch.targets[batch.valid][:, None]                 # (C, J = 1): the logged path τ_1
     if recipe.loss:                                             # … and N augmented ones
         r, *logged = rewards_of(batch.contexts, data, reward)                       # (C, n)
-        policy = getattr(model, "module", model)
         drawn = augmented(recipe, r, *logged, policy, progress)                     # (C, N)
         # Without L_GR the N paths stand alone: R brings the logged one too.
         items = torch.cat([items.to(r.device), drawn], 1) if recipe.gr else drawn
-    paths = paths_of(model, batch, items)
+    paths = paths_of(policy, batch, items)
     L_GR = -paths.log_pf[:, 0].sum(-1).mean()                   # next-token loss of whole IDs
     if not recipe.loss:
         return L_GR
@@ -535,6 +525,12 @@ def optimizer_of(policy, rate, steps):
     warm_up = min(200, steps // 10 + 1)
     return optimizer, transformers.get_cosine_schedule_with_warmup(optimizer, warm_up, steps)
 
+def average_gradients(policy):
+    """With torchrun: the mean of the gradients of all processes, in each of them."""
+    for parameter in policy.parameters():
+        if parameter.grad is not None:
+            torch.distributed.all_reduce(parameter.grad.div_(WORLD))
+
 def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
     """The one training loop → the curve, a list of {"epoch", "loss", "ndcg@10"}, 0 being the start.
     The last epoch counts: there the rate has come down to 0."""
@@ -544,9 +540,6 @@ def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
     steps = epochs * per_epoch
     optimizer, schedule = optimizer_of(policy, rate, steps)
     reference = copy.deepcopy(policy).eval() if recipe.reference else None
-    model = policy
-    if WORLD > 1:
-        model = torch.nn.parallel.DistributedDataParallel(policy, find_unused_parameters=True)
     curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, data, settings.beams)}]
     losses = []
     for epoch in range(1, epochs + 1):
@@ -556,13 +549,15 @@ def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
         everyone = batches(rows, data.train, size, policy, order)
         own = islice(everyone, RANK, per_epoch * WORLD, WORLD)  # every WORLD-th batch
         for batch in tqdm(own, method, per_epoch, leave=False, disable=None):
-            loss = loss_of(recipe, model, reference, batch, reward, data, len(losses) / steps)
+            loss = loss_of(recipe, policy, reference, batch, reward, data, len(losses) / steps)
             if not torch.isfinite(loss):
                 users = sorted({data.user_ids[user] for user, _ in batch.contexts})
                 message = f"{method}: loss {loss} at step {len(losses)}; users {', '.join(users)}"
                 raise FloatingPointError(message)
             optimizer.zero_grad()
             loss.backward()
+            if WORLD > 1:
+                average_gradients(policy)
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -661,12 +656,9 @@ def start_of(method, seed, recipe, prepared, data, settings):
         policy.start_from(features)
     else:
         source = Path(settings.sft or settings.out) / f"sft-{seed}"
-        policy = Policy.from_pretrained(source)
+        policy = Policy.from_pretrained(source, recipe.dropout)
         fits = policy.semantic_ids.codes.equal(ids.codes)
         check(fits, f"the semantic IDs of {source} do not fit the data")
-        for name, module in policy.named_modules():
-            if isinstance(module, torch.nn.Dropout) and "attn_dropout" not in name:
-                module.p = recipe.dropout
     policy.catalogue = {"item_ids": data.item_ids, "titles": data.titles}
     return policy.to(settings.device)
 
@@ -836,19 +828,18 @@ def check_settings(settings):
         check(there, f"--sft: {settings.sft} holds no saved model sft-{seed}")
     return [method for method in known if method in needed], seeds
 
+FREE = ("data", "methods", "seeds", "out", "device", "threads", "resume", "sft")   # may differ
+
 def earlier_runs(settings, data):
     """What --resume keeps of OUT/results.json; InputError if its settings or data are others."""
     path = Path(settings.out) / "results.json"
-    if not path.exists():
-        return []
-    old = json.loads(path.read_text(encoding="utf-8"))
-    before = old["settings"] | {"data": old["data"]}
-    free = ("methods", "seeds", "out", "device", "threads", "resume", "sft")
-    for name, now in (asdict(settings) | {"data": data.sizes}).items():
-        was = "of other data" if name == "data" else f"with {name} {before.get(name)}, not {now}"
-        check(name in free or before.get(name) == now,
-              f"{settings.out} holds a run {was}; choose another --out, or delete that folder")
-    return old["runs"] if settings.resume else []
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name, was in old.get("settings", {}).items():
+        fine = name in FREE or was == getattr(settings, name)
+        check(fine, f"{path.parent} holds a run with {name} {was}; choose another --out")
+    fine = old.get("data", data.sizes) == data.sizes
+    check(fine, f"{path.parent} holds a run of other data; choose another --out")
+    return old["runs"] if old and settings.resume else []
 
 def run(settings, cm=None):
     """The whole job → results; every finished method is written at once. cm: your own CM, with
@@ -858,7 +849,7 @@ def run(settings, cm=None):
     runs = earlier_runs(settings, data)
     done = [(entry["method"], entry["seed"]) for entry in runs]
     out = Path(settings.out)
-    if WORLD > 1:
+    if WORLD > 1:                                   # torchrun: only the first prints and writes
         torch.distributed.init_process_group("nccl" if settings.device == "cuda" else "gloo")
         if settings.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
