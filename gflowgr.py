@@ -18,7 +18,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, Optional
@@ -26,7 +26,9 @@ from typing import Literal, Optional
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from data import InputError, check, find_item, load_data, read_ids
-# data.train: histories without their last two items; data.liked: parallel to data.histories
+# check(fine, message): InputError unless fine. A Dataset has, for B users, data.histories;
+# data.train, the same without the last two items; data.liked, bools parallel to histories;
+# data.truth, {} or {"liked": B sets of items, "shown": B sets of items}.
 
 PRESETS = {                                     # ml-100k: long histories take up many beams
     "toy": dict(methods="pop,cm,cm-debiased,sft,sft-continued,tb,fm,fm+cm", width=64, layers=2,
@@ -48,7 +50,7 @@ class Settings:
     device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="where to train")
     threads: int = HfArg(default=1, help="CPU threads: for models as small as these, one is best")
     ids: str = HfArg(default="mixed", help="content (text), mixed (text and log), or FILE.csv")
-    codes: int = HfArg(default=0, help="K, codes a level (default: a power of 2 near items / 16)")
+    codes: int = HfArg(default=0, help="K, codes a level (default: 2, 4, 8 …, above items / 24)")
     levels: int = HfArg(default=3, help="L, levels of an ID: as in the paper's examples")
     window: int = HfArg(default=20, help="items of the history that are read: the last say most")
     width: int = HfArg(default=128, help="hidden size: enough for 10^4 items on two cores")
@@ -101,14 +103,12 @@ from tqdm import tqdm
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from data import figures
-from reward import CollaborativeModel, Reward, best_of, entries
+from reward import CollaborativeModel, Reward, best_unseen, entries
 from tokenizer import SemanticIDs, item_features
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))   # if torch was there before
 transformers.utils.logging.disable_progress_bar()
-NEVER = -1e9                                    # log-probability of what is illegal; 0 · NEVER = 0
-RANK = int(os.environ.get("RANK", 0))           # set by torchrun: the number of this process
-WORLD = int(os.environ.get("WORLD_SIZE", 1))    # set by torchrun: how many processes there are
+NEVER = -1e9                                    # log P of what is illegal; 0 · −inf would be nan
 
 # --- Rows of a batch ------------------------------------------------------------------------------
 def pad(lists, value):
@@ -117,9 +117,9 @@ def pad(lists, value):
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 def training_rows(histories, window):
-    """Rows (user, start, first, stop): items[start:stop] are read, items[first:stop] are targets.
-    The first row of a history has up to window + 1 targets, later ones window // 2 each, so that
-    their targets see at least half a window."""
+    """Rows (user, start, first, stop): items[first:stop] are targets, items[start:stop-1] are read.
+    The first row of a history has window + 1 targets. Later rows overlap the one before: they have
+    window // 2 targets, so that each has at least window // 2 items before it."""
     rows = []
     for user, history in enumerate(histories):
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
@@ -181,7 +181,7 @@ class Policy(torch.nn.Module):
 
     Tokens: code c of level l is l·K + c; L·K is <user>, which opens every row; L·K + 1 + i is item
     i of a history, one token (2). A row is a packed tree: the history once, then branches. A branch
-    is the first L−1 codes of one path; the last is never read. So many paths cost one pass.
+    is the first L−1 codes of one path; the last is never read. One pass scores all the paths.
     """
 
     def __init__(self, semantic_ids, window=20, width=128, layers=3, dropout=0.2, lm=None):
@@ -195,13 +195,13 @@ class Policy(torch.nn.Module):
         n = len(semantic_ids.codes)
         self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch (1)
             vocab_size=self.user_token + 1 + n, n_positions=window + semantic_ids.num_levels,
-            n_embd=width, n_layer=layers, n_head=max(1, width // 32), attn_pdrop=0.0,
-            resid_pdrop=dropout, embd_pdrop=dropout,            # attn_pdrop would double a step
+            n_embd=width, n_layer=layers, n_head=max(1, width // 32),
+            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,   # 0: else twice the time
             bos_token_id=self.user_token, eos_token_id=self.user_token,
             activation_function="gelu_pytorch_tanh"))           # gelu_new's values, faster on CPU
         self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)   # log F(s); log Z(U) at s_0
         for parameter in self.flow_head.parameters():
-            torch.nn.init.zeros_(parameter)                     # Z is about 1 (5)
+            torch.nn.init.zeros_(parameter)                     # log F = 0: Z is about 1 (5)
 
     @torch.no_grad()
     def start_from(self, features):
@@ -281,15 +281,15 @@ class Policy(torch.nn.Module):
         B, H = tokens.shape
         K = ids.num_codes
         cache = DynamicCache()
-        hidden = self.lm.transformer(tokens, cache).last_hidden_state               # (B, H, d)
+        hidden = self.lm.transformer(tokens, cache).last_hidden_state   # fills the cache (B, H, d)
         hidden = hidden[torch.arange(B, device=hidden.device), lengths][:, None]     # (B, W = 1, d)
         place = torch.arange(H, device=tokens.device)
         mask = torch.where(place > lengths[:, None, None], NEVER, 0.0)              # (B, W, H + …)
         score = torch.zeros(B, 1, device=tokens.device)         # (B, W) Σ log P_F of each beam
         node = torch.zeros_like(score, dtype=torch.long)        # (B, W) its place in the tree
         if self.cm is not None:
-            guide = self.cm.scores(histories).to(mask.device) ** self.gamma         # (B, n)
-            log_flow = ids.flows(guide).clamp(min=1e-30).log()                      # (B, P + n)
+            power = self.cm.scores(histories).to(mask.device) ** self.gamma         # (B, n)
+            log_flow = ids.flows(power).clamp(min=1e-30).log()                      # (B, P + n)
         for level in range(ids.num_levels):
             head = self.lm.transformer.wte.weight[level * K:(level + 1) * K]        # (K, d)
             child = ids.next_node[node]                                             # (B, W, K)
@@ -297,15 +297,14 @@ class Policy(torch.nn.Module):
             total = (hidden @ head.T).masked_fill_(child < 0, NEVER).log_softmax(-1)
             total = total.add_(score[..., None]).flatten(1)                         # (B, W·K)
             child = child.flatten(1)
-            value = total                                       # what beams compete by
-            if self.cm is not None:
-                value = total + log_flow.gather(1, child.clamp(min=0))
+            guide = 0 if self.cm is None else log_flow.gather(1, child.clamp(min=0))
+            value = total + guide                               # what beams compete by
             if level == ids.num_levels - 1:
-                break
+                break                                           # value, child: of whole items
             best = value.topk(min(max(beams, k), value.shape[1]), 1).indices        # (B, W)
             score = total.gather(1, best)
             node = child.gather(1, best)
-            # Keys stay in the cache where they are; a beam sees what its parent saw, and itself.
+            # The cache keeps its order. A beam sees what its parent saw, and itself (a new column).
             W = best.shape[1]
             seen = mask.gather(1, (best // K)[..., None].expand(-1, -1, mask.shape[2]))
             itself = torch.full((W, W), NEVER, device=mask.device).fill_diagonal_(0)
@@ -315,16 +314,17 @@ class Policy(torch.nn.Module):
                                          position_ids=places).last_hidden_state     # (B, W, d)
         item = child - ids.num_prefixes                         # (B, W·K); < 0 is no item
         owned = torch.zeros(B, len(ids.codes), dtype=torch.bool)
-        owned[entries(histories)] = True
+        owned[entries(histories)] = True                        # (rows, columns) of all items
         gone = owned.to(item.device).gather(1, item.clamp(min=0)) | (item < 0)
         value.masked_fill_(gone, -math.inf)
-        score, best = F.pad(value, (0, k), value=-math.inf).topk(k, 1)
+        score, best = F.pad(value, (0, k), value=-math.inf).topk(k, 1)      # fewer may be left
         return F.pad(item, (0, k)).gather(1, best).masked_fill(score == -math.inf, -1), score
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors (plain GPT-2), and IDs, titles, CM beside them."""
-        table = Path(folder) / "semantic_ids.json"              # written last: the folder is whole
-        table.unlink(missing_ok=True)
+        """Write config.json and model.safetensors (plain GPT-2), and IDs, titles, CM beside it."""
+        table = Path(folder) / "semantic_ids.json"              # written last: all is there
+        for old in (table, table.with_name("cm.safetensors")):
+            old.unlink(missing_ok=True)
         self.lm.save_pretrained(folder)
         if isinstance(self.cm, CollaborativeModel):
             self.cm.save(Path(folder) / "cm.safetensors")
@@ -367,7 +367,8 @@ def detailed_balance(log_flow, log_pf):
     return (log_flow[..., :-1] + log_pf - log_flow[..., 1:]).square().sum(-1).mean()
 
 def flow_matching(flow, log_pf):
-    """FM (8): exact flows of all children (..., L, K) ≥ 0, log P_F (..., L, K) → scalar."""
+    """FM (8): exact flows of all children (..., L, K) ≥ 0, log P_F (..., L, K) → scalar.
+    Not inflow = outflow, as in the literature: F* is known, so P_F is fitted to it step by step."""
     # KL: Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), mean over paths
     target = flow / flow.sum(-1, keepdim=True)
     return (target * (target.clamp(min=1e-30).log() - log_pf)).sum((-2, -1)).mean()
@@ -380,8 +381,8 @@ def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
 
 # The same losses as functions of `paths`, J paths at each of C contexts: log_pf (C, J, L) of the
 # codes taken, log_probs (C, J, L, K) of all codes, log_flow (C, J, L) of s_0 … s_{L-1}, log_r
-# (C, J); with exact=True child_flow (C, J, L, K), and log_flow is exact, else the head's; with
-# reference=True reference (C, J, L), log P_F of the frozen SFT policy.
+# (C, J). A Recipe with exact=True adds child_flow (C, J, L, K), and log_flow is exact, else the
+# head's; one with reference=True adds reference (C, J, L), log P_F of the frozen SFT policy.
 def tb_loss(paths):
     """TB: log Z(U) is log F of s_0."""
     return trajectory_balance(paths.log_flow[:, 0, 0], paths.log_pf.sum(-1), paths.log_r)
@@ -406,29 +407,31 @@ class Recipe:
     loss: object = None             # L_GFN, a function of paths; None: L_GR alone
     gr: float = 0.0                 # weight of L_GR
     lam: float = 1.0                # λ, weight of L_GFN
-    sampler: str = "reward"         # where the N augmented trajectories come from
+    sampler: str = "reward"         # one of SAMPLERS: where the N augmented trajectories come from
     trajectories: int = 1           # N
-    even: float = 0.0               # share of the draws from R that are even draws instead
     exact: bool = False             # with the exact flows of R, in place of the learned log F
     rates: tuple = (1.0,)           # peak rates to try, in units of --fine-rate; validation chooses
-    dropout: float = 0.0            # of fine-tuning; SFT has --dropout
+    dropout: float = 0.0            # of fine-tuning, in units of --dropout
     reference: bool = False         # with log P_F of the frozen SFT policy
 
 # The paper's recipe is L_GR + λ · L_GFN: tb-paper, with λ = .1, since squared log-ratios are large
 # beside L_GR. tb, db and fm need no L_GR (7): r_a in R teaches the logged item.
 RECIPES = {
     "sft": Recipe(gr=1),
-    "sft-continued": Recipe(gr=1, rates=(1.0, 0.3), dropout=0.2),
-    "sdpo": Recipe(sdpo_loss, 1, 1.0, "curriculum", 3, rates=(0.3,), dropout=0.2, reference=True),
-    "tb-paper": Recipe(tb_loss, 1, 0.1, "curriculum", 3, rates=(0.3,), dropout=0.2),
+    "sft-continued": Recipe(gr=1, dropout=1, rates=(1.0, 0.3)),
+    "sdpo": Recipe(sdpo_loss, gr=1, sampler="curriculum", trajectories=3, dropout=1, rates=(0.3,),
+                   reference=True),
+    "tb-paper": Recipe(tb_loss, gr=1, lam=0.1, sampler="curriculum", trajectories=3, dropout=1,
+                       rates=(0.3,)),
     "db": Recipe(db_loss, trajectories=2, exact=True),
     "tb": Recipe(tb_loss, trajectories=2, exact=True),
     "fm": Recipe(fm_loss, exact=True)}
-SAMPLERS = ["session", "random", "curriculum", "policy", "reward"]
+SAMPLERS = ["session", "random", "curriculum", "policy", "reward", "even"]
 
 # --- The adaptive trajectory sampler: which items to learn from beside the logged one -------------
 def draw(weight, excluded, count):
-    """Items (C, count), with replacement, P ∝ weight (C, n), none of the C lists `excluded`."""
+    """Items (C, count), with replacement, P ∝ weight (C, n), none of the C lists `excluded`; where
+    no weight is left, any items."""
     weight = weight.clone()
     weight[entries(excluded)] = 0
     return torch.multinomial(weight + 1e-12, count, replacement=True)
@@ -438,50 +441,56 @@ def curriculum(scores, logged, count, progress):
 
     scores (C, n) of the CM, logged C lists, progress in [0, 1]. Draw 2N−1 items, item i with
     P ∝ scores[i]/2 + 1/(2n), 0 if logged; sort them from low to high score; keep N neighbours from
-    place round(progress · (N−1)) on. The even half is ours (6): if only likely items were drawn,
-    the loss could fall by moving log Z instead of P.
+    place round(progress · (N−1)) on. The even half is ours (6): items drawn by score alone all have
+    a high R, so log Z could take up their common error, and P would not learn.
     """
     pool = draw(0.5 * scores + 0.5 / scores.shape[1], logged, 2 * count - 1)        # (C, 2N-1)
     ranked = pool.gather(1, scores.gather(1, pool).argsort(1))
     start = round(progress * (count - 1))
     return ranked[:, start:start + count]
 
-def augmented(recipe, r, scores, logged, positives, histories, policy, progress):
-    """The N augmented items (C, N) of each context, by the sampler of the recipe."""
+def augmented(recipe, known, policy, progress):
+    """The N augmented items (C, N) of each context, by the sampler of the recipe; known: see
+    known_of; progress: the share of training that is done."""
     count = recipe.trajectories
-    if recipe.sampler == "reward":                              # ours: from R, a share evenly
-        if recipe.even:
-            r = (1 - recipe.even) * r / r.sum(1, keepdim=True) + recipe.even / r.shape[1]
-        return torch.multinomial(r, count + 1, replacement=True)[:, :count]   # drawing 1 is slow
+    if recipe.sampler in ("reward", "even"):                    # ours (7): P ∝ R; R and even draws
+        weight = known.r / known.r.sum(1, keepdim=True)
+        if recipe.sampler == "even":                            # for --oracle: every item is drawn
+            weight = weight + 1 / weight.shape[1]
+        # max: a single draw takes torch a slower way
+        return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
     if recipe.sampler == "session":                             # others of the user's own items
-        own = torch.zeros_like(scores)
-        own[entries(logged)] = 1
-        return draw(own, positives[:, None].tolist(), count)
+        weight = torch.zeros_like(known.scores)
+        weight[entries(known.logged)] = 1
+        weight.scatter_(1, known.positives[:, None], 1e-6)      # the positive if there is no other
+        return torch.multinomial(weight, count, replacement=True)
     if recipe.sampler == "random":                              # any unobserved items
-        return draw(torch.ones_like(scores), logged, count)
+        return draw(torch.ones_like(known.scores), known.logged, count)
     if recipe.sampler == "curriculum":                          # the paper's default
-        return curriculum(scores, logged, count, progress)
+        return curriculum(known.scores, known.logged, count, progress)
     policy.eval()                                               # "policy": no dropout in its beam
-    items = policy.recommend(histories, count, beams=count)[0].to(positives.device)
+    items = policy.recommend(known.histories, count, beams=count)[0].to(known.r.device)
     policy.train()
-    return items.where(items >= 0, positives[:, None])          # fewer than N unseen: the positive
+    return items.where(items >= 0, known.positives[:, None])    # fewer than N found: the positive
 
 # --- Training -------------------------------------------------------------------------------------
-def rewards_of(contexts, data, reward):
-    """R, r_ŷ (both (C, n)), logged, positives, histories at C training contexts (user, place).
-    The CM does not count the user's own items. logged: C lists, all items of the user; positives
-    (C,): the targets; histories: C lists, what stands before them."""
+def known_of(contexts, data, reward):
+    """What is known at C training contexts (user, place): logged, C lists of all items of the user;
+    histories, C lists of those before the place; positives (C,), the targets; scores (C, n), r_ŷ;
+    r (C, n), R. The CM leaves out what it has counted from this history to what followed."""
     logged = [data.train[user] for user, _ in contexts]
     histories = [items[:place] for items, (_, place) in zip(logged, contexts)]
     following = [items[place:] for items, (_, place) in zip(logged, contexts)]
-    liked = [data.liked[user][place] for user, place in contexts]
     scores = reward.cm.scores(histories, following).to(reward.ids.codes.device)
     positives = torch.tensor([items[0] for items in following], device=scores.device)
-    r = reward(scores, positives, torch.tensor(liked, device=scores.device))
-    return r, scores, logged, positives, histories
+    liked = torch.tensor([data.liked[user][place] for user, place in contexts])
+    r = reward(scores, positives, liked.to(scores.device))
+    return SimpleNamespace(logged=logged, histories=histories, positives=positives, scores=scores,
+                           r=r)
 
 def paths_of(policy, batch, items):
-    """One pass over the paths of items (C, J), packed as branches → log_pf, log_probs, log_flow."""
+    """One pass over the paths of items (C, J) → log_pf, log_probs, log_flow, as the losses need.
+    They are packed as branches, T·J in a row; batch as in `batches`: valid, ends (B, T)."""
     J = items.shape[1]
     packed = torch.zeros(*batch.valid.shape, J, dtype=torch.long)                   # (B, T, J)
     packed[batch.valid] = items.cpu()
@@ -493,29 +502,32 @@ def paths_of(policy, batch, items):
                            log_probs=at_contexts(log_probs), log_flow=at_contexts(log_flow))
 
 def loss_of(recipe, policy, reference, batch, reward, data, progress):
-    """L = gr · L_GR(U, v) + λ · mean over trajectories of L_GFN(τ); gr = 1 without a loss is SFT.
-    reference: the frozen SFT policy, for S-DPO."""
-    items = batch.targets[batch.valid][:, None]                 # (C, J = 1): the logged path τ_1
-    if recipe.loss:                                             # … and N augmented ones
-        r, *logged = rewards_of(batch.contexts, data, reward)                       # (C, n)
-        drawn = augmented(recipe, r, *logged, policy, progress)                     # (C, N)
-        # Without L_GR the N paths stand alone: R brings the logged one too.
-        items = torch.cat([items.to(r.device), drawn], 1) if recipe.gr else drawn
-    paths = paths_of(policy, batch, items)
-    L_GR = -paths.log_pf[:, 0].sum(-1).mean()                   # next-token loss of whole IDs
+    """L = gr · L_GR(U, v) + λ · mean over trajectories of L_GFN(τ). Without a loss: L_GR alone.
+    reference: the frozen SFT policy, for S-DPO; progress: the share of training that is done."""
+    logged = batch.targets[batch.valid][:, None]                # (C, 1), order of batch.contexts
     if not recipe.loss:
-        return L_GR
+        return -paths_of(policy, batch, logged).log_pf.sum(-1).mean()
+    known = known_of(batch.contexts, data, reward)
+    items = augmented(recipe, known, policy, progress)                              # (C, N)
+    # The logged path τ_1 comes first. Draws from R alone do without: r_a draws it (7).
+    if recipe.gr or recipe.sampler != "reward":
+        items = torch.cat([logged.to(items.device), items], 1)                      # (C, J)
+    paths = paths_of(policy, batch, items)
     # The paths come from a sampler, not from the policy: GFlowNet losses are off-policy. log Z(U)
     # is log F(s_0), s_0 the state after the history. The mean is over J paths of C contexts.
     device = paths.log_pf.device
-    paths.log_r = r.gather(1, items).log().to(device)                               # (C, J)
+    paths.log_r = known.r.gather(1, items).log().to(device)                         # (C, J)
     if recipe.exact:
-        paths.child_flow = reward.ids.child_flows(r, items).to(device)              # (C, J, L, K)
+        paths.child_flow = reward.ids.child_flows(known.r, items).to(device)        # (C, J, L, K)
         paths.log_flow = paths.child_flow.sum(-1).log()         # log F*(s); at s_0 log Z = log Σ R
     if recipe.reference:
         with torch.no_grad():
             paths.reference = paths_of(reference, batch, items).log_pf              # (C, J, L)
-    return recipe.gr * L_GR + recipe.lam * recipe.loss(paths)
+    L_GFN = recipe.loss(paths)
+    if not recipe.gr:
+        return recipe.lam * L_GFN
+    L_GR = -paths.log_pf[:, 0].sum(-1).mean()                   # next-token loss of whole IDs
+    return recipe.gr * L_GR + recipe.lam * L_GFN
 
 def optimizer_of(policy, rate, steps):
     """AdamW and its schedule: a short warm-up to the peak rate, then a cosine down to 0."""
@@ -525,30 +537,23 @@ def optimizer_of(policy, rate, steps):
     warm_up = min(200, steps // 10 + 1)
     return optimizer, transformers.get_cosine_schedule_with_warmup(optimizer, warm_up, steps)
 
-def average_gradients(policy):
-    """With torchrun: the mean of the gradients of all processes, in each of them."""
-    for parameter in policy.parameters():
-        if parameter.grad is not None:
-            torch.distributed.all_reduce(parameter.grad.div_(WORLD))
-
 def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
     """The one training loop → the curve, a list of {"epoch", "loss", "ndcg@10"}, 0 being the start.
     The last epoch counts: there the rate has come down to 0."""
     epochs = settings.sft_epochs if method == "sft" else settings.epochs
-    size = min(settings.batch, math.ceil(len(rows) / 20))       # 20 steps an epoch or more
-    per_epoch = max(1, math.ceil(len(rows) / size) // WORLD)
+    size = min(settings.batch, math.ceil(len(rows) / 20))       # small data: about 20 steps
+    per_epoch = math.ceil(len(rows) / size)
     steps = epochs * per_epoch
     optimizer, schedule = optimizer_of(policy, rate, steps)
     reference = copy.deepcopy(policy).eval() if recipe.reference else None
     curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, data, settings.beams)}]
     losses = []
     for epoch in range(1, epochs + 1):
-        order = np.random.default_rng((seed, epoch))            # the same in all processes
-        torch.manual_seed(int(np.random.default_rng((seed, epoch, RANK)).integers(2 ** 63)))
         policy.train()
-        everyone = batches(rows, data.train, size, policy, order)
-        own = islice(everyone, RANK, per_epoch * WORLD, WORLD)  # every WORLD-th batch
-        for batch in tqdm(own, method, per_epoch, leave=False, disable=None):
+        torch.manual_seed(int(np.random.default_rng((seed, epoch, 0)).integers(2 ** 63)))
+        rng = np.random.default_rng((seed, epoch))
+        everything = batches(rows, data.train, size, policy, rng)
+        for batch in tqdm(everything, method, per_epoch, leave=False, disable=None):
             loss = loss_of(recipe, policy, reference, batch, reward, data, len(losses) / steps)
             if not torch.isfinite(loss):
                 users = sorted({data.user_ids[user] for user, _ in batch.contexts})
@@ -556,8 +561,6 @@ def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
                 raise FloatingPointError(message)
             optimizer.zero_grad()
             loss.backward()
-            if WORLD > 1:
-                average_gradients(policy)
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -603,7 +606,7 @@ def rank_all(recommend, histories, size=256):
     return ranked
 
 def validate(policy, data, beams):
-    """NDCG@10 on the validation items of at most 2,000 users, evenly spread (within .004)."""
+    """NDCG@10 on the validation items of at most 2,000 users, evenly spread: within .004 of all."""
     policy.eval()
     users = range(0, len(data.train), math.ceil(len(data.train) / 2000))
     ranked = rank_all(lambda h: policy.recommend(h, beams=beams), [data.train[u] for u in users])
@@ -613,14 +616,14 @@ def evaluate(recommend, data, counts):
     """Test: {metric: list of one number a user}, and the lists (B, 10)."""
     ranked = rank_all(recommend, [history[:-1] for history in data.histories])
     rows = []
-    for own, history in zip(ranked, data.histories):
-        found = (own[None], torch.tensor(history[-1:]))         # lists and targets of one user
+    for b, history in enumerate(data.histories):
+        found = (ranked[b:b + 1], torch.tensor(history[-1:]))   # list and target of one user
         rows.append({"recall@5": recall_at(*found, 5), "ndcg@5": ndcg_at(*found, 5),
                      "recall@10": recall_at(*found, 10), "ndcg@10": ndcg_at(*found, 10)})
-    for b, row in enumerate(rows if data.truth else []):
-        listed = ranked[b][ranked[b] >= 0].tolist()
-        row |= exposure_bias(listed, data.truth["liked"][b], data.truth["shown"][b],
-                             data.histories[b][:-1], counts)
+        if data.truth:
+            listed = ranked[b][ranked[b] >= 0].tolist()
+            liked, shown = (data.truth[name][b] for name in ("liked", "shown"))
+            rows[b] |= exposure_bias(listed, liked, shown, history[:-1], counts)
     return {name: [round(float(row[name]), 6) for row in rows] for name in rows[0]}, ranked
 
 # --- The experiment: data → IDs, CM → SFT → fine-tuned policies → table ---------------------------
@@ -643,6 +646,7 @@ def prepare(seed, data, settings, cm=None):
         ids = SemanticIDs(codes, codes.max() + 1)
     cm = cm or CollaborativeModel.fit(data.train, n, debias=settings.debias)
     weights = [float(weight) for weight in settings.weights.split(",")]
+    # A copy of the IDs: on mps the reward stays on the CPU, where torch has sparse matrices
     reward = Reward(copy.deepcopy(ids), cm, weights)
     print(f"seed {seed}: {ids.health()}", flush=True)
     return features, ids, reward.to("cuda" if settings.device == "cuda" else "cpu")
@@ -656,7 +660,7 @@ def start_of(method, seed, recipe, prepared, data, settings):
         policy.start_from(features)
     else:
         source = Path(settings.sft or settings.out) / f"sft-{seed}"
-        policy = Policy.from_pretrained(source, recipe.dropout)
+        policy = Policy.from_pretrained(source, recipe.dropout * settings.dropout)
         fits = policy.semantic_ids.codes.equal(ids.codes)
         check(fits, f"the semantic IDs of {source} do not fit the data")
     policy.catalogue = {"item_ids": data.item_ids, "titles": data.titles}
@@ -671,18 +675,15 @@ def trained(method, seed, prepared, data, settings):
                 recipe = replace(recipe, **{name: getattr(settings, name)})
     _, _, reward = prepared
     rows = training_rows(data.train, settings.window)
-    best = None
+    best_curve = None
     for share in recipe.rates:
         policy = start_of(method, seed, recipe, prepared, data, settings)
         rate = settings.rate if method == "sft" else settings.fine_rate * share
         curve = train(method, recipe, policy, reward, data, rows, rate, seed, settings)
-        if best is None or curve[-1]["ndcg@10"] > best[1][-1]["ndcg@10"]:
-            best = policy.eval(), curve
-    if RANK == 0:
-        best[0].save_pretrained(Path(settings.out) / f"{method}-{seed}")
-    if WORLD > 1:
-        torch.distributed.barrier()                             # until the first process has saved
-    return best
+        if best_curve is None or curve[-1]["ndcg@10"] > best_curve[-1]["ndcg@10"]:
+            best_policy, best_curve = policy.eval(), curve
+    best_policy.save_pretrained(Path(settings.out) / f"{method}-{seed}")
+    return best_policy, best_curve
 
 def guided(method, seed, cm, settings):
     """The trained policy of NAME, with its beam guided by the CM, saved as NAME+cm → policy."""
@@ -691,17 +692,16 @@ def guided(method, seed, cm, settings):
     policy = Policy.from_pretrained(Path(source) / f"{name}-{seed}").to(settings.device)
     policy.cm = cm
     policy.gamma = settings.gamma
-    if RANK == 0:
-        policy.save_pretrained(Path(settings.out) / f"{method}-{seed}")
+    policy.save_pretrained(Path(settings.out) / f"{method}-{seed}")
     return policy
 
 def run_method(method, seed, prepared, data, settings):
     """Train and test one method with one seed → its entry of results.json["runs"]."""
     started = time.time()
     _, _, reward = prepared
-    cm = copy.copy(reward.cm)
-    counts = np.bincount(entries(data.train)[1], minlength=len(data.item_ids))
-    counts = torch.tensor(counts, dtype=torch.float32)
+    cm = copy.copy(reward.cm)                                   # so that "cm" may set its debias
+    n = len(data.item_ids)
+    counts = torch.bincount(torch.tensor(entries(data.train)[1]), minlength=n).float()
     curve = []
     if method == "cm":
         cm.debias = 0.0
@@ -711,19 +711,19 @@ def run_method(method, seed, prepared, data, settings):
         policy = guided(method, seed, cm, settings)
     def recommend(histories):
         if method == "pop":
-            return best_of(counts.expand(len(histories), -1), histories)
+            return best_unseen(counts.expand(len(histories), -1), histories)
         if method in ("cm", "cm-debiased"):
-            return best_of(cm.scores(histories), histories)
+            return best_unseen(cm.scores(histories), histories)
         return policy.recommend(histories, beams=settings.beams)
     middle = time.time()
     by_user, ranked = evaluate(recommend, data, counts)
     metrics = {name: float(np.mean(numbers)) for name, numbers in by_user.items()}
-    metrics["coverage@10"] = len(ranked[ranked >= 0].unique()) / len(data.item_ids)
+    metrics["coverage@10"] = len(ranked[ranked >= 0].unique()) / n
     entry = {"method": method, "seed": seed, "metrics": metrics, "curve": curve, "by_user": by_user,
              "seconds": {"train": middle - started, "eval": time.time() - middle},
              "train_examples": max(0, len(curve) - 1) * sum(map(len, data.train)),
              "lists": (ranked if data.truth else ranked[:1]).tolist()}     # else of the first user
-    if method in ("tb", "fm") and len(data.titles) <= 2000:     # a branch for every item
+    if method in ("tb", "fm") and len(data.titles) <= 2000:     # flow_of: a branch for every item
         history = data.histories[0][:-1]
         exact = cm.scores([history])[0].cpu()
         entry["flow"] = flow_of(policy, history, exact, data, "the CM's part of R", method)
@@ -849,11 +849,6 @@ def run(settings, cm=None):
     runs = earlier_runs(settings, data)
     done = [(entry["method"], entry["seed"]) for entry in runs]
     out = Path(settings.out)
-    if WORLD > 1:                                   # torchrun: only the first prints and writes
-        torch.distributed.init_process_group("nccl" if settings.device == "cuda" else "gloo")
-        if settings.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     for seed in seeds:
         prepared = None
         for method in methods:
@@ -861,17 +856,15 @@ def run(settings, cm=None):
                 continue
             prepared = prepared or prepare(seed, data, settings, cm)
             runs.append(run_method(method, seed, prepared, data, settings))
-            if RANK == 0:
-                write_json(out / "results.json", results_of(runs, data, settings))
+            write_json(out / "results.json", results_of(runs, data, settings))
     results = results_of(runs, data, settings)
-    if RANK == 0:
-        show_first_user(runs, data)
-        table = table_of(results)
-        (out / "results.md").write_text(table + "\n", encoding="utf-8")
-        print("", table, "", *figures.draw_run(out, data, results), sep="\n")
-        print(f"results.json, results.md and the saved models are in {out}/")
-        error = 1.96 * math.sqrt(0.09 / len(data.train))
-        print(f"With {len(data.train)} users, a share of .1 is known to ± {error:.3f}.")
+    show_first_user(runs, data)
+    table = table_of(results)
+    (out / "results.md").write_text(table + "\n", encoding="utf-8")
+    print("", table, "", *figures.draw_run(out, data, results), sep="\n")
+    print(f"results.json, results.md and the saved models are in {out}/")
+    error = 1.96 * math.sqrt(0.1 * 0.9 / len(data.train))
+    print(f"With {len(data.train)} users, a share of .1 is known to ± {error:.3f}.")
     return results
 
 def distribution(policy, histories):
@@ -882,28 +875,29 @@ def distribution(policy, histories):
 
 def flow_of(policy, history, exact, data, *names):
     """What figures.plot_flows draws: an exact distribution over the n items, and the policy's."""
-    learned = distribution(policy, [history])
-    learned[:, history] = 0                                     # never recommended
-    learned /= learned.sum()
+    both = torch.stack([exact, distribution(policy, [history])[0]])
+    both[:, history] = 0                                        # never recommended
+    exact, learned = (both / both.sum(1, keepdim=True)).tolist()
     return {"codes": policy.semantic_ids.codes.tolist(), "titles": data.titles,
-            "history": [data.titles[item] for item in history], "exact": exact.tolist(),
-            "learned": learned[0].tolist(), "exact_name": names[0], "learned_name": names[1]}
+            "history": [data.titles[item] for item in history], "exact": exact,
+            "learned": learned, "exact_name": names[0], "learned_name": names[1]}
 
 def run_oracle(settings):
-    """Train one method on four contexts, from random weights, until P = R/Z, known exactly."""
+    """Train with one loss on four contexts, from random weights, until P = R/Z, known exactly."""
     _, seeds = check_settings(settings)
     data = load_data(settings.data)
     _, ids, reward = prepare(seeds[0], data, settings)
     data = replace(data, train=data.train[:4], histories=data.histories[:4])
     contexts = [(user, len(history) - 1) for user, history in enumerate(data.train)]
     rows = [(user, max(0, place - settings.window), place, place + 1) for user, place in contexts]
-    r, _, _, _, histories = rewards_of(contexts, data, reward)
-    target = (r / r.sum(1, keepdim=True)).cpu()                 # P* = R/Z
+    known = known_of(contexts, data, reward)
+    histories = known.histories
+    target = (known.r / known.r.sum(1, keepdim=True)).cpu()     # P* = R/Z
     torch.manual_seed(seeds[0])
     policy = Policy(ids, settings.window, settings.width, settings.layers, dropout=0.0)
     policy.to(settings.device)
     recipe = RECIPES[settings.oracle]
-    recipe = Recipe(recipe.loss, trajectories=64, even=0.5, exact=recipe.exact)
+    recipe = Recipe(recipe.loss, sampler="even", trajectories=64, exact=recipe.exact)
     many = replace(settings, batch=4, epochs=15)
     before = distribution(policy, histories)
     print("training on four contexts alone; their validation says nothing")

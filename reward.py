@@ -23,7 +23,7 @@ def entries(lists):
     rows = np.repeat(np.arange(len(lists)), np.fromiter(map(len, lists), int))
     return rows.tolist(), list(chain.from_iterable(lists))
 
-def best_of(scores, histories, k=10):
+def best_unseen(scores, histories, k=10):
     """The k items with the highest scores (B, n), none of the histories: items, scores (B, k)."""
     scores = scores.clone()
     scores[entries(histories)] = -1
