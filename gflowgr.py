@@ -429,6 +429,20 @@ RECIPES = {
 SAMPLERS = ["session", "random", "curriculum", "policy", "reward", "even"]
 
 # --- The adaptive trajectory sampler: which items to learn from beside the logged one -------------
+def known_of(contexts, data, reward):
+    """What is known at C training contexts (user, place): logged, C lists of all items of the user;
+    histories, C lists of those before the place; positives (C,), the targets; scores (C, n), r_ŷ;
+    r (C, n), R. The CM leaves out what it has counted from this history to what followed."""
+    logged = [data.train[user] for user, _ in contexts]
+    histories = [items[:place] for items, (_, place) in zip(logged, contexts)]
+    following = [items[place:] for items, (_, place) in zip(logged, contexts)]
+    scores = reward.cm.scores(histories, following).to(reward.ids.codes.device)
+    positives = torch.tensor([items[0] for items in following], device=scores.device)
+    liked = torch.tensor([data.liked[user][place] for user, place in contexts])
+    r = reward(scores, positives, liked.to(scores.device))
+    return SimpleNamespace(logged=logged, histories=histories, positives=positives, scores=scores,
+                           r=r)
+
 def draw(weight, excluded, count):
     """Items (C, count), with replacement, P ∝ weight (C, n), none of the C lists `excluded`; where
     no weight is left, any items."""
@@ -450,13 +464,13 @@ def curriculum(scores, logged, count, progress):
     return ranked[:, start:start + count]
 
 def augmented(recipe, known, policy, progress):
-    """The N augmented items (C, N) of each context, by the sampler of the recipe; known: see
-    known_of; progress: the share of training that is done."""
+    """The N augmented items (C, N) of each context, by the sampler of the recipe.
+    known: what known_of returns; progress: the share of training that is done."""
     count = recipe.trajectories
     if recipe.sampler in ("reward", "even"):                    # ours (7): P ∝ R; R and even draws
-        weight = known.r / known.r.sum(1, keepdim=True)
-        if recipe.sampler == "even":                            # for --oracle: every item is drawn
-            weight = weight + 1 / weight.shape[1]
+        weight = known.r
+        if recipe.sampler == "even":                            # for --oracle: any item is drawn
+            weight = weight / weight.sum(1, keepdim=True) + 1 / weight.shape[1]
         # max: a single draw takes torch a slower way
         return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
     if recipe.sampler == "session":                             # others of the user's own items
@@ -474,20 +488,6 @@ def augmented(recipe, known, policy, progress):
     return items.where(items >= 0, known.positives[:, None])    # fewer than N found: the positive
 
 # --- Training -------------------------------------------------------------------------------------
-def known_of(contexts, data, reward):
-    """What is known at C training contexts (user, place): logged, C lists of all items of the user;
-    histories, C lists of those before the place; positives (C,), the targets; scores (C, n), r_ŷ;
-    r (C, n), R. The CM leaves out what it has counted from this history to what followed."""
-    logged = [data.train[user] for user, _ in contexts]
-    histories = [items[:place] for items, (_, place) in zip(logged, contexts)]
-    following = [items[place:] for items, (_, place) in zip(logged, contexts)]
-    scores = reward.cm.scores(histories, following).to(reward.ids.codes.device)
-    positives = torch.tensor([items[0] for items in following], device=scores.device)
-    liked = torch.tensor([data.liked[user][place] for user, place in contexts])
-    r = reward(scores, positives, liked.to(scores.device))
-    return SimpleNamespace(logged=logged, histories=histories, positives=positives, scores=scores,
-                           r=r)
-
 def paths_of(policy, batch, items):
     """One pass over the paths of items (C, J) → log_pf, log_probs, log_flow, as the losses need.
     They are packed as branches, T·J in a row; batch as in `batches`: valid, ends (B, T)."""
@@ -524,9 +524,8 @@ def loss_of(recipe, policy, reference, batch, reward, data, progress):
         with torch.no_grad():
             paths.reference = paths_of(reference, batch, items).log_pf              # (C, J, L)
     L_GFN = recipe.loss(paths)
-    if not recipe.gr:
-        return recipe.lam * L_GFN
-    L_GR = -paths.log_pf[:, 0].sum(-1).mean()                   # next-token loss of whole IDs
+    # L_GR: next-token loss of the logged ID, the first path
+    L_GR = -paths.log_pf[:, 0].sum(-1).mean() if recipe.gr else 0.0
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
 def optimizer_of(policy, rate, steps):
@@ -702,19 +701,19 @@ def run_method(method, seed, prepared, data, settings):
     cm = copy.copy(reward.cm)                                   # so that "cm" may set its debias
     n = len(data.item_ids)
     counts = torch.bincount(torch.tensor(entries(data.train)[1]), minlength=n).float()
+    policy = None
     curve = []
-    if method == "cm":
-        cm.debias = 0.0
-    elif method in RECIPES:
+    if method in RECIPES:
         policy, curve = trained(method, seed, prepared, data, settings)
     elif method.endswith("+cm"):
         policy = guided(method, seed, cm, settings)
+    elif method == "cm":
+        cm.debias = 0.0
     def recommend(histories):
-        if method == "pop":
-            return best_unseen(counts.expand(len(histories), -1), histories)
-        if method in ("cm", "cm-debiased"):
-            return best_unseen(cm.scores(histories), histories)
-        return policy.recommend(histories, beams=settings.beams)
+        if policy:
+            return policy.recommend(histories, beams=settings.beams)
+        scores = counts.expand(len(histories), -1) if method == "pop" else cm.scores(histories)
+        return best_unseen(scores, histories)
     middle = time.time()
     by_user, ranked = evaluate(recommend, data, counts)
     metrics = {name: float(np.mean(numbers)) for name, numbers in by_user.items()}
@@ -763,7 +762,8 @@ def results_of(runs, data, settings):
         summary = results["summary"][method] = {}
         for metric in own[0]["metrics"]:
             values = [run["metrics"][metric] for run in own]
-            summary[metric] = {"mean": np.mean(values), "std": np.std(values, ddof=len(own) > 1)}
+            spread = np.std(values, ddof=1) if len(own) > 1 else 0.0
+            summary[metric] = {"mean": np.mean(values), "std": spread}
         for key, base in BASES.items():
             if method != base and len(runs_of.get(base, [])) == len(own):
                 results[key][method] = paired_gains(own, runs_of[base])
@@ -845,6 +845,7 @@ def run(settings, cm=None):
     """The whole job → results; every finished method is written at once. cm: your own CM, with
     scores(histories, following) as CollaborativeModel has; it is not saved with guided models."""
     methods, seeds = check_settings(settings)
+    check(cm is None or not settings.debias, "an own CM divides by popularity itself: no --debias")
     data = load_data(settings.data)
     runs = earlier_runs(settings, data)
     done = [(entry["method"], entry["seed"]) for entry in runs]
@@ -873,14 +874,14 @@ def distribution(policy, histories):
     with torch.no_grad():
         return policy.eval().path_log_probs(histories, items).sum(-1).exp().cpu()
 
-def flow_of(policy, history, exact, data, *names):
+def flow_of(policy, history, exact, data, exact_name, learned_name):
     """What figures.plot_flows draws: an exact distribution over the n items, and the policy's."""
     both = torch.stack([exact, distribution(policy, [history])[0]])
     both[:, history] = 0                                        # never recommended
     exact, learned = (both / both.sum(1, keepdim=True)).tolist()
     return {"codes": policy.semantic_ids.codes.tolist(), "titles": data.titles,
             "history": [data.titles[item] for item in history], "exact": exact,
-            "learned": learned, "exact_name": names[0], "learned_name": names[1]}
+            "learned": learned, "exact_name": exact_name, "learned_name": learned_name}
 
 def run_oracle(settings):
     """Train with one loss on four contexts, from random weights, until P = R/Z, known exactly."""
