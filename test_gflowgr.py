@@ -645,6 +645,8 @@ def test_trajectory_balance_reaches_the_reward(method, tmp_path, monkeypatch):
     status, out, err = cli(f"--data={tmp_path / 'd'}", *flags, "--out", tmp_path)
     before, *errors = map(float, re.findall(r"\d\.\d{4}", out[out.index("mean L1"):]))
     assert status == 0 and before > 0.5 and max(errors) <= 0.02, err
+    flow, data = json.loads((tmp_path / "oracle.json").read_text()), load_data(str(tmp_path / "d"))
+    assert flow["history"] == [data.titles[item] for item in data.train[0][:-1]]
 
 def test_paired_gains():
     rng = np.random.default_rng(0)
@@ -707,7 +709,8 @@ def test_a_run_leaves_results_table_pictures_and_models(finished):
         assert {name: by_user[name][u] for name in wanted} == pytest.approx(wanted, abs=1e-5)
     guided, summary = Policy.from_pretrained(out / "tb+cm-2"), results["summary"]
     assert guided.recommend(past)[0].tolist() == results["runs"][-1]["lists"]
-    assert results["flow"]["history"] == [data.titles[item] for item in past[0]]
+    assert results["flow"]["history"] == (first := [data.titles[item] for item in past[0]])
+    assert f"user {data.user_ids[0]}: {', '.join(first[-8:])}\n" in printed
     for method in methods:
         a, b = [run["metrics"]["ndcg@10"] for run in results["runs"] if run["method"] == method]
         own, line = summary[method]["ndcg@10"], printed.split(f"| {method} |")[1][:200]

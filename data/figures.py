@@ -51,30 +51,21 @@ def draw_prefix(axis, flow, shares, items, level, top):
 def plot_flows(path, flow):
     """Where the flow goes, for one user: exact on the left, learned on the right.
     flow: "codes" (n, L), "titles" (n), "exact" and "learned" (n), which sum to 1, "history"
-    (titles), "exact_name", "learned_name", maybe "caption", maybe "curve": a list of
-    (step, mean L1 distance, largest error of log Z), drawn beside the trees."""
+    (titles), "exact_name", "learned_name"."""
     flow = {**flow, "codes": np.array(flow["codes"]), "exact": np.array(flow["exact"])}
     chosen = flow["chosen"] = flow["exact"].argmax()
     levels = flow["codes"].shape[1]
     width = 2.8 + 0.8 * max(3, levels)                         # inches of each panel
-    columns = 3 if flow.get("curve") else 2
-    with picture(path, 1, columns, (width * columns, 4.8)) as axes:
+    with picture(path, 1, 2, (width * 2, 4.8)) as axes:
         for axis, side in zip(axes, ("exact", "learned")):
             draw_prefix(axis, flow, np.array(flow[side]), np.arange(len(flow["exact"])), 0, 1.0)
             for level in range(levels + 1):
                 axis.text(level + 0.5, -0.05, f"code {level}" if level else "root", ha="center")
             axis.set(title=flow[f"{side}_name"], xlim=(0, levels + 3.6), ylim=(0, 1))
             axis.axis("off")
-        if flow.get("curve"):
-            curve = np.array(flow["curve"])
-            axes[2].semilogy(curve[:, 0], curve[:, 1:], label=["mean L1", "largest error of log Z"])
-            axes[2].yaxis.tick_right()
-            axes[2].yaxis.set_major_formatter("{x:g}")
-            axes[2].set(title="How far the learned flow is off", xlabel="training step")
-            axes[2].legend()
         code = tuple(flow["codes"][chosen].tolist())
         text = (f"The user's last items: {', '.join(flow['history'][-8:])}. Height: share. Orange: "
-                f"{flow['titles'][chosen]}, ID {code}. {flow.get('caption', '')}")
+                f"{flow['titles'][chosen]}, ID {code}.")
         axes[0].text(0, -0.09, textwrap.fill(text, int(22 * width)), va="top")
 
 def plot_curves(path, results):
