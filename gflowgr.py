@@ -26,11 +26,11 @@ from typing import Literal, Optional
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from data import InputError, check, find_item, load_data, read_ids
-# check(fine, message): InputError unless fine. A Dataset has, for B users, data.histories;
-# data.train, the same without the last two items; data.liked, bools parallel to histories;
-# data.truth, {} or {"liked": B sets of items, "shown": B sets of items}.
+# check(fine, message): InputError unless fine. A Dataset has, for B users: user_ids; histories of 3
+# or more items, no repeats; train, the same without the last two; liked, bools parallel to
+# histories; truth, {} or {"liked", "shown": B sets of items}; for n items: item_ids, titles, texts.
 
-PRESETS = {                                     # ml-100k: long histories take up many beams
+PRESETS = {                 # ml-100k: 50 beams, since items of its long histories take up many
     "toy": dict(methods="pop,cm,cm-debiased,sft,sft-continued,tb,fm,fm+cm", width=64, layers=2,
                 batch=16, sft_epochs=12, rate=3e-3, epochs=8, fine_rate=3e-3,
                 weights="0.2,0.75,0.05", debias=1.0),
@@ -38,7 +38,7 @@ PRESETS = {                                     # ml-100k: long histories take u
 
 @dataclass
 class Settings:
-    """All settings; each field is a flag, and its help says why the default is what it is."""
+    """All settings: each field is a flag, with its default and what it means."""
     data: str = HfArg(default="toy", help="toy, ml-100k, or a folder with two CSV files")
     methods: str = HfArg(default="pop,cm,sft,sft-continued,tb,fm,fm+cm", help="comma-separated: "
                          "pop, cm, a name in RECIPES, or NAME+cm: its beam is guided by the CM")
@@ -60,6 +60,7 @@ class Settings:
     rate: float = HfArg(default=1.5e-3, help="peak learning rate of SFT: small models like it high")
     sft_epochs: int = HfArg(default=8, help="epochs of SFT: validation stops rising there")
     fine_rate: float = HfArg(default=1.5e-3, help="peak learning rate of fine-tuning")
+    fine_dropout: Optional[float] = HfArg(default=None, help="of fine-tuning (default: RECIPES)")
     epochs: int = HfArg(default=7, help="epochs of fine-tuning: the last ones bring the gain")
     sampler: Optional[str] = HfArg(default=None, help="one of SAMPLERS (default: see RECIPES)")
     trajectories: Optional[int] = HfArg(default=None, help="N, augmented trajectories a context")
@@ -106,7 +107,6 @@ from data import figures
 from reward import CollaborativeModel, Reward, best_unseen, entries
 from tokenizer import SemanticIDs, item_features
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))   # if torch was there before
 transformers.utils.logging.disable_progress_bar()
 NEVER = -1e9                                    # log P of what is illegal; 0 · −inf would be nan
 
@@ -118,8 +118,8 @@ def pad(lists, value):
 
 def training_rows(histories, window):
     """Rows (user, start, first, stop): items[first:stop] are targets, items[start:stop-1] are read.
-    The first row of a history has window + 1 targets. Later rows overlap the one before: they have
-    window // 2 targets, so that each has at least window // 2 items before it."""
+    Every item is a target once. The first row has window + 1 targets, a later one window // 2; it
+    reads `window` items, so that window // 2 or more stand before each of its targets."""
     rows = []
     for user, history in enumerate(histories):
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
@@ -189,10 +189,11 @@ class Policy(torch.nn.Module):
         self.semantic_ids = semantic_ids
         self.window = window
         self.user_token = semantic_ids.num_levels * semantic_ids.num_codes
-        self.catalogue = {}                                     # item_ids and titles, if known
         self.cm = None                                          # guides the beam by scores^gamma
         self.gamma = 2.0
         n = len(semantic_ids.codes)
+        names = [str(item) for item in range(n)]
+        self.catalogue = {"item_ids": names, "titles": names}
         self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch (1)
             vocab_size=self.user_token + 1 + n, n_positions=window + semantic_ids.num_levels,
             n_embd=width, n_layer=layers, n_head=max(1, width // 32),
@@ -201,7 +202,7 @@ class Policy(torch.nn.Module):
             activation_function="gelu_pytorch_tanh"))           # gelu_new's values, faster on CPU
         self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)   # log F(s); log Z(U) at s_0
         for parameter in self.flow_head.parameters():
-            torch.nn.init.zeros_(parameter)                     # log F = 0: Z is about 1 (5)
+            torch.nn.init.zeros_(parameter)                     # log F = 0: R sums to about 1 (5)
 
     @torch.no_grad()
     def start_from(self, features):
@@ -248,8 +249,8 @@ class Policy(torch.nn.Module):
         root = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[2]))    # (B, E, d)
         later = hidden[:, H:].reshape(*ends.shape, L - 1, hidden.shape[2])          # (B, E, L-1, d)
         prefixes = torch.cat([root[:, :, None], later], 2)                          # (B, E, L, d)
-        # One head a level: its rows of the embedding. Slice the embedding once: a slice per level
-        # would allocate a full-size gradient for each.
+        # The output weights of a level are the embeddings of its codes. Slice the embedding once:
+        # a slice per level would allocate a full-size gradient for each.
         heads = self.lm.transformer.wte.weight[:L * K].unflatten(0, (L, K))         # (L, K, d)
         logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()            # (B, E, L, K)
         nodes = ids.nodes[items][..., :-1]                                          # (B, E, L)
@@ -273,8 +274,8 @@ class Policy(torch.nn.Module):
 
         Beam search over legal codes: the score of a prefix is Σ log P_F of its codes, and the best
         max(beams, k) prefixes of a user go on to the next level. Never an item of the history,
-        never a duplicate; −1 and −inf where no item is left; exact with enough beams. With self.cm
-        prefixes compete by log P_F(s) + log F(s), F the exact flow of CM^γ (9).
+        never a duplicate; −1 and −inf where the beam holds no more; exact with enough beams. With
+        self.cm prefixes compete by log P_F(s) + log F(s), F the exact flow of CM^γ (9).
         """
         ids = self.semantic_ids
         tokens, lengths = (x.to(ids.codes.device) for x in self.tokens(histories))
@@ -304,7 +305,8 @@ class Policy(torch.nn.Module):
             best = value.topk(min(max(beams, k), value.shape[1]), 1).indices        # (B, W)
             score = total.gather(1, best)
             node = child.gather(1, best)
-            # The cache keeps its order. A beam sees what its parent saw, and itself (a new column).
+            # The cache is never reordered: the mask says what a beam sees, which is what its parent
+            # saw, and itself (a new column).
             W = best.shape[1]
             seen = mask.gather(1, (best // K)[..., None].expand(-1, -1, mask.shape[2]))
             itself = torch.full((W, W), NEVER, device=mask.device).fill_diagonal_(0)
@@ -341,12 +343,12 @@ class Policy(torch.nn.Module):
             ids = SemanticIDs(table.pop("codes"), table.pop("num_codes"))
             policy = cls(ids, lm=GPT2LMHeadModel.from_pretrained(
                 folder, use_safetensors=True, resid_pdrop=dropout, embd_pdrop=dropout))  # no pickle
+            policy.gamma = table.pop("gamma")
             if (Path(folder) / "cm.safetensors").exists():
                 policy.cm = CollaborativeModel.load(Path(folder) / "cm.safetensors")
         except Exception as error:                              # whatever is wrong with the files
             raise InputError(f"{folder} holds no saved model of this program: {error}") from None
         policy.window = policy.lm.config.n_positions - ids.num_levels
-        policy.gamma = table.pop("gamma")
         policy.catalogue = table
         return policy.eval()
 
@@ -381,8 +383,8 @@ def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
 
 # The same losses as functions of `paths`, J paths at each of C contexts: log_pf (C, J, L) of the
 # codes taken, log_probs (C, J, L, K) of all codes, log_flow (C, J, L) of s_0 … s_{L-1}, log_r
-# (C, J). A Recipe with exact=True adds child_flow (C, J, L, K), and log_flow is exact, else the
-# head's; one with reference=True adds reference (C, J, L), log P_F of the frozen SFT policy.
+# (C, J). log_flow is the head's, or with exact=True in the recipe that of R itself. With exact=True
+# there is also child_flow (C, J, L, K), with reference=True log P_F of the SFT policy (C, J, L).
 def tb_loss(paths):
     """TB: log Z(U) is log F of s_0."""
     return trajectory_balance(paths.log_flow[:, 0, 0], paths.log_pf.sum(-1), paths.log_r)
@@ -411,18 +413,17 @@ class Recipe:
     trajectories: int = 1           # N
     exact: bool = False             # with the exact flows of R, in place of the learned log F
     rates: tuple = (1.0,)           # peak rates to try, in units of --fine-rate; validation chooses
-    dropout: float = 0.0            # of fine-tuning, in units of --dropout
+    fine_dropout: Optional[float] = 0.0     # None: that of SFT
     reference: bool = False         # with log P_F of the frozen SFT policy
 
 # The paper's recipe is L_GR + λ · L_GFN: tb-paper, with λ = .1, since squared log-ratios are large
 # beside L_GR. tb, db and fm need no L_GR (7): r_a in R teaches the logged item.
+PAPER = dict(gr=1, sampler="curriculum", trajectories=3, fine_dropout=None, rates=(0.3,))
 RECIPES = {
-    "sft": Recipe(gr=1),
-    "sft-continued": Recipe(gr=1, dropout=1, rates=(1.0, 0.3)),
-    "sdpo": Recipe(sdpo_loss, gr=1, sampler="curriculum", trajectories=3, dropout=1, rates=(0.3,),
-                   reference=True),
-    "tb-paper": Recipe(tb_loss, gr=1, lam=0.1, sampler="curriculum", trajectories=3, dropout=1,
-                       rates=(0.3,)),
+    "sft": Recipe(gr=1, fine_dropout=None),
+    "sft-continued": Recipe(gr=1, fine_dropout=None, rates=(1.0, 0.3)),
+    "sdpo": Recipe(sdpo_loss, reference=True, **PAPER),
+    "tb-paper": Recipe(tb_loss, lam=0.1, **PAPER),
     "db": Recipe(db_loss, trajectories=2, exact=True),
     "tb": Recipe(tb_loss, trajectories=2, exact=True),
     "fm": Recipe(fm_loss, exact=True)}
@@ -444,8 +445,8 @@ def known_of(contexts, data, reward):
                            r=r)
 
 def draw(weight, excluded, count):
-    """Items (C, count), with replacement, P ∝ weight (C, n), none of the C lists `excluded`; where
-    no weight is left, any items."""
+    """Items (C, count), with replacement, P ∝ weight (C, n), practically none of the C lists
+    `excluded`; where no weight is left, any items."""
     weight = weight.clone()
     weight[entries(excluded)] = 0
     return torch.multinomial(weight + 1e-12, count, replacement=True)
@@ -455,8 +456,8 @@ def curriculum(scores, logged, count, progress):
 
     scores (C, n) of the CM, logged C lists, progress in [0, 1]. Draw 2N−1 items, item i with
     P ∝ scores[i]/2 + 1/(2n), 0 if logged; sort them from low to high score; keep N neighbours from
-    place round(progress · (N−1)) on. The even half is ours (6): items drawn by score alone all have
-    a high R, so log Z could take up their common error, and P would not learn.
+    place round(progress · (N−1)) on. The even half is ours (6): if all drawn items had about the
+    same R, TB could be made small by moving log Z alone.
     """
     pool = draw(0.5 * scores + 0.5 / scores.shape[1], logged, 2 * count - 1)        # (C, 2N-1)
     ranked = pool.gather(1, scores.gather(1, pool).argsort(1))
@@ -467,6 +468,8 @@ def augmented(recipe, known, policy, progress):
     """The N augmented items (C, N) of each context, by the sampler of the recipe.
     known: what known_of returns; progress: the share of training that is done."""
     count = recipe.trajectories
+    if count == 0:                                              # without augmentation
+        return known.positives[:, None][:, :0]
     if recipe.sampler in ("reward", "even"):                    # ours (7): P ∝ R; R and even draws
         weight = known.r
         if recipe.sampler == "even":                            # for --oracle: any item is drawn
@@ -509,8 +512,9 @@ def loss_of(recipe, policy, reference, batch, reward, data, progress):
         return -paths_of(policy, batch, logged).log_pf.sum(-1).mean()
     known = known_of(batch.contexts, data, reward)
     items = augmented(recipe, known, policy, progress)                              # (C, N)
-    # The logged path τ_1 comes first. Draws from R alone do without: r_a draws it (7).
-    if recipe.gr or recipe.sampler != "reward":
+    # The logged path τ_1 comes first. It is left out if all paths are draws from R, which has a
+    # large share for it (7), and neither L_GR nor S-DPO needs it.
+    if recipe.gr or recipe.reference or recipe.sampler != "reward" or recipe.trajectories == 0:
         items = torch.cat([logged.to(items.device), items], 1)                      # (C, J)
     paths = paths_of(policy, batch, items)
     # The paths come from a sampler, not from the policy: GFlowNet losses are off-policy. log Z(U)
@@ -540,7 +544,7 @@ def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
     """The one training loop → the curve, a list of {"epoch", "loss", "ndcg@10"}, 0 being the start.
     The last epoch counts: there the rate has come down to 0."""
     epochs = settings.sft_epochs if method == "sft" else settings.epochs
-    size = min(settings.batch, math.ceil(len(rows) / 20))       # small data: about 20 steps
+    size = min(settings.batch, math.ceil(len(rows) / 20))       # 20 steps an epoch or so
     per_epoch = math.ceil(len(rows) / size)
     steps = epochs * per_epoch
     optimizer, schedule = optimizer_of(policy, rate, steps)
@@ -549,7 +553,7 @@ def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
     losses = []
     for epoch in range(1, epochs + 1):
         policy.train()
-        torch.manual_seed(int(np.random.default_rng((seed, epoch, 0)).integers(2 ** 63)))
+        torch.manual_seed(int(np.random.default_rng((seed, epoch)).integers(2 ** 63)))
         rng = np.random.default_rng((seed, epoch))
         everything = batches(rows, data.train, size, policy, rng)
         for batch in tqdm(everything, method, per_epoch, leave=False, disable=None):
@@ -650,33 +654,40 @@ def prepare(seed, data, settings, cm=None):
     print(f"seed {seed}: {ids.health()}", flush=True)
     return features, ids, reward.to("cuda" if settings.device == "cuda" else "cpu")
 
-def start_of(method, seed, recipe, prepared, data, settings):
+def start_of(method, seed, dropout, prepared, data, settings):
     """The policy that training starts from: a new one for SFT, for all others the SFT model."""
     features, ids, _ = prepared
-    torch.manual_seed(seed)
-    if method == "sft":
-        policy = Policy(ids, settings.window, settings.width, settings.layers, settings.dropout)
+    sizes = (settings.window, settings.width, settings.layers)
+    if method == "sft" and not settings.sft:
+        torch.manual_seed(seed)
+        policy = Policy(copy.deepcopy(ids), *sizes, dropout)    # a copy: .to moves it
         policy.start_from(features)
-    else:
-        source = Path(settings.sft or settings.out) / f"sft-{seed}"
-        policy = Policy.from_pretrained(source, recipe.dropout * settings.dropout)
-        fits = policy.semantic_ids.codes.equal(ids.codes)
-        check(fits, f"the semantic IDs of {source} do not fit the data")
-    policy.catalogue = {"item_ids": data.item_ids, "titles": data.titles}
+        policy.catalogue = {"item_ids": data.item_ids, "titles": data.titles}
+        return policy.to(settings.device)
+    source = Path(settings.sft or settings.out) / f"sft-{seed}"
+    policy = Policy.from_pretrained(source, dropout)
+    config = policy.lm.config
+    found = (policy.window, config.n_embd, config.n_layer)
+    check(found == sizes, f"{source} has window, width, layers {found}, not {sizes}")
+    fits = policy.semantic_ids.codes.equal(ids.codes)
+    check(fits, f"the semantic IDs of {source} do not fit the data")
     return policy.to(settings.device)
 
 def trained(method, seed, prepared, data, settings):
     """Train a method at its rates → (policy of the best rate, saved in OUT/METHOD-SEED; curve)."""
+    if method == "sft" and settings.sft:                        # is trained already
+        return start_of(method, seed, 0.0, prepared, data, settings), []
     recipe = RECIPES[method]
     if recipe.loss:
-        for name in ("gr", "lam", "sampler", "trajectories"):
+        for name in ("gr", "lam", "sampler", "trajectories", "fine_dropout"):
             if getattr(settings, name) is not None:
                 recipe = replace(recipe, **{name: getattr(settings, name)})
     _, _, reward = prepared
     rows = training_rows(data.train, settings.window)
     best_curve = None
     for share in recipe.rates:
-        policy = start_of(method, seed, recipe, prepared, data, settings)
+        dropout = settings.dropout if recipe.fine_dropout is None else recipe.fine_dropout
+        policy = start_of(method, seed, dropout, prepared, data, settings)
         rate = settings.rate if method == "sft" else settings.fine_rate * share
         curve = train(method, recipe, policy, reward, data, rows, rate, seed, settings)
         if best_curve is None or curve[-1]["ndcg@10"] > best_curve[-1]["ndcg@10"]:
@@ -703,8 +714,10 @@ def run_method(method, seed, prepared, data, settings):
     counts = torch.bincount(torch.tensor(entries(data.train)[1]), minlength=n).float()
     policy = None
     curve = []
+    epochs = 0
     if method in RECIPES:
         policy, curve = trained(method, seed, prepared, data, settings)
+        epochs = len(curve[1:]) * len(RECIPES[method].rates)
     elif method.endswith("+cm"):
         policy = guided(method, seed, cm, settings)
     elif method == "cm":
@@ -720,7 +733,7 @@ def run_method(method, seed, prepared, data, settings):
     metrics["coverage@10"] = len(ranked[ranked >= 0].unique()) / n
     entry = {"method": method, "seed": seed, "metrics": metrics, "curve": curve, "by_user": by_user,
              "seconds": {"train": middle - started, "eval": time.time() - middle},
-             "train_examples": max(0, len(curve) - 1) * sum(map(len, data.train)),
+             "train_examples": epochs * sum(map(len, data.train)),
              "lists": (ranked if data.truth else ranked[:1]).tolist()}     # else of the first user
     if method in ("tb", "fm") and len(data.titles) <= 2000:     # flow_of: a branch for every item
         history = data.histories[0][:-1]
@@ -765,8 +778,9 @@ def results_of(runs, data, settings):
             spread = np.std(values, ddof=1) if len(own) > 1 else 0.0
             summary[metric] = {"mean": np.mean(values), "std": spread}
         for key, base in BASES.items():
-            if method != base and len(runs_of.get(base, [])) == len(own):
-                results[key][method] = paired_gains(own, runs_of[base])
+            others = runs_of.get(base, [])
+            if method != base and [run["seed"] for run in own] == [run["seed"] for run in others]:
+                results[key][method] = paired_gains(own, others)
     return results
 
 def table_of(results):
@@ -785,7 +799,8 @@ def table_of(results):
             cells.append(f"{numbers[metric]['mean']:.4f}{spread}")
         for metric, key in gains:
             gain = results[key].get(method, {}).get(metric, {})
-            percent = [100 * x / summary[BASES[key]][metric]["mean"] for x in gain.values()]
+            base = summary.get(BASES[key], numbers)[metric]["mean"] or math.nan
+            percent = [100 * x / base for x in gain.values()]
             cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*percent) if gain else "")
         lines.append(cells)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -793,17 +808,14 @@ def table_of(results):
 # --- Command line ---------------------------------------------------------------------------------
 def check_settings(settings):
     """Methods, in the table's order, and seeds; InputError or ValueError for what cannot be."""
+    torch.set_num_threads(settings.threads)
     known = ["pop", "cm", "cm-debiased", *RECIPES, *[f"{method}+cm" for method in RECIPES]]
     asked = settings.methods.split(",")
     for method in asked:
         check(method in known, f"unknown method {method!r}; choose of {', '.join(known)}")
-    message = "cm-debiased is the CM over popularity^delta; it needs --debias above 0"
-    check("cm-debiased" not in asked or settings.debias, message)
     needed = {*asked, *[method.removesuffix("+cm") for method in asked]}
-    if needed - {"pop", "cm", "cm-debiased"}:
+    if needed - {"pop", "cm", "cm-debiased"} and not settings.sft:
         needed.add("sft")                                       # all the others start from it
-    if settings.sft:
-        needed -= {"sft"}                                       # it is there already
     devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     devices.append("cpu")
     if settings.device == "auto":
@@ -815,20 +827,21 @@ def check_settings(settings):
         message = f"--{name} {value} is not available; choose of {', '.join(allowed)}"
         check(value in (None, *allowed), message)
     for name, value in asdict(settings).items():
-        least = 0 if name in ("dropout", "debias", "gr", "lam", "codes") else 1e-9
-        most = 1 if name == "dropout" else 1e9
+        zero = ("dropout", "fine_dropout", "debias", "gr", "lam", "codes", "trajectories")
+        least = 0 if name in zero else 1e-9
+        most = 1 if name in ("dropout", "fine_dropout") else 1e9
         fine = type(value) not in (int, float) or least <= value < most
         check(fine, f"--{name.replace('_', '-')} {value} is out of range")
     weights = [float(weight) for weight in settings.weights.split(",")]
     fine = len(weights) == 3 and min(weights) >= 0 and sum(weights) < math.inf
     check(fine, f"--weights {settings.weights}: give three numbers, none negative")
-    seeds = [int(seed) for seed in settings.seeds.split(",")]
+    seeds = [int(seed) for seed in dict.fromkeys(settings.seeds.split(","))]
     for seed in seeds if settings.sft else []:
         there = (Path(settings.sft) / f"sft-{seed}" / "config.json").exists()
         check(there, f"--sft: {settings.sft} holds no saved model sft-{seed}")
     return [method for method in known if method in needed], seeds
 
-FREE = ("data", "methods", "seeds", "out", "device", "threads", "resume", "sft")   # may differ
+FREE = ("data", "methods", "seeds", "out", "device", "threads", "resume")      # may differ
 
 def earlier_runs(settings, data):
     """What --resume keeps of OUT/results.json; InputError if its settings or data are others."""
@@ -902,12 +915,13 @@ def run_oracle(settings):
     many = replace(settings, batch=4, epochs=15)
     before = distribution(policy, histories)
     print("training on four contexts alone; their validation says nothing")
-    train(settings.oracle, recipe, policy, reward, data, rows * 100, 2e-3, seeds[0], many)
+    train(settings.oracle, recipe, policy, reward, data, rows * 100, rate=2e-3, seed=seeds[0],
+          settings=many)
     learned = distribution(policy, histories)
     start, end = ((p - target).abs().sum(1).mean() for p in (before, learned))
     print(f"mean L1 distance of P from R/Z: {start:.4f} before, {end:.4f} after")
-    flow = flow_of(policy, histories[0], target[0], data, "the reward, R/Z",
-                   f"what {settings.oracle} has learned, P")
+    flow = flow_of(policy, histories[0], target[0], data, "R/Z of unseen items",
+                   f"P of unseen items, learned by {settings.oracle}")
     write_json(Path(settings.out) / "oracle.json", flow)
     figures.plot_flows(Path(settings.out) / "oracle.png", flow)
 
@@ -923,11 +937,13 @@ def show_first_user(runs, data):
             print(f"  {run['method']:>13}  " + ", ".join(listed))
     print("  * liked, but never shown" if hidden else "")
 
-def print_recommendations(policy, names):
-    """Ten titles for a history of titles or ids, oldest first."""
+def print_recommendations(settings):
+    """Ten titles by a saved model, for a history of titles or ids, oldest first."""
+    policy = Policy.from_pretrained(settings.model)
     titles = policy.catalogue["titles"]
-    history = [find_item(name, policy.catalogue["item_ids"], titles) for name in names]
-    items, scores = policy.recommend([history])
+    ids = policy.catalogue["item_ids"]
+    history = [find_item(name, ids, titles) for name in settings.recommend]
+    items, scores = policy.recommend([history], beams=settings.beams)
     for item, share in zip(items[0].tolist(), scores[0].softmax(0).tolist()):
         if item >= 0:
             print(f"{share:6.1%}  {titles[item]}")                  # of the weight of these ten
@@ -936,7 +952,7 @@ def main(settings):
     """Do what the settings ask for → exit status; an error is one line on stderr."""
     try:
         if settings.recommend:
-            print_recommendations(Policy.from_pretrained(settings.model), settings.recommend)
+            print_recommendations(settings)
         elif settings.oracle:
             run_oracle(settings)
         else:

@@ -42,7 +42,8 @@ class CollaborativeModel(torch.nn.Module):
     @classmethod
     def fit(cls, histories, num_items, window=5, nearness=0.8, backward=0.25, power=0.5,
             length=10, decay=0.6, popularity=0.05, debias=0.0):
-        """Count transitions in training histories: lists of item indices, oldest first."""
+        """Count transitions in training histories: lists of items, oldest first, no repeats."""
+        # w: how often b stands near a; times `backward` where b comes first
         a, b, w = cooccurrence(histories, num_items, window, nearness, backward)
         count = np.bincount(entries(histories)[1], minlength=num_items)
         scale = 1 / np.maximum(count, 1) ** power               # (n,)
@@ -75,9 +76,9 @@ class CollaborativeModel(torch.nn.Module):
         score(v) = Σ_j decay^age(j) · T[j, v] over the last `length` items j, age 0 for the newest;
         popular(v) = count(v) + 1. Both are 0 at items of the history, and divided by their sums.
         Result: (1 − s)·score + s·popular, s = self.popularity; popular alone if no score is left.
-        following: B lists, what came next in the same training histories. Without these counts the
-        CM would know the answer, so they are taken out of T (leave one user out): v at d ≤ window
-        places after j had added nearness^(d−1) · self.scale[j]. Scores ≤ 1e-6 are float rounding.
+        following: B lists, what came next in the same training histories. To T[j, v] they had added
+        nearness^(d−1) · self.scale[j] for each v at d ≤ window places after j: this is subtracted,
+        else the CM would know the answer (leave one user out). Scores ≤ 1e-6 are float rounding.
         """
         n = len(self.count)
         device = self.count.device

@@ -464,6 +464,12 @@ def test_packed_paths_and_beams_against_one_path_at_a_time(K, L):
     guide = torch.full((5, 24), 1e-12).index_fill_(1, torch.tensor(17), 1.0)    # steers the beam
     assert policy.recommend(HISTORIES[:3], 1, 1)[0].tolist() == [[17]] * 3
 
+def test_a_policy_that_moves_leaves_the_ids_of_the_seed_where_they_are(tiny):
+    settings, data, *prepared_ = prepared(*tiny, "--width=16")
+    settings.device = "meta"
+    assert gflowgr.start_of("sft", 0, 0.1, prepared_, data, settings).semantic_ids.codes.is_meta
+    assert not prepared_[1].codes.is_meta
+
 def test_embeddings_begin_as_the_features_and_their_means():
     policy = made()
     policy.start_from(points(24, 7))
@@ -535,7 +541,7 @@ def test_samplers_draw_from_where_they_say():
     ("sft", {}, 48, 1), ("sdpo", {}, 8, 3), ("tb-paper", {}, 7, 2), ("db", {}, 8, 3),
     ("tb", {}, 48, 1), ("db", dict(exact=False), 8, 3), ("tb", dict(gr=0.7, lam=0.3), 3, 4),
     ("fm", {}, 2, 6), ("fm", dict(gr=0.5), 8, 3), ("tb", {}, 3, 5),
-    ("tb", dict(sampler="random"), 7, 2)], ids=str)
+    ("tb", dict(sampler="random"), 7, 2), ("tb", dict(trajectories=0), 4, 3)], ids=str)
 def test_the_whole_loss_against_one_path_at_a_time(method, change, K, L, tiny, monkeypatch):
     flags = ["--weights=.4,.4,.2", "--debias=.5", f"--codes={K}", f"--levels={L}"]
     _, data, _, ids, job = prepared(*tiny, *flags)
@@ -555,7 +561,7 @@ def test_the_whole_loss_against_one_path_at_a_time(method, change, K, L, tiny, m
         L_GR -= log_pf[after[0]].sum()
         if not recipe.loss:
             continue
-        alone = recipe.gr == 0 and recipe.sampler == "reward"   # without the logged path
+        alone = recipe.gr == 0 and recipe.sampler == "reward" and recipe.trajectories > 0
         paths = after[:1 - alone] + drawn[0][c].tolist()
         v, liked = torch.tensor(after[:1]), torch.tensor([after[0] % 3 > 0])
         R = job(job.cm.scores([past], [after]), v, liked)[0]
@@ -638,8 +644,8 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_users(tiny):
 @pytest.mark.parametrize("method", ["tb", "tb-paper"])         # log Z is exact, or learned
 def test_trajectory_balance_reaches_the_reward(method, tmp_path, monkeypatch):
     runpy.run_path(str(ROOT / "data/toy/prepare.py"))["write"](tmp_path / "d", 30, 4, 3, 3)
-    def train(*x, original=gflowgr.train):                      # 450 steps, not 1,500
-        return original(*x[:5], x[5][:120], 3e-3, *x[7:])
+    def train(*x, original=gflowgr.train, **named):             # 450 steps, not 1,500
+        return original(*x[:5], x[5][:120], **{**named, "rate": 3e-3})
     monkeypatch.setattr(gflowgr, "train", train)
     flags = f"--codes=3 --width=32 --layers=1 --oracle={method}".split()
     status, out, err = cli(f"--data={tmp_path / 'd'}", *flags, "--out", tmp_path)
@@ -693,7 +699,8 @@ def test_a_run_leaves_results_table_pictures_and_models(finished):
     assert [run["method"] for run in results["runs"]] == 2 * methods
     for run in results["runs"]:
         assert 0 < run["seconds"]["train"] + run["seconds"]["eval"] < 99
-        assert run["train_examples"] == counts.sum() * len(run["curve"][1:])
+        epochs = len(run["curve"][1:]) * (1 + (run["method"] == "sft-continued"))   # at two rates
+        assert run["train_examples"] == counts.sum() * epochs
         assert run["metrics"]["coverage@10"] == len(set(sum(run["lists"], [])) - {-1}) / 48
         ranks = [(row + [h[-1]]).index(h[-1]) + 1 for h, row in zip(data.histories, run["lists"])]
         for k in (5, 10):
@@ -736,7 +743,8 @@ def test_resume_other_settings_and_an_own_sft_model(finished, tiny, tmp_path):
     other = [f"--data={folder_of(tmp_path / 'd')}", f"--out={tmp_path / 'o'}"]
     for arguments, message in (([*flags, "--lam=7"], "holds a run with lam"),
                                ([*flags, other[0]], "a run of other data"),
-                               ([*start, *other], "do not fit the data")):
+                               ([*tiny, *start, *other], "do not fit the data"),
+                               ([*start[:3], other[1]], "has window")):
         status, _, err = cli(*arguments)
         assert status == 2 and message in err and err.count("\n") == 1
 
@@ -790,7 +798,7 @@ BAD = [  # (flags, HERE is the folder; what the line must say; files that are ch
     *[(f"--{name} nonsense", "nonsense") for name in (
         "methods sampler oracle device seeds lam weights ids batch nonsense".split())],
     *[(f"--{setting}", "out of range") for setting in (
-        "batch=0 dropout=1 rate=nan lam=-1 epochs=-1 rate=inf gamma=0 trajectories=0".split())],
+        "batch=0 dropout=1 rate=nan lam=-1 epochs=-1 rate=inf gamma=0 trajectories=-1".split())],
     *[(f"--weights={weights}", "three numbers") for weights in ("1,2", "nan,1,1", "1,-1,1")],
     *[("--device cuda", "--device cuda is not available")] * (not torch.cuda.is_available()),
     *[("", message, dict(items=text)) for text, message in (

@@ -20,8 +20,8 @@ def tf_idf(texts):
             places.append((row, column_of.setdefault(term, len(column_of))))
     rows, columns = np.array(places, np.int64).reshape(-1, 2).T
     count = np.bincount(columns)
-    # idf = log(n / items with the word), 0 for a word of one item: it makes no two items similar
-    idf = np.log(len(texts) / count) * (count > 1)
+    # idf = log(n / count of the word), 0 if it stands once (no two items share it) or n times
+    idf = np.log(len(texts) / count).clip(0) * (count > 1)
     return rows, columns, idf[columns], (len(texts), len(count))
 
 def cooccurrence(histories, num_items, window, decay, backward):
