@@ -34,7 +34,8 @@ PRESETS = {                 # ml-100k: 50 beams, since items of its long histori
     "toy": dict(methods="pop,cm,cm-debiased,sft,sft-continued,tb,fm,fm+cm", width=64, layers=2,
                 batch=16, sft_epochs=12, rate=3e-3, epochs=8, fine_rate=3e-3,
                 weights="0.2,0.75,0.05", debias=1.0),
-    "ml-100k": dict(codes=256, width=96, rate=3e-3, epochs=3, beams=50)}
+    "ml-100k": dict(codes=256, width=96, rate=3e-3, epochs=4, fine_dropout=0.2,
+                    weights="0.6,0.35,0.05", beams=50)}
 
 @dataclass
 class Settings:
