@@ -30,7 +30,7 @@ from data import InputError, check, find_item, load_data, read_ids
 # or more items, no repeats; train, the same without the last two; liked, bools parallel to
 # histories; truth, {} or {"liked", "shown": B sets of items}; for n items: item_ids, titles, texts.
 
-PRESETS = {                 # ml-100k: 50 beams, since items of its long histories take up many
+PRESETS = {                 # ml-100k: 50 beams, as many end at items of its long histories
     "toy": dict(methods="pop,cm,cm-debiased,sft,sft-continued,tb,fm,fm+cm", width=64, layers=2,
                 batch=16, sft_epochs=12, rate=3e-3, epochs=8, fine_rate=3e-3,
                 weights="0.2,0.75,0.05", debias=1.0),
@@ -39,10 +39,11 @@ PRESETS = {                 # ml-100k: 50 beams, since items of its long histori
 
 @dataclass
 class Settings:
-    """All settings: each field is a flag, with its default and what it means."""
-    data: str = HfArg(default="toy", help="toy, ml-100k, or a folder with two CSV files")
+    """All settings: each field is a flag, with what it means and its default, PRESETS aside."""
+    data: str = HfArg(default="toy", help="toy or ml-100k, which have defaults of their own, see "
+                      "PRESETS; or a folder with two CSV files")
     methods: str = HfArg(default="pop,cm,sft,sft-continued,tb,fm,fm+cm", help="comma-separated: "
-                         "pop, cm, a name in RECIPES, or NAME+cm: its beam is guided by the CM")
+                         "pop, cm, cm-debiased, a name in RECIPES, or NAME+cm: guided by the CM")
     seeds: str = HfArg(default="42", help="comma-separated: every method runs once with each")
     out: str = HfArg(default="", help="folder for results (default: runs/NAME-OF-DATA)")
     resume: bool = HfArg(default=False, help="keep the finished methods in --out and go on")
@@ -51,7 +52,7 @@ class Settings:
     device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="where to train")
     threads: int = HfArg(default=1, help="CPU threads: for models as small as these, one is best")
     ids: str = HfArg(default="mixed", help="content (text), mixed (text and log), or FILE.csv")
-    codes: int = HfArg(default=0, help="K, codes a level (default: 2, 4, 8 …, above items / 24)")
+    codes: int = HfArg(default=0, help="K, codes a level (default: power of 2 from items / 24 on)")
     levels: int = HfArg(default=3, help="L, levels of an ID: as in the paper's examples")
     window: int = HfArg(default=20, help="items of the history that are read: the last say most")
     width: int = HfArg(default=128, help="hidden size: enough for 10^4 items on two cores")
@@ -66,7 +67,7 @@ class Settings:
     sampler: Optional[str] = HfArg(default=None, help="one of SAMPLERS (default: see RECIPES)")
     trajectories: Optional[int] = HfArg(default=None, help="N, augmented trajectories a context")
     gr: Optional[float] = HfArg(default=None, help="weight of L_GR (default: see RECIPES)")
-    lam: Optional[float] = HfArg(default=None, help="lambda, weight of L_GFN (also by method)")
+    lam: Optional[float] = HfArg(default=None, help="lambda, weight of L_GFN (default: RECIPES)")
     weights: str = HfArg(default="0.3,0.65,0.05", help="w_a,w_y,w_s of R; the CM sees unseen items")
     debias: float = HfArg(default=0.0, help="delta: CM score over popularity^delta; 0: as logged")
     gamma: float = HfArg(default=2.0, help="power of the CM that guides NAME+cm: best of 1/2 to 4")
@@ -119,8 +120,8 @@ def pad(lists, value):
 
 def training_rows(histories, window):
     """Rows (user, start, first, stop): items[first:stop] are targets, items[start:stop-1] are read.
-    Every item is a target once. The first row has window + 1 targets, a later one window // 2; it
-    reads `window` items, so that window // 2 or more stand before each of its targets."""
+    Every item is a target once. The first row has window + 1 targets, a later one window // 2. A
+    later row reads the `window` items before its last target: window // 2 or more before any."""
     rows = []
     for user, history in enumerate(histories):
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
@@ -326,14 +327,13 @@ class Policy(torch.nn.Module):
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors (plain GPT-2), and IDs, titles, CM beside it."""
         table = Path(folder) / "semantic_ids.json"              # written last: all is there
-        for old in (table, table.with_name("cm.safetensors")):
-            old.unlink(missing_ok=True)
+        table.unlink(missing_ok=True)
         self.lm.save_pretrained(folder)
-        if isinstance(self.cm, CollaborativeModel):
+        if type(self.cm) is CollaborativeModel:                 # an own CM is not saved
             self.cm.save(Path(folder) / "cm.safetensors")
         ids = self.semantic_ids
         write_json(table, {"num_codes": ids.num_codes, "codes": ids.codes.tolist(),
-                           "gamma": self.gamma, **self.catalogue})
+                           "gamma": self.gamma, "guided": self.cm is not None, **self.catalogue})
 
     @classmethod
     def from_pretrained(cls, folder, dropout=0.0):
@@ -345,7 +345,7 @@ class Policy(torch.nn.Module):
             policy = cls(ids, lm=GPT2LMHeadModel.from_pretrained(
                 folder, use_safetensors=True, resid_pdrop=dropout, embd_pdrop=dropout))  # no pickle
             policy.gamma = table.pop("gamma")
-            if (Path(folder) / "cm.safetensors").exists():
+            if table.pop("guided"):
                 policy.cm = CollaborativeModel.load(Path(folder) / "cm.safetensors")
         except Exception as error:                              # whatever is wrong with the files
             raise InputError(f"{folder} holds no saved model of this program: {error}") from None
@@ -384,8 +384,9 @@ def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
 
 # The same losses as functions of `paths`, J paths at each of C contexts: log_pf (C, J, L) of the
 # codes taken, log_probs (C, J, L, K) of all codes, log_flow (C, J, L) of s_0 … s_{L-1}, log_r
-# (C, J). log_flow is the head's, or with exact=True in the recipe that of R itself. With exact=True
-# there is also child_flow (C, J, L, K), with reference=True log P_F of the SFT policy (C, J, L).
+# (C, J). log_flow is the head's output or, with exact=True in the recipe, log F* of R. With
+# exact=True there is also child_flow (C, J, L, K), F*; with reference=True also reference
+# (C, J, L), log P_F of the frozen SFT policy.
 def tb_loss(paths):
     """TB: log Z(U) is log F of s_0."""
     return trajectory_balance(paths.log_flow[:, 0, 0], paths.log_pf.sum(-1), paths.log_r)
@@ -413,7 +414,7 @@ class Recipe:
     sampler: str = "reward"         # one of SAMPLERS: where the N augmented trajectories come from
     trajectories: int = 1           # N
     exact: bool = False             # with the exact flows of R, in place of the learned log F
-    rates: tuple = (1.0,)           # peak rates to try, in units of --fine-rate; validation chooses
+    rates: tuple = (1.0,)           # peak rates to try, times --fine-rate; validation chooses
     fine_dropout: Optional[float] = 0.0     # None: that of SFT
     reference: bool = False         # with log P_F of the frozen SFT policy
 
@@ -458,7 +459,7 @@ def curriculum(scores, logged, count, progress):
     scores (C, n) of the CM, logged C lists, progress in [0, 1]. Draw 2N−1 items, item i with
     P ∝ scores[i]/2 + 1/(2n), 0 if logged; sort them from low to high score; keep N neighbours from
     place round(progress · (N−1)) on. The even half is ours (6): if all drawn items had about the
-    same R, TB could be made small by moving log Z alone.
+    same R and P, moving log Z alone would make TB small, and P would learn nothing.
     """
     pool = draw(0.5 * scores + 0.5 / scores.shape[1], logged, 2 * count - 1)        # (C, 2N-1)
     ranked = pool.gather(1, scores.gather(1, pool).argsort(1))
@@ -487,8 +488,10 @@ def augmented(recipe, known, policy, progress):
     if recipe.sampler == "curriculum":                          # the paper's default
         return curriculum(known.scores, known.logged, count, progress)
     policy.eval()                                               # "policy": no dropout in its beam
-    items = policy.recommend(known.histories, count, beams=count)[0].to(known.r.device)
+    items = policy.recommend(known.histories, count + 1, beams=count + 1)[0].to(known.r.device)
     policy.train()
+    is_positive = (items == known.positives[:, None]).int()     # goes to the end
+    items = items.gather(1, is_positive.argsort(dim=1, stable=True))[:, :count]
     return items.where(items >= 0, known.positives[:, None])    # fewer than N found: the positive
 
 # --- Training -------------------------------------------------------------------------------------
@@ -513,8 +516,8 @@ def loss_of(recipe, policy, reference, batch, reward, data, progress):
         return -paths_of(policy, batch, logged).log_pf.sum(-1).mean()
     known = known_of(batch.contexts, data, reward)
     items = augmented(recipe, known, policy, progress)                              # (C, N)
-    # The logged path τ_1 comes first. It is left out if all paths are draws from R, which has a
-    # large share for it (7), and neither L_GR nor S-DPO needs it.
+    # Put the logged path τ_1 first, except where all paths are draws from R, which often bring it
+    # (7), and neither L_GR nor S-DPO needs it.
     if recipe.gr or recipe.reference or recipe.sampler != "reward" or recipe.trajectories == 0:
         items = torch.cat([logged.to(items.device), items], 1)                      # (C, J)
     paths = paths_of(policy, batch, items)
@@ -545,7 +548,7 @@ def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
     """The one training loop → the curve, a list of {"epoch", "loss", "ndcg@10"}, 0 being the start.
     The last epoch counts: there the rate has come down to 0."""
     epochs = settings.sft_epochs if method == "sft" else settings.epochs
-    size = min(settings.batch, math.ceil(len(rows) / 20))       # 20 steps an epoch or so
+    size = min(settings.batch, math.ceil(len(rows) / 20))       # small data: ~20 steps an epoch
     per_epoch = math.ceil(len(rows) / size)
     steps = epochs * per_epoch
     optimizer, schedule = optimizer_of(policy, rate, steps)
@@ -679,7 +682,7 @@ def trained(method, seed, prepared, data, settings):
     if method == "sft" and settings.sft:                        # is trained already
         return start_of(method, seed, 0.0, prepared, data, settings), []
     recipe = RECIPES[method]
-    if recipe.loss:
+    if method != "sft":
         for name in ("gr", "lam", "sampler", "trajectories", "fine_dropout"):
             if getattr(settings, name) is not None:
                 recipe = replace(recipe, **{name: getattr(settings, name)})
@@ -705,6 +708,21 @@ def guided(method, seed, cm, settings):
     policy.gamma = settings.gamma
     policy.save_pretrained(Path(settings.out) / f"{method}-{seed}")
     return policy
+
+def distribution(policy, histories):
+    """P(v | U) of every item (B, n)."""
+    items = torch.arange(len(policy.semantic_ids.codes)).expand(len(histories), -1)
+    with torch.no_grad():
+        return policy.eval().path_log_probs(histories, items).sum(-1).exp().cpu()
+
+def flow_of(policy, history, exact, data, exact_name, learned_name):
+    """What figures.plot_flows draws: an exact distribution over the n items, and the policy's."""
+    both = torch.stack([exact, distribution(policy, [history])[0]])
+    both[:, history] = 0                                        # never recommended
+    exact, learned = (both / both.sum(1, keepdim=True)).tolist()
+    return {"codes": policy.semantic_ids.codes.tolist(), "titles": data.titles,
+            "history": [data.titles[item] for item in history], "exact": exact,
+            "learned": learned, "exact_name": exact_name, "learned_name": learned_name}
 
 def run_method(method, seed, prepared, data, settings):
     """Train and test one method with one seed → its entry of results.json["runs"]."""
@@ -770,7 +788,7 @@ def results_of(runs, data, settings):
                "runs": runs, "summary": {}, "paired": {}, "paired_continued": {},
                "flow": flows[-1] if flows else None}
     runs_of = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run["seed"]):
         runs_of.setdefault(run["method"], []).append(run)
     for method, own in runs_of.items():
         summary = results["summary"][method] = {}
@@ -844,8 +862,9 @@ def check_settings(settings):
 
 FREE = ("data", "methods", "seeds", "out", "device", "threads", "resume")      # may differ
 
-def earlier_runs(settings, data):
-    """What --resume keeps of OUT/results.json; InputError if its settings or data are others."""
+def earlier_runs(settings, data, asked):
+    """What --resume keeps of OUT/results.json; InputError if its settings or data are others, or if
+    it has more than asked, pairs (method, seed), and would be lost without --resume."""
     path = Path(settings.out) / "results.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name, was in old.get("settings", {}).items():
@@ -853,15 +872,18 @@ def earlier_runs(settings, data):
         check(fine, f"{path.parent} holds a run with {name} {was}; choose another --out")
     fine = old.get("data", data.sizes) == data.sizes
     check(fine, f"{path.parent} holds a run of other data; choose another --out")
-    return old["runs"] if old and settings.resume else []
+    runs = old.get("runs", [])
+    lost = {(run["method"], run["seed"]) for run in runs} - asked
+    check(settings.resume or not lost, f"{path.parent} holds more methods or seeds; add --resume")
+    return runs if settings.resume else []
 
 def run(settings, cm=None):
     """The whole job → results; every finished method is written at once. cm: your own CM, with
     scores(histories, following) as CollaborativeModel has; it is not saved with guided models."""
     methods, seeds = check_settings(settings)
-    check(cm is None or not settings.debias, "an own CM divides by popularity itself: no --debias")
+    check(cm is None or not settings.debias, "--debias is of the built-in CM: pass --debias 0")
     data = load_data(settings.data)
-    runs = earlier_runs(settings, data)
+    runs = earlier_runs(settings, data, set(product(methods, seeds)))
     done = [(entry["method"], entry["seed"]) for entry in runs]
     out = Path(settings.out)
     for seed in seeds:
@@ -882,25 +904,11 @@ def run(settings, cm=None):
     print(f"With {len(data.train)} users, a share of .1 is known to ± {error:.3f}.")
     return results
 
-def distribution(policy, histories):
-    """P(v | U) of every item (B, n)."""
-    items = torch.arange(len(policy.semantic_ids.codes)).expand(len(histories), -1)
-    with torch.no_grad():
-        return policy.eval().path_log_probs(histories, items).sum(-1).exp().cpu()
-
-def flow_of(policy, history, exact, data, exact_name, learned_name):
-    """What figures.plot_flows draws: an exact distribution over the n items, and the policy's."""
-    both = torch.stack([exact, distribution(policy, [history])[0]])
-    both[:, history] = 0                                        # never recommended
-    exact, learned = (both / both.sum(1, keepdim=True)).tolist()
-    return {"codes": policy.semantic_ids.codes.tolist(), "titles": data.titles,
-            "history": [data.titles[item] for item in history], "exact": exact,
-            "learned": learned, "exact_name": exact_name, "learned_name": learned_name}
-
 def run_oracle(settings):
     """Train with one loss on four contexts, from random weights, until P = R/Z, known exactly."""
     _, seeds = check_settings(settings)
     data = load_data(settings.data)
+    check(len(data.titles) <= 2000, "--oracle scores every item at once: at most 2,000 items")
     _, ids, reward = prepare(seeds[0], data, settings)
     data = replace(data, train=data.train[:4], histories=data.histories[:4])
     contexts = [(user, len(history) - 1) for user, history in enumerate(data.train)]
@@ -920,11 +928,12 @@ def run_oracle(settings):
           settings=many)
     learned = distribution(policy, histories)
     start, end = ((p - target).abs().sum(1).mean() for p in (before, learned))
-    print(f"mean L1 distance of P from R/Z: {start:.4f} before, {end:.4f} after")
+    path = Path(settings.out) / "oracle.png"
+    print(f"mean L1 distance of P from R/Z: {start:.4f} before, {end:.4f} after; picture: {path}")
     flow = flow_of(policy, histories[0], target[0], data, "R/Z of unseen items",
                    f"P of unseen items, learned by {settings.oracle}")
-    write_json(Path(settings.out) / "oracle.json", flow)
-    figures.plot_flows(Path(settings.out) / "oracle.png", flow)
+    write_json(path.with_suffix(".json"), flow)
+    figures.plot_flows(path, flow)
 
 def show_first_user(runs, data):
     """For the first user: the history, and what each method recommends, by title."""

@@ -76,9 +76,10 @@ class CollaborativeModel(torch.nn.Module):
         score(v) = Σ_j decay^age(j) · T[j, v] over the last `length` items j, age 0 for the newest;
         popular(v) = count(v) + 1. Both are 0 at items of the history, and divided by their sums.
         Result: (1 − s)·score + s·popular, s = self.popularity; popular alone if no score is left.
-        following: B lists, what came next in the same training histories. To T[j, v] they had added
-        nearness^(d−1) · self.scale[j] for each v at d ≤ window places after j: this is subtracted,
-        else the CM would know the answer (leave one user out). Scores ≤ 1e-6 are float rounding.
+        following: B lists, what came next in the same training histories. `fit` added to T[j, v],
+        for each of them, nearness^(d−1) · self.scale[j], v at d ≤ window places after j. That is
+        subtracted, else the CM would know the answer (leave one user out). Item counts stay as they
+        are. Scores ≤ 1e-6 are float rounding.
         """
         n = len(self.count)
         device = self.count.device
