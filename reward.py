@@ -150,18 +150,14 @@ class Reward(torch.nn.Module):
         return r.scatter_(1, positives[:, None], torch.where(liked, 1.0, 0.1)[:, None])
 
     def similarity(self, positives):
-        """r_s (B, n), rows sum to 1: codes shared with the ID of the positive, positives (B,).
-
-        r_s(v) = m(v) / Σ_u m(u), m(v) = Σ_l 1[t_l = t'_l]: t and t' are the IDs (in self.ids.codes)
-        of v and of the positive, compared at each level alone.
-        """
+        """r_s (B, n), rows sum to 1: codes that an ID shares with that of the positive (B,)."""
+        # r_s(v) = m(v) / Σ_u m(u), m(v) = Σ_l 1[t_l = t'_l], each level alone
         shared = sum((column[positives, None] == column).byte() for column in self.ids.codes.T)
         return shared / shared.sum(1, keepdim=True)
 
     def forward(self, scores, positives, liked):
-        """R (B, n) > 0 of every item from r_ŷ = scores (B, n), positives (B,) and liked (B,) bool.
-        R = w_a · r_a + w_ŷ · r_ŷ + w_s · r_s + ε/n: r_a = self.action(positives, liked), r_s =
-        self.similarity(positives), (w_a, w_ŷ, w_s) = self.weights, ε = self.epsilon."""
+        """R (B, n) > 0 of every item: scores (B, n) are r_ŷ; positives and liked (bool) (B,)."""
+        # R = w_a · r_a + w_ŷ · r_ŷ + w_s · r_s + ε/n, in place
         w_a, w_y, w_s = self.weights
         r = torch.add(self.epsilon / scores.shape[1], scores, alpha=w_y)
         r.add_(self.similarity(positives), alpha=w_s)
