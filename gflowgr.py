@@ -40,8 +40,7 @@ PRESETS = {                 # ml-100k: 50 beams, as many end at items of its lon
 @dataclass
 class Settings:
     """All settings: each field is a flag, with what it means and its default, PRESETS aside."""
-    data: str = HfArg(default="toy", help="toy or ml-100k, which have defaults of their own, see "
-                      "PRESETS; or a folder with two CSV files")
+    data: str = HfArg(default="toy", help="toy, ml-100k (see PRESETS), or a folder of two CSV files")
     methods: str = HfArg(default="pop,cm,sft,sft-continued,tb,fm,fm+cm", help="comma-separated: "
                          "pop, cm, cm-debiased, a name in RECIPES, or NAME+cm: guided by the CM")
     seeds: str = HfArg(default="42", help="comma-separated: every method runs once with each")
@@ -447,8 +446,7 @@ def known_of(contexts, data, reward):
                            r=r)
 
 def draw(weight, excluded, count):
-    """Items (C, count), with replacement, P ∝ weight (C, n), practically none of the C lists
-    `excluded`; where no weight is left, any items."""
+    """Items (C, count), may repeat, P ∝ weight (C, n), 1e-12 for those of the lists `excluded`."""
     weight = weight.clone()
     weight[entries(excluded)] = 0
     return torch.multinomial(weight + 1e-12, count, replacement=True)
@@ -717,7 +715,7 @@ def distribution(policy, histories):
 
 def flow_of(policy, history, exact, data, exact_name, learned_name):
     """What figures.plot_flows draws: an exact distribution over the n items, and the policy's."""
-    both = torch.stack([exact, distribution(policy, [history])[0]])
+    both = torch.stack([exact, distribution(policy, [history])[0]])                 # (2, n)
     both[:, history] = 0                                        # never recommended
     exact, learned = (both / both.sum(1, keepdim=True)).tolist()
     return {"codes": policy.semantic_ids.codes.tolist(), "titles": data.titles,
