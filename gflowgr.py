@@ -40,7 +40,7 @@ PRESETS = {                 # ml-100k: 50 beams, as many end at items of its lon
 @dataclass
 class Settings:
     """All settings: each field is a flag, with what it means and its default, PRESETS aside."""
-    data: str = HfArg(default="toy", help="toy, ml-100k (see PRESETS), or a folder of two CSV files")
+    data: str = HfArg(default="toy", help="toy, ml-100k (see PRESETS), or a folder of two CSVs")
     methods: str = HfArg(default="pop,cm,sft,sft-continued,tb,fm,fm+cm", help="comma-separated: "
                          "pop, cm, cm-debiased, a name in RECIPES, or NAME+cm: guided by the CM")
     seeds: str = HfArg(default="42", help="comma-separated: every method runs once with each")
