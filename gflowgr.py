@@ -302,7 +302,7 @@ class Policy(torch.nn.Module):
             guide = 0 if self.cm is None else log_flow.gather(1, child.clamp(min=0))
             value = total + guide                               # what beams compete by
             if level == ids.num_levels - 1:
-                break                                           # value, child: of whole items
+                return self.best_items(value, child - ids.num_prefixes, histories, k)
             best = value.topk(min(max(beams, k), value.shape[1]), 1).indices        # (B, W)
             score = total.gather(1, best)
             node = child.gather(1, best)
@@ -315,8 +315,10 @@ class Policy(torch.nn.Module):
             places = (lengths[:, None] + 1 + level).expand(B, W)
             hidden = self.lm.transformer(level * K + best % K, cache, attention_mask=mask[:, None],
                                          position_ids=places).last_hidden_state     # (B, W, d)
-        item = child - ids.num_prefixes                         # (B, W·K); < 0 is no item
-        owned = torch.zeros(B, len(ids.codes), dtype=torch.bool)
+
+    def best_items(self, value, item, histories, k):
+        """The k best new items: value, item (B, W·K), < 0 where there is none → items, scores."""
+        owned = torch.zeros(len(item), len(self.semantic_ids.codes), dtype=torch.bool)
         owned[entries(histories)] = True                        # (rows, columns) of all items
         gone = owned.to(item.device).gather(1, item.clamp(min=0)) | (item < 0)
         value.masked_fill_(gone, -math.inf)
@@ -866,7 +868,7 @@ def earlier_runs(settings, data, asked):
     path = Path(settings.out) / "results.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name, was in old.get("settings", {}).items():
-        fine = name in FREE or was == getattr(settings, name)
+        fine = name in FREE or was == getattr(settings, name, None)
         check(fine, f"{path.parent} holds a run with {name} {was}; choose another --out")
     fine = old.get("data", data.sizes) == data.sizes
     check(fine, f"{path.parent} holds a run of other data; choose another --out")

@@ -552,23 +552,21 @@ def test_the_whole_loss_against_one_path_at_a_time(method, change, K, L, tiny, m
         paths = after[:1 - alone] + drawn[0][c].tolist()
         v, liked = torch.tensor(after[:1]), torch.tensor([after[0] % 3 > 0])
         R = job(job.cm.scores([past], [after]), v, liked)[0]
-        log_r = R.log()[paths]
         below = torch.tensor([[R[[w for w, x in enumerate(codes) if x[:l] == code[:l]]].sum()
                                for l in range(L + 1)] for code in codes])       # exact flows
         if recipe.exact:
             log_flow = below[:, :L].log()
         log_p, its = log_pf[paths].sum(1), frozen[paths].sum(1)
         if "tb" in method:
-            L_GFN += trajectory_balance(log_flow[:1, 0], log_p[None], log_r[None])
+            L_GFN += trajectory_balance(log_flow[:1, 0], log_p[None], R[None, paths].log())
         elif method == "db":
-            log_f = torch.cat([log_flow[paths], log_r[:, None]], 1)
+            log_f = torch.cat([log_flow[paths], R[paths, None].log()], 1)
             L_GFN += (log_f.diff(dim=1) - log_pf[paths]).square().sum() / len(paths)
         elif method == "sdpo":
             L_GFN += sdpo(log_p[:1], log_p[None, 1:], its[:1], its[None, 1:], 0.1)
         else:                                                   # the divergence, prefix by prefix
             for item, l in itertools.product(paths, range(L)):
-                child = {x[l]: v for v, x in enumerate(codes) if x[:l] == codes[item][:l]}
-                v = list(child.values())
+                v = [*{x[l]: v for v, x in enumerate(codes) if x[:l] == codes[item][:l]}.values()]
                 p = below[v, l + 1] / below[v, l + 1].sum()
                 L_GFN += (p * (p.log() - log_pf[v, l])).sum() / len(paths)
     close(found.detach(), (recipe.gr * L_GR + recipe.lam * L_GFN) / len(batch.contexts))
