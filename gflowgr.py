@@ -299,8 +299,9 @@ class Policy(torch.nn.Module):
             total = (hidden @ head.T).masked_fill_(child < 0, NEVER).log_softmax(-1)
             total = total.add_(score[..., None]).flatten(1)                         # (B, W·K)
             child = child.flatten(1)
-            guide = 0 if self.cm is None else log_flow.gather(1, child.clamp(min=0))
-            value = total + guide                               # what beams compete by
+            value = total                                       # what beams compete by
+            if self.cm is not None:
+                value = total + log_flow.gather(1, child.clamp(min=0))
             if level == ids.num_levels - 1:
                 return self.best_items(value, child - ids.num_prefixes, histories, k)
             best = value.topk(min(max(beams, k), value.shape[1]), 1).indices        # (B, W)
@@ -318,12 +319,10 @@ class Policy(torch.nn.Module):
 
     def best_items(self, value, item, histories, k):
         """The k best new items: value, item (B, W·K), < 0 where there is none → items, scores."""
-        owned = torch.zeros(len(item), len(self.semantic_ids.codes), dtype=torch.bool)
-        owned[entries(histories)] = True                        # (rows, columns) of all items
-        gone = owned.to(item.device).gather(1, item.clamp(min=0)) | (item < 0)
-        value.masked_fill_(gone, -math.inf)
-        score, best = F.pad(value, (0, k), value=-math.inf).topk(k, 1)      # fewer may be left
-        return F.pad(item, (0, k)).gather(1, best).masked_fill(score == -math.inf, -1), score
+        n = len(self.semantic_ids.codes)
+        scores = value.new_full((len(value), n + 1), -math.inf)     # column n: no item
+        scores.scatter_(1, item.where(item >= 0, n), value)
+        return best_unseen(scores[:, :n], histories, k)
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors (plain GPT-2), and IDs, titles, CM beside it."""
@@ -689,8 +688,8 @@ def trained(method, seed, prepared, data, settings):
     _, _, reward = prepared
     rows = training_rows(data.train, settings.window)
     best_curve = None
+    dropout = settings.dropout if recipe.fine_dropout is None else recipe.fine_dropout
     for share in recipe.rates:
-        dropout = settings.dropout if recipe.fine_dropout is None else recipe.fine_dropout
         policy = start_of(method, seed, dropout, prepared, data, settings)
         rate = settings.rate if method == "sft" else settings.fine_rate * share
         curve = train(method, recipe, policy, reward, data, rows, rate, seed, settings)
@@ -845,8 +844,8 @@ def check_settings(settings):
         value = getattr(settings, name)
         message = f"--{name} {value} is not available; choose of {', '.join(allowed)}"
         check(value in (None, *allowed), message)
+    zero = ("dropout", "fine_dropout", "debias", "gr", "lam", "codes", "trajectories")
     for name, value in asdict(settings).items():
-        zero = ("dropout", "fine_dropout", "debias", "gr", "lam", "codes", "trajectories")
         least = 0 if name in zero else 1e-9
         most = 1 if name in ("dropout", "fine_dropout") else 1e9
         fine = type(value) not in (int, float) or least <= value < most
@@ -886,6 +885,7 @@ def run(settings, cm=None):
     runs = earlier_runs(settings, data, set(product(methods, seeds)))
     done = [(entry["method"], entry["seed"]) for entry in runs]
     out = Path(settings.out)
+    results = results_of(runs, data, settings)
     for seed in seeds:
         prepared = None
         for method in methods:
@@ -893,8 +893,8 @@ def run(settings, cm=None):
                 continue
             prepared = prepared or prepare(seed, data, settings, cm)
             runs.append(run_method(method, seed, prepared, data, settings))
-            write_json(out / "results.json", results_of(runs, data, settings))
-    results = results_of(runs, data, settings)
+            results = results_of(runs, data, settings)
+            write_json(out / "results.json", results)
     show_first_user(runs, data)
     table = table_of(results)
     (out / "results.md").write_text(table + "\n", encoding="utf-8")

@@ -24,11 +24,12 @@ def entries(lists):
     return rows.tolist(), list(chain.from_iterable(lists))
 
 def best_unseen(scores, histories, k=10):
-    """The k items with the highest scores (B, n), none of the histories: items, scores (B, k)."""
+    """The k items with the highest scores (B, n), none of the histories: items, scores (B, k);
+    −1 and −inf where none is left."""
     scores = scores.clone()
-    scores[entries(histories)] = -1
-    value, items = F.pad(scores, (0, k), value=-1).topk(k, 1)
-    return items.masked_fill(value < 0, -1), value
+    scores[entries(histories)] = -torch.inf
+    value, items = F.pad(scores, (0, k), value=-torch.inf).topk(k, 1)   # fewer than k may be left
+    return items.masked_fill(value == -torch.inf, -1), value
 
 class CollaborativeModel(torch.nn.Module):
     """CM(U, v) ∝ Σ_j decay^age(j) · T[j, v] over the recent items j, plus a little popularity (4).
