@@ -616,7 +616,9 @@ def test_the_better_rate_is_saved_after_its_last_epoch(finished, tmp_path, monke
     assert cli(*finished[1], *flags)[0] == 0
     saved = Policy.from_pretrained(tmp_path / "sft-continued-1").lm.transformer.ln_f.bias.tolist()
     assert saved == pytest.approx([0.005 * min(RECIPES["sft-continued"].rates)] * 32)
-    monkeypatch.setattr(gflowgr, "run", lambda _: exec("raise KeyboardInterrupt"))      # Ctrl-C
+    def stop(_):
+        raise KeyboardInterrupt                                 # Ctrl-C
+    monkeypatch.setattr(gflowgr, "run", stop)
     assert cli()[::2] == (130, "stopped; --resume goes on after the finished methods\n")
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_users(tiny):
