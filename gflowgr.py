@@ -30,7 +30,7 @@ from data import InputError, check, find_item, load_data, read_ids
 # or more items, no repeats; train, the same without the last two; liked, bools parallel to
 # histories; truth, {} or {"liked", "shown": B sets of items}; for n items: item_ids, titles, texts.
 
-PRESETS = {                 # ml-100k: 50 beams, as many end at items of its long histories
+PRESETS = {         # ml-100k: 50 beams, since many end at items that are in the history already
     "toy": dict(methods="pop,cm,cm-debiased,sft,sft-continued,tb,fm,fm+cm", width=64, layers=2,
                 batch=16, sft_epochs=12, rate=3e-3, epochs=8, fine_rate=3e-3,
                 weights="0.2,0.75,0.05", debias=1.0),
@@ -42,7 +42,7 @@ class Settings:
     """All settings: each field is a flag, with what it means and its default, PRESETS aside."""
     data: str = HfArg(default="toy", help="toy, ml-100k (see PRESETS), or a folder of two CSVs")
     methods: str = HfArg(default="pop,cm,sft,sft-continued,tb,fm,fm+cm", help="comma-separated: "
-                         "pop, cm, cm-debiased, a name in RECIPES, or NAME+cm: guided by the CM")
+                         "pop, cm, cm-debiased, one of RECIPES, or NAME+cm: guided by the CM")
     seeds: str = HfArg(default="42", help="comma-separated: every method runs once with each")
     out: str = HfArg(default="", help="folder for results (default: runs/NAME-OF-DATA)")
     resume: bool = HfArg(default=False, help="keep the finished methods in --out and go on")
@@ -51,7 +51,7 @@ class Settings:
     device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="where to train")
     threads: int = HfArg(default=1, help="CPU threads: for models as small as these, one is best")
     ids: str = HfArg(default="mixed", help="content (text), mixed (text and log), or FILE.csv")
-    codes: int = HfArg(default=0, help="K, codes a level (default: power of 2 from items / 24 on)")
+    codes: int = HfArg(default=0, help="K, codes a level (default: power of 2 ≥ items / 24)")
     levels: int = HfArg(default=3, help="L, levels of an ID: as in the paper's examples")
     window: int = HfArg(default=20, help="items of the history that are read: the last say most")
     width: int = HfArg(default=128, help="hidden size: enough for 10^4 items on two cores")
@@ -65,12 +65,12 @@ class Settings:
     epochs: int = HfArg(default=7, help="epochs of fine-tuning: the last ones bring the gain")
     sampler: Optional[str] = HfArg(default=None, help="one of SAMPLERS (default: see RECIPES)")
     trajectories: Optional[int] = HfArg(default=None, help="N, augmented trajectories a context")
-    gr: Optional[float] = HfArg(default=None, help="weight of L_GR (default: see RECIPES)")
+    gr: Optional[float] = HfArg(default=None, help="weight of L_GR beside L_GFN (default: RECIPES)")
     lam: Optional[float] = HfArg(default=None, help="lambda, weight of L_GFN (default: RECIPES)")
-    weights: str = HfArg(default="0.3,0.65,0.05", help="w_a,w_y,w_s of R; the CM sees unseen items")
-    debias: float = HfArg(default=0.0, help="delta: CM score over popularity^delta; 0: as logged")
+    weights: str = HfArg(default="0.3,0.65,0.05", help="w_a,w_y,w_s of R: the CM weighs most")
+    debias: float = HfArg(default=0.0, help="delta: divide CM scores by popularity^delta")
     gamma: float = HfArg(default=2.0, help="power of the CM that guides NAME+cm: best of 1/2 to 4")
-    beams: int = HfArg(default=20, help="beam width: twice the ten items that are shown")
+    beams: int = HfArg(default=20, help="beam width, saved with a model: twice the ten items")
     oracle: Optional[str] = HfArg(default=None, metadata={"nargs": "?", "const": "tb"},
                                   help="train four users with this loss until P = R/Z")
     recommend: list[str] = HfArg(default_factory=list, help="print ten titles for this history")
@@ -120,7 +120,8 @@ def pad(lists, value):
 def training_rows(histories, window):
     """Rows (user, start, first, stop): items[first:stop] are targets, items[start:stop-1] are read.
     Every item is a target once. The first row has window + 1 targets, a later one window // 2. A
-    later row reads the `window` items before its last target: window // 2 or more before any."""
+    later row reads the `window` items before its last target, so at least window // 2 items stand
+    before each of its targets."""
     rows = []
     for user, history in enumerate(histories):
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
@@ -131,8 +132,8 @@ def training_rows(histories, window):
 def batches(rows, histories, size, policy, rng):
     """One epoch of batches in random order; rows of similar length together, for less padding.
 
-    A batch: tokens (B, H); targets (B, T); ends (B, T), the number of items before each target;
-    valid (B, T), False on padding; contexts, the C valid targets as pairs (user, place).
+    A batch: tokens (B, H); targets (B, T); ends (B, T), how many items of its row stand before
+    each target; valid (B, T), False on padding; contexts, C pairs (user, place) of valid targets.
     """
     order = rng.permutation(len(rows))
     groups = []
@@ -180,9 +181,10 @@ def tree_mask(ends, H, L):
 class Policy(torch.nn.Module):
     """A small GPT-2 that reads a history and writes a semantic ID, plus the table of IDs.
 
-    Tokens: code c of level l is l·K + c; L·K is <user>, which opens every row; L·K + 1 + i is item
-    i of a history, one token (2). A row is a packed tree: the history once, then branches. A branch
-    is the first L−1 codes of one path; the last is never read. One pass scores all the paths.
+    Tokens: code c of level l is l·K + c; L·K is <user>, which opens every row; L·K + 1 + i is
+    catalogue item i in a history, one token (2). A row is a packed tree: the history once, then
+    branches. A branch is the first L−1 codes of a path: the last code is predicted, but is no
+    input. One pass scores all the paths.
     """
 
     def __init__(self, semantic_ids, window=20, width=128, layers=3, dropout=0.2, lm=None):
@@ -192,6 +194,7 @@ class Policy(torch.nn.Module):
         self.user_token = semantic_ids.num_levels * semantic_ids.num_codes
         self.cm = None                                          # guides the beam by scores^gamma
         self.gamma = 2.0
+        self.beams = 20                                         # beam width of recommend
         n = len(semantic_ids.codes)
         names = [str(item) for item in range(n)]
         self.catalogue = {"item_ids": names, "titles": names}
@@ -270,15 +273,16 @@ class Policy(torch.nn.Module):
         return self.steps(self(tokens, lengths[:, None].expand_as(items), items)[0], items)
 
     @torch.no_grad()
-    def recommend(self, histories, k=10, beams=20):
+    def recommend(self, histories, k=10, beams=None):
         """The k best items of B histories: items (B, k), best first, and their scores (B, k).
 
         Beam search over legal codes: the score of a prefix is Σ log P_F of its codes, and the best
-        max(beams, k) prefixes of a user go on to the next level. Never an item of the history,
-        never a duplicate; −1 and −inf where the beam holds no more; exact with enough beams. With
-        self.cm prefixes compete by log P_F(s) + log F(s), F the exact flow of CM^γ (9).
+        max(beams, k) prefixes of a user go on to the next level; beams=None: self.beams. Never an
+        item of the history, never a duplicate; −1 and −inf where the beam holds no more; exact with
+        enough beams. With self.cm, prefixes compete by log P_F(s) + log F(s), F(s) of CM^γ (9).
         """
         ids = self.semantic_ids
+        beams = max(beams or self.beams, k)
         tokens, lengths = (x.to(ids.codes.device) for x in self.tokens(histories))
         B, H = tokens.shape
         K = ids.num_codes
@@ -304,7 +308,7 @@ class Policy(torch.nn.Module):
                 value = total + log_flow.gather(1, child.clamp(min=0))
             if level == ids.num_levels - 1:
                 return self.best_items(value, child - ids.num_prefixes, histories, k)
-            best = value.topk(min(max(beams, k), value.shape[1]), 1).indices        # (B, W)
+            best = value.topk(min(beams, value.shape[1]), 1).indices                # (B, W)
             score = total.gather(1, best)
             node = child.gather(1, best)
             # The cache is never reordered: the mask says what a beam sees, which is what its parent
@@ -318,7 +322,7 @@ class Policy(torch.nn.Module):
                                          position_ids=places).last_hidden_state     # (B, W, d)
 
     def best_items(self, value, item, histories, k):
-        """The k best new items: value, item (B, W·K), < 0 where there is none → items, scores."""
+        """The k best new items: value, item (B, W·K), item < 0 if there is none → items, scores."""
         n = len(self.semantic_ids.codes)
         scores = value.new_full((len(value), n + 1), -math.inf)     # column n: no item
         scores.scatter_(1, item.where(item >= 0, n), value)
@@ -333,7 +337,8 @@ class Policy(torch.nn.Module):
             self.cm.save(Path(folder) / "cm.safetensors")
         ids = self.semantic_ids
         write_json(table, {"num_codes": ids.num_codes, "codes": ids.codes.tolist(),
-                           "gamma": self.gamma, "guided": self.cm is not None, **self.catalogue})
+                           "gamma": self.gamma, "beams": self.beams,
+                           "guided": self.cm is not None, **self.catalogue})
 
     @classmethod
     def from_pretrained(cls, folder, dropout=0.0):
@@ -345,6 +350,7 @@ class Policy(torch.nn.Module):
             policy = cls(ids, lm=GPT2LMHeadModel.from_pretrained(
                 folder, use_safetensors=True, resid_pdrop=dropout, embd_pdrop=dropout))  # no pickle
             policy.gamma = table.pop("gamma")
+            policy.beams = table.pop("beams")
             if table.pop("guided"):
                 policy.cm = CollaborativeModel.load(Path(folder) / "cm.safetensors")
         except Exception as error:                              # whatever is wrong with the files
@@ -433,9 +439,9 @@ SAMPLERS = ["session", "random", "curriculum", "policy", "reward", "even"]
 
 # --- The adaptive trajectory sampler: which items to learn from beside the logged one -------------
 def known_of(contexts, data, reward):
-    """What is known at C training contexts (user, place): logged, C lists of all items of the user;
-    histories, C lists of those before the place; positives (C,), the targets; scores (C, n), r_ŷ;
-    r (C, n), R. The CM leaves out what it has counted from this history to what followed."""
+    """What is known at C training contexts (user, place): logged, C lists of the user's training
+    items; histories, C lists of those before the place; positives (C,), the targets; scores (C, n),
+    r_ŷ; r (C, n), R. The CM leaves out the steps of this user from the history to later items."""
     logged = [data.train[user] for user, _ in contexts]
     histories = [items[:place] for items, (_, place) in zip(logged, contexts)]
     following = [items[place:] for items, (_, place) in zip(logged, contexts)]
@@ -447,7 +453,7 @@ def known_of(contexts, data, reward):
                            r=r)
 
 def draw(weight, excluded, count):
-    """Items (C, count), may repeat, P ∝ weight (C, n), 1e-12 for those of the lists `excluded`."""
+    """Items (C, count), may repeat, P ∝ weight (C, n); of the lists `excluded` next to never."""
     weight = weight.clone()
     weight[entries(excluded)] = 0
     return torch.multinomial(weight + 1e-12, count, replacement=True)
@@ -456,9 +462,9 @@ def curriculum(scores, logged, count, progress):
     """N = count unobserved items a context (C, N): low CM scores early in training, high ones late.
 
     scores (C, n) of the CM, logged C lists, progress in [0, 1]. Draw 2N−1 items, item i with
-    P ∝ scores[i]/2 + 1/(2n), 0 if logged; sort them from low to high score; keep N neighbours from
-    place round(progress · (N−1)) on. The even half is ours (6): if all drawn items had about the
-    same R and P, moving log Z alone would make TB small, and P would learn nothing.
+    P ∝ scores[i]/2 + 1/(2n), unlogged ones alone; sort them from low to high score; keep N
+    neighbours from place round(progress · (N−1)) on. The term 1/(2n) is ours (6): if all drawn
+    items had about the same R and P, moving log Z would make TB small, and P would not learn.
     """
     pool = draw(0.5 * scores + 0.5 / scores.shape[1], logged, 2 * count - 1)        # (C, 2N-1)
     ranked = pool.gather(1, scores.gather(1, pool).argsort(1))
@@ -471,11 +477,11 @@ def augmented(recipe, known, policy, progress):
     count = recipe.trajectories
     if count == 0:                                              # without augmentation
         return known.positives[:, None][:, :0]
-    if recipe.sampler in ("reward", "even"):                    # ours (7): P ∝ R; R and even draws
+    if recipe.sampler in ("reward", "even"):                    # ours (7): P ∝ R
         weight = known.r
-        if recipe.sampler == "even":                            # for --oracle: any item is drawn
+        if recipe.sampler == "even":                            # for --oracle: P ∝ R/Z + 1/n
             weight = weight / weight.sum(1, keepdim=True) + 1 / weight.shape[1]
-        # max: a single draw takes torch a slower way
+        # Draw at least two: torch is slower for one
         return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
     if recipe.sampler == "session":                             # others of the user's own items
         weight = torch.zeros_like(known.scores)
@@ -515,8 +521,8 @@ def loss_of(recipe, policy, reference, batch, reward, data, progress):
         return -paths_of(policy, batch, logged).log_pf.sum(-1).mean()
     known = known_of(batch.contexts, data, reward)
     items = augmented(recipe, known, policy, progress)                              # (C, N)
-    # Put the logged path τ_1 first, except where all paths are draws from R, which often bring it
-    # (7), and neither L_GR nor S-DPO needs it.
+    # Put the logged path τ_1 first. Not with the sampler "reward", which draws it often (7): there
+    # only L_GR and S-DPO need it.
     if recipe.gr or recipe.reference or recipe.sampler != "reward" or recipe.trajectories == 0:
         items = torch.cat([logged.to(items.device), items], 1)                      # (C, J)
     paths = paths_of(policy, batch, items)
@@ -552,7 +558,7 @@ def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
     steps = epochs * per_epoch
     optimizer, schedule = optimizer_of(policy, rate, steps)
     reference = copy.deepcopy(policy).eval() if recipe.reference else None
-    curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, data, settings.beams)}]
+    curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, data)}]
     losses = []
     for epoch in range(1, epochs + 1):
         policy.train()
@@ -572,7 +578,7 @@ def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
             schedule.step()
             losses.append(loss.item())
         loss = float(np.mean(losses[-per_epoch:]))
-        ndcg = validate(policy, data, settings.beams)
+        ndcg = validate(policy, data)
         print(f"  {method}: epoch {epoch}/{epochs}, loss {loss:.3f}, validation NDCG@10 {ndcg:.4f}",
               flush=True)
         curve.append({"epoch": epoch, "loss": loss, "ndcg@10": ndcg})
@@ -593,7 +599,7 @@ def exposure_bias(listed, liked, shown, history, counts):
     """Exposure bias of one user's list, where the truth is known: three numbers.
 
     hidden@10: share of the liked, never shown items that are listed; liked@10: share of the list
-    that is liked and new; lift@10: mean count in the log of the list over that of liked and new.
+    that is liked and new; lift@10: mean count in training of the list over that of liked and new.
     """
     hidden = liked - shown
     new = liked - set(history)
@@ -611,11 +617,11 @@ def rank_all(recommend, histories, size=256):
         ranked[users] = recommend([histories[u] for u in users])[0].cpu()
     return ranked
 
-def validate(policy, data, beams):
-    """NDCG@10 on the validation items of at most 2,000 users, evenly spread: within .004 of all."""
+def validate(policy, data):
+    """NDCG@10 on the validation items of at most 2,000 users, evenly spread over all."""
     policy.eval()
     users = range(0, len(data.train), math.ceil(len(data.train) / 2000))
-    ranked = rank_all(lambda h: policy.recommend(h, beams=beams), [data.train[u] for u in users])
+    ranked = rank_all(policy.recommend, [data.train[u] for u in users])
     return ndcg_at(ranked, torch.tensor([data.histories[u][-2] for u in users]), 10).item()
 
 def evaluate(recommend, data, counts):
@@ -666,6 +672,7 @@ def start_of(method, seed, dropout, prepared, data, settings):
         policy = Policy(copy.deepcopy(ids), *sizes, dropout)    # a copy: .to moves it
         policy.start_from(features)
         policy.catalogue = {"item_ids": data.item_ids, "titles": data.titles}
+        policy.beams = settings.beams
         return policy.to(settings.device)
     source = Path(settings.sft or settings.out) / f"sft-{seed}"
     policy = Policy.from_pretrained(source, dropout)
@@ -674,6 +681,7 @@ def start_of(method, seed, dropout, prepared, data, settings):
     check(found == sizes, f"{source} has window, width, layers {found}, not {sizes}")
     fits = policy.semantic_ids.codes.equal(ids.codes)
     check(fits, f"the semantic IDs of {source} do not fit the data")
+    policy.beams = settings.beams
     return policy.to(settings.device)
 
 def trained(method, seed, prepared, data, settings):
@@ -705,6 +713,7 @@ def guided(method, seed, cm, settings):
     policy = Policy.from_pretrained(Path(source) / f"{name}-{seed}").to(settings.device)
     policy.cm = cm
     policy.gamma = settings.gamma
+    policy.beams = settings.beams
     policy.save_pretrained(Path(settings.out) / f"{method}-{seed}")
     return policy
 
@@ -742,7 +751,7 @@ def run_method(method, seed, prepared, data, settings):
         cm.debias = 0.0
     def recommend(histories):
         if policy:
-            return policy.recommend(histories, beams=settings.beams)
+            return policy.recommend(histories)
         scores = counts.expand(len(histories), -1) if method == "pop" else cm.scores(histories)
         return best_unseen(scores, histories)
     middle = time.time()
@@ -752,7 +761,7 @@ def run_method(method, seed, prepared, data, settings):
     entry = {"method": method, "seed": seed, "metrics": metrics, "curve": curve, "by_user": by_user,
              "seconds": {"train": middle - started, "eval": time.time() - middle},
              "train_examples": epochs * sum(map(len, data.train)),
-             "lists": (ranked if data.truth else ranked[:1]).tolist()}     # else of the first user
+             "lists": (ranked if data.truth else ranked[:1]).tolist()}     # ranked[:1]: user 0
     if method in ("tb", "fm") and len(data.titles) <= 2000:     # flow_of: a branch for every item
         history = data.histories[0][:-1]
         exact = cm.scores([history])[0].cpu()
@@ -862,8 +871,8 @@ def check_settings(settings):
 FREE = ("data", "methods", "seeds", "out", "device", "threads", "resume")      # may differ
 
 def earlier_runs(settings, data, asked):
-    """What --resume keeps of OUT/results.json; InputError if its settings or data are others, or if
-    it has more than asked, pairs (method, seed), and would be lost without --resume."""
+    """What --resume keeps of OUT/results.json. InputError if its settings or data are others, or if
+    without --resume its pairs (method, seed) beyond `asked` would be lost."""
     path = Path(settings.out) / "results.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name, was in old.get("settings", {}).items():
@@ -953,7 +962,7 @@ def print_recommendations(settings):
     titles = policy.catalogue["titles"]
     ids = policy.catalogue["item_ids"]
     history = [find_item(name, ids, titles) for name in settings.recommend]
-    items, scores = policy.recommend([history], beams=settings.beams)
+    items, scores = policy.recommend([history])
     for item, share in zip(items[0].tolist(), scores[0].softmax(0).tolist()):
         if item >= 0:
             print(f"{share:6.1%}  {titles[item]}")                  # of the weight of these ten
@@ -972,7 +981,7 @@ def main(settings):
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; --resume goes on after the finished methods", file=sys.stderr)
+        print("stopped; --resume keeps the finished methods of a run", file=sys.stderr)
         return 130
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The collaborative model (CM), a "traditional recommender", and the comprehensive reward.
 
 The CM counts which items follow which in the users' histories. It is fitted in a second and is
-hard to beat on small data, so every table has it as a method.
+hard to beat on small data, so the default tables have it as a method.
 Letters: B users or contexts, n items.
 """
 import json
@@ -77,10 +77,10 @@ class CollaborativeModel(torch.nn.Module):
         score(v) = Σ_j decay^age(j) · T[j, v] over the last `length` items j, age 0 for the newest;
         popular(v) = count(v) + 1. Both are 0 at items of the history, and divided by their sums.
         Result: (1 − s)·score + s·popular, s = self.popularity; popular alone if no score is left.
-        following: B lists, what came next in the same training histories. `fit` added to T[j, v],
-        for each of them, nearness^(d−1) · self.scale[j], v at d ≤ window places after j. That is
+        following: B lists, what came next in the same training histories. For each v in it, d ≤
+        window places after j, `fit` had added nearness^(d−1) · self.scale[j] to T[j, v]. That is
         subtracted, else the CM would know the answer (leave one user out). Item counts stay as they
-        are. Scores ≤ 1e-6 are float rounding.
+        are. Scores ≤ 1e-6 are float rounding: they become 0.
         """
         n = len(self.count)
         device = self.count.device

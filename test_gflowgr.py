@@ -616,10 +616,8 @@ def test_the_better_rate_is_saved_after_its_last_epoch(finished, tmp_path, monke
     assert cli(*finished[1], *flags)[0] == 0
     saved = Policy.from_pretrained(tmp_path / "sft-continued-1").lm.transformer.ln_f.bias.tolist()
     assert saved == pytest.approx([0.005 * min(RECIPES["sft-continued"].rates)] * 32)
-    def stop(_):
-        raise KeyboardInterrupt                                 # Ctrl-C
-    monkeypatch.setattr(gflowgr, "run", stop)
-    assert cli()[::2] == (130, "stopped; --resume goes on after the finished methods\n")
+    monkeypatch.setattr(gflowgr, "run", lambda _: (x for x in ()).throw(KeyboardInterrupt))    # Ctrl-C
+    assert cli()[::2] == (130, "stopped; --resume keeps the finished methods of a run\n")
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_users(tiny):
     bad = gflowgr.Recipe(lambda paths: torch.tensor(math.nan))
@@ -686,7 +684,8 @@ def results_in(folder):
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "a/new/place"
-    flags = [*tiny, f"--out={out}", "--seeds=1,2", "--methods=pop,cm,sft,sft-continued,tb,tb+cm"]
+    flags = [*tiny, f"--out={out}", "--seeds=1,2", "--beams=11",
+             "--methods=pop,cm,sft,sft-continued,tb,tb+cm"]
     status, printed, err = cli(*flags)
     return out, flags, printed if status == 0 else pytest.fail(err)
 
@@ -709,7 +708,7 @@ def test_a_run_leaves_results_table_pictures_and_models(finished):
         rest = sorted([counts[v] for v in range(48) if v not in history], reverse=True)
         assert counts[row].tolist() == rest[:10] and not set(row) & set(history)
     guided, summary = Policy.from_pretrained(out / "tb+cm-2"), results["summary"]
-    assert guided.recommend(past)[0].tolist() == results["runs"][-1]["lists"]
+    assert guided.recommend(past)[0].tolist() == results["runs"][-1]["lists"] and guided.beams == 11
     assert results["flow"]["history"] == (first := [data.titles[item] for item in past[0]])
     assert f"user {data.user_ids[0]}: {', '.join(first[-8:])}\n" in printed
     for method in methods:
@@ -731,10 +730,11 @@ def test_resume_other_settings_and_an_own_sft_model(finished, tiny, tmp_path):
     after = results_in(out)["runs"]
     assert status == 0 and after[:-2] == before["runs"][:-2], err
     assert [run["metrics"] for run in after] == [run["metrics"] for run in before["runs"]]
-    start = ["--seeds=1", "--methods=sft,tb", f"--sft={out}", f"--out={tmp_path}"]
+    start = ["--seeds=1", "--methods=sft,tb", f"--sft={out}", f"--out={tmp_path}", "--beams=11"]
     assert cli(*tiny, *start)[0] == 0
     again = [run["metrics"] for run in results_in(tmp_path)["runs"]]
     assert again == [before["runs"][i]["metrics"] for i in (2, 4)]
+    assert Policy.from_pretrained(tmp_path / "tb-1").beams == 11
     other = [f"--data={folder_of(tmp_path / 'd')}", f"--out={tmp_path / 'o'}"]
     for arguments, message in (([*flags, "--lam=7"], "holds a run with lam"),
                                ([*flags, other[0]], "a run of other data"),

@@ -2,7 +2,7 @@
 
     features of an item  →  residual k-means  →  (c_1, …, c_L)
 TIGER and LETTER learn IDs with an RQ-VAE; k-means on residuals (3) also gives similar items the
-same first codes. All IDs differ: a prefix of l codes has room for K^(L-l) items, the nearest ones.
+same first codes. All IDs differ: a prefix of l codes keeps the K^(L-l) items nearest to it.
 Letters: n items, L levels, K codes a level, P prefixes.
 """
 from itertools import chain
@@ -20,7 +20,7 @@ def tf_idf(texts):
             places.append((row, column_of.setdefault(term, len(column_of))))
     rows, columns = np.array(places, np.int64).reshape(-1, 2).T
     count = np.bincount(columns)
-    # idf = log(n / count of the word), 0 if it stands once (no two items share it) or n times
+    # idf = log(n / count of the word in all texts), 0 if it stands once, or n times or more
     idf = np.log(len(texts) / count).clip(0) * (count > 1)
     return rows, columns, idf[columns], (len(texts), len(count))
 
