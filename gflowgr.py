@@ -33,7 +33,7 @@ from data import InputError, check, find_item, load_data, read_ids
 PRESETS = {         # ml-100k: 50 beams, since many end at items that are in the history already
     "toy": dict(methods="pop,cm,cm-debiased,sft,sft-continued,tb,fm,fm+cm", width=64, layers=2,
                 batch=16, sft_epochs=12, rate=3e-3, epochs=8, fine_rate=3e-3,
-                weights="0.2,0.75,0.05", debias=1.0),
+                reward="sum", weights="0.2,0.75,0.05", debias=1.0),
     "ml-100k": dict(codes=256, width=96, rate=3e-3, epochs=4, fine_dropout=0.2,
                     weights="0.6,0.35,0.05", beams=50)}
 
@@ -67,9 +67,10 @@ class Settings:
     trajectories: Optional[int] = HfArg(default=None, help="N, augmented trajectories a context")
     gr: Optional[float] = HfArg(default=None, help="weight of L_GR beside L_GFN (default: RECIPES)")
     lam: Optional[float] = HfArg(default=None, help="lambda, weight of L_GFN (default: RECIPES)")
+    reward: Optional[str] = HfArg(default=None, help="sum or product: what r_y is (RECIPES)")
     weights: str = HfArg(default="0.3,0.65,0.05", help="w_a,w_y,w_s of R: the CM weighs most")
     debias: float = HfArg(default=0.0, help="delta: divide CM scores by popularity^delta")
-    gamma: float = HfArg(default=2.0, help="power of the CM that guides NAME+cm: best of 1/2 to 4")
+    gamma: float = HfArg(default=2.0, help="power of the CM in the product: best of 1/2 to 4")
     beams: int = HfArg(default=20, help="beam width, saved with a model: twice the ten items")
     oracle: Optional[str] = HfArg(default=None, metadata={"nargs": "?", "const": "tb"},
                                   help="train four users with this loss until P = R/Z")
@@ -423,6 +424,7 @@ class Recipe:
     rates: tuple = (1.0,)           # peak rates to try, times --fine-rate; validation chooses
     fine_dropout: Optional[float] = 0.0     # None: that of SFT
     reference: bool = False         # with log P_F of the frozen SFT policy
+    reward: str = "sum"             # r_ŷ is the CM's score, or "product": see product_of
 
 # The paper's recipe is L_GR + λ · L_GFN: tb-paper, with λ = .1, since squared log-ratios are large
 # beside L_GR. tb, db and fm need no L_GR (7): r_a in R teaches the logged item.
@@ -432,25 +434,45 @@ RECIPES = {
     "sft-continued": Recipe(gr=1, fine_dropout=None, rates=(1.0, 0.3)),
     "sdpo": Recipe(sdpo_loss, reference=True, **PAPER),
     "tb-paper": Recipe(tb_loss, lam=0.1, **PAPER),
-    "db": Recipe(db_loss, trajectories=2, exact=True),
-    "tb": Recipe(tb_loss, trajectories=2, exact=True),
-    "fm": Recipe(fm_loss, exact=True)}
+    "db": Recipe(db_loss, trajectories=2, exact=True, reward="product"),
+    "tb": Recipe(tb_loss, trajectories=2, exact=True, reward="product"),
+    "fm": Recipe(fm_loss, exact=True, reward="product")}
 SAMPLERS = ["session", "random", "curriculum", "policy", "reward", "even"]
 
 # --- The adaptive trajectory sampler: which items to learn from beside the logged one -------------
-def known_of(contexts, data, reward):
+def known_of(contexts, data, reward, product=None):
     """What is known at C training contexts (user, place): logged, C lists of the user's training
-    items; histories, C lists of those before the place; positives (C,), the targets; scores (C, n),
-    r_ŷ; r (C, n), R. The CM leaves out the steps of this user from the history to later items."""
+    items; histories, C lists of those before the place; positives (C,), the targets; scores (C, n)
+    of the CM without the steps of this user from the history to later items; r (C, n), R.
+    product: r_ŷ from product_of; without it r_ŷ is the scores."""
     logged = [data.train[user] for user, _ in contexts]
     histories = [items[:place] for items, (_, place) in zip(logged, contexts)]
     following = [items[place:] for items, (_, place) in zip(logged, contexts)]
     scores = reward.cm.scores(histories, following).to(reward.ids.codes.device)
     positives = torch.tensor([items[0] for items in following], device=scores.device)
     liked = torch.tensor([data.liked[user][place] for user, place in contexts])
-    r = reward(scores, positives, liked.to(scores.device))
+    signal = scores                                             # r_ŷ
+    if product:
+        items, shares = (torch.stack(x).to(scores.device) for x in zip(*map(product.get, contexts)))
+        signal = torch.zeros_like(scores).scatter_add_(1, items, shares)
+    r = reward(signal, positives, liked.to(scores.device))
     return SimpleNamespace(logged=logged, histories=histories, positives=positives, scores=scores,
                            r=r)
+
+def product_of(policy, rows, data, reward):
+    """r_ŷ ∝ P_SFT(v | U) · CM(U, v)^γ at all contexts of rows, for the items at the end of the beam
+    of the SFT policy, guided by the CM (10) → {context: (items (W,), shares (W,), their sum 1)}."""
+    contexts = [(user, place) for user, _, *ends in rows for place in range(*ends)]
+    contexts.sort(key=lambda context: context[1])               # by length: less padding
+    product = {}
+    for i in tqdm(range(0, len(contexts), 256), "product", leave=False, disable=None):
+        chunk = contexts[i:i + 256]
+        known = known_of(chunk, data, reward)
+        policy.cm = SimpleNamespace(scores=lambda histories: known.scores)
+        items, log_p = policy.recommend(known.histories, k=policy.beams)
+        shares = log_p.softmax(1).nan_to_num()                  # nan: the beam holds no new item
+        product.update(zip(chunk, zip(items.clamp(min=0), shares)))
+    return product
 
 def draw(weight, excluded, count):
     """Items (C, count), may repeat, P ∝ weight (C, n); of the lists `excluded` next to never."""
@@ -513,13 +535,14 @@ def paths_of(policy, batch, items):
     return SimpleNamespace(log_pf=at_contexts(policy.steps(log_probs, packed)),
                            log_probs=at_contexts(log_probs), log_flow=at_contexts(log_flow))
 
-def loss_of(recipe, policy, reference, batch, reward, data, progress):
+def loss_of(recipe, policy, reference, product, batch, reward, data, progress):
     """L = gr · L_GR(U, v) + λ · mean over trajectories of L_GFN(τ). Without a loss: L_GR alone.
-    reference: the frozen SFT policy, for S-DPO; progress: the share of training that is done."""
+    reference: the frozen SFT policy, for S-DPO; product: r_ŷ by context, or {}; progress: the share
+    of training that is done."""
     logged = batch.targets[batch.valid][:, None]                # (C, 1), order of batch.contexts
     if not recipe.loss:
         return -paths_of(policy, batch, logged).log_pf.sum(-1).mean()
-    known = known_of(batch.contexts, data, reward)
+    known = known_of(batch.contexts, data, reward, product)
     items = augmented(recipe, known, policy, progress)                              # (C, N)
     # Put the logged path τ_1 first. Not with the sampler "reward", which draws it often (7): there
     # only L_GR and S-DPO need it.
@@ -557,7 +580,11 @@ def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
     per_epoch = math.ceil(len(rows) / size)
     steps = epochs * per_epoch
     optimizer, schedule = optimizer_of(policy, rate, steps)
-    reference = copy.deepcopy(policy).eval() if recipe.reference else None
+    reference = copy.deepcopy(policy).eval()                    # the SFT model, frozen
+    reference.gamma = settings.gamma
+    product = {}
+    if recipe.loss and recipe.reward == "product":
+        product = product_of(reference, rows, data, reward)
     curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, data)}]
     losses = []
     for epoch in range(1, epochs + 1):
@@ -566,7 +593,8 @@ def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
         rng = np.random.default_rng((seed, epoch))
         everything = batches(rows, data.train, size, policy, rng)
         for batch in tqdm(everything, method, per_epoch, leave=False, disable=None):
-            loss = loss_of(recipe, policy, reference, batch, reward, data, len(losses) / steps)
+            loss = loss_of(recipe, policy, reference, product, batch, reward, data,
+                           len(losses) / steps)
             if not torch.isfinite(loss):
                 users = sorted({data.user_ids[user] for user, _ in batch.contexts})
                 message = f"{method}: loss {loss} at step {len(losses)}; users {', '.join(users)}"
@@ -690,7 +718,7 @@ def trained(method, seed, prepared, data, settings):
         return start_of(method, seed, 0.0, prepared, data, settings), []
     recipe = RECIPES[method]
     if method != "sft":
-        for name in ("gr", "lam", "sampler", "trajectories", "fine_dropout"):
+        for name in ("gr", "lam", "sampler", "trajectories", "fine_dropout", "reward"):
             if getattr(settings, name) is not None:
                 recipe = replace(recipe, **{name: getattr(settings, name)})
     _, _, reward = prepared
@@ -765,7 +793,7 @@ def run_method(method, seed, prepared, data, settings):
     if method in ("tb", "fm") and len(data.titles) <= 2000:     # flow_of: a branch for every item
         history = data.histories[0][:-1]
         exact = cm.scores([history])[0].cpu()
-        entry["flow"] = flow_of(policy, history, exact, data, "the CM's part of R", method)
+        entry["flow"] = flow_of(policy, history, exact, data, "scores of the CM", method)
     return entry
 
 @lru_cache(maxsize=1)
@@ -848,7 +876,8 @@ def check_settings(settings):
     if settings.device == "auto":
         settings.device = devices[0]
     losses = [name for name, recipe in RECIPES.items() if recipe.loss and not recipe.reference]
-    choices = {"sampler": SAMPLERS, "device": devices, "oracle": losses}
+    choices = {"sampler": SAMPLERS, "device": devices, "oracle": losses,
+               "reward": ["sum", "product"]}
     for name, allowed in choices.items():
         value = getattr(settings, name)
         message = f"--{name} {value} is not available; choose of {', '.join(allowed)}"

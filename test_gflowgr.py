@@ -318,8 +318,7 @@ def subtb(log_flow, log_pf):
 @pytest.mark.parametrize("name", EXERCISES)
 def test_exercise(name, tmp_path):
     task = EXERCISES[name]
-    message = verdict(name, MINE or task.task) if MINE or task.loops else ""
-    if message:
+    if message := verdict(name, MINE or task.task) if MINE or task.loops else "":
         pytest.fail(message, pytrace=False)
     if "-k" in sys.argv and not MINE:
         warnings.warn("nothing of yours was graded: put MINE=mine.py before the command")
@@ -489,7 +488,7 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     runpy.run_path(str(ROOT / "data/toy/prepare.py"))["write"](folder, 60, 8, 6, 1)
     return [f"--data={folder}", *"--codes=8 --width=32 --layers=1 --batch=16 --window=8".split(),
-            *"--rate=.005 --fine-rate=.005 --sft-epochs=2 --epochs=2".split()]
+            *"--rate=.005 --fine-rate=.005 --sft-epochs=2 --epochs=2 --beams=11".split()]
 
 def prepared(*flags, shift=0):                # shift changes the validation and test items
     settings = gflowgr.parse(list(flags))
@@ -500,10 +499,9 @@ def prepared(*flags, shift=0):                # shift changes the validation and
 def test_samplers_draw_from_where_they_say():
     policy, positives = made().train(), torch.tensor([4, 8, 2])
     logged, r = [[3, 4, 11], [5, 0, 7, 8, 20], [9, 1, 2, 23]], torch.rand(3, 24) ** 4
-    def drawn(name, count, histories=([3], [5, 0, 7], [9, 1])):
+    def drawn(name, count, past=([3], [5, 0, 7], [9, 1])):
         recipe = gflowgr.Recipe(sampler=name, trajectories=count)
-        known = SimpleNamespace(r=r, scores=r, logged=logged, positives=positives)
-        known.histories = histories
+        known = SimpleNamespace(r=r, scores=r, logged=logged, positives=positives, histories=past)
         items = gflowgr.augmented(recipe, known, policy, 0.5)
         assert items.shape == (3, count) and policy.training
         return items
@@ -527,7 +525,7 @@ def test_samplers_draw_from_where_they_say():
 @pytest.mark.parametrize("method, change, K, L", [
     ("sft", {}, 48, 1), ("sdpo", {}, 8, 3), ("tb-paper", {}, 7, 2), ("db", {}, 8, 3),
     ("tb", {}, 48, 1), ("db", dict(exact=False), 8, 3), ("tb", dict(gr=0.7, lam=0.3), 3, 4),
-    ("fm", {}, 2, 6), ("fm", dict(gr=0.5), 8, 3), ("tb", {}, 3, 5),
+    ("fm", dict(reward="product"), 2, 6), ("fm", dict(gr=0.5), 8, 3), ("tb", {}, 3, 5),
     ("tb", dict(sampler="random"), 7, 2), ("tb", dict(trajectories=0), 4, 3)], ids=str)
 def test_the_whole_loss_against_one_path_at_a_time(method, change, K, L, tiny, monkeypatch):
     flags = ["--weights=.4,.4,.2", "--debias=.5", f"--codes={K}", f"--levels={L}"]
@@ -538,7 +536,9 @@ def test_the_whole_loss_against_one_path_at_a_time(method, change, K, L, tiny, m
     rows, drawn, augmented = gflowgr.training_rows(data.train, 4), [], gflowgr.augmented
     batch = next(gflowgr.batches(rows, data.train, 5, policy, np.random.default_rng(0)))
     monkeypatch.setattr(gflowgr, "augmented", lambda *x: drawn.append(augmented(*x)) or drawn[0])
-    found = gflowgr.loss_of(recipe, policy, reference, batch, job, data, 0.5)
+    reference.beams = 48                                        # of all items: P_SFT · CM² is exact
+    product = gflowgr.product_of(reference, rows, data, job) if "reward" in change else {}
+    found = gflowgr.loss_of(recipe, policy, reference, product, batch, job, data, 0.5)
     begin = {(user, i): start for user, start, *targets in rows for i in range(*targets)}
     L_GR, L_GFN, codes = 0, 0, ids.codes.tolist()
     for c, (user, place) in enumerate(batch.contexts):
@@ -551,7 +551,10 @@ def test_the_whole_loss_against_one_path_at_a_time(method, change, K, L, tiny, m
         alone = recipe.gr == 0 and recipe.sampler == "reward" and recipe.trajectories > 0
         paths = after[:1 - alone] + drawn[0][c].tolist()
         v, liked = torch.tensor(after[:1]), torch.tensor([after[0] % 3 > 0])
-        R = job(job.cm.scores([past], [after]), v, liked)[0]
+        signal = job.cm.scores([past], [after])
+        if product:
+            signal = one_by_one(reference, past)[0].sum(1).exp() * signal ** 2
+        R = job(signal / signal.sum(), v, liked)[0]
         below = torch.tensor([[R[[w for w, x in enumerate(codes) if x[:l] == code[:l]]].sum()
                                for l in range(L + 1)] for code in codes])       # exact flows
         if recipe.exact:
@@ -571,12 +574,11 @@ def test_the_whole_loss_against_one_path_at_a_time(method, change, K, L, tiny, m
                 L_GFN += (p * (p.log() - log_pf[v, l])).sum() / len(paths)
     close(found.detach(), (recipe.gr * L_GR + recipe.lam * L_GFN) / len(batch.contexts))
 
-def trained(flags, method="sft", recipe=None, shift=0, rows=None):
+def trained(flags, method="sft", own=None, shift=0, rows=None):
     settings, data, features, ids, job = prepared(*flags, shift=shift)
     torch.manual_seed(0)
     policy, rows = Policy(ids, 8, 32, 1, 0.1), gflowgr.training_rows(data.train, 8)[:rows]
-    recipe = recipe or RECIPES[method]
-    curve = gflowgr.train(method, recipe, policy, job, data, rows, 0.005, 0, settings)
+    curve = gflowgr.train(method, own or RECIPES[method], policy, job, data, rows, 5e-3, 0, settings)
     return curve, [torch.tensor(features), ids.codes, *job.cm.buffers(), *policy.parameters()]
 
 @pytest.mark.parametrize("method", RECIPES)
@@ -616,7 +618,7 @@ def test_the_better_rate_is_saved_after_its_last_epoch(finished, tmp_path, monke
     assert cli(*finished[1], *flags)[0] == 0
     saved = Policy.from_pretrained(tmp_path / "sft-continued-1").lm.transformer.ln_f.bias.tolist()
     assert saved == pytest.approx([0.005 * min(RECIPES["sft-continued"].rates)] * 32)
-    monkeypatch.setattr(gflowgr, "run", lambda _: (x for x in ()).throw(KeyboardInterrupt))    # Ctrl-C
+    monkeypatch.setattr(gflowgr, "run", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli()[::2] == (130, "stopped; --resume keeps the finished methods of a run\n")
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_users(tiny):
@@ -684,8 +686,7 @@ def results_in(folder):
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "a/new/place"
-    flags = [*tiny, f"--out={out}", "--seeds=1,2", "--beams=11",
-             "--methods=pop,cm,sft,sft-continued,tb,tb+cm"]
+    flags = [*tiny, f"--out={out}", "--seeds=1,2", "--methods=pop,cm,sft,sft-continued,tb,tb+cm"]
     status, printed, err = cli(*flags)
     return out, flags, printed if status == 0 else pytest.fail(err)
 
@@ -708,7 +709,7 @@ def test_a_run_leaves_results_table_pictures_and_models(finished):
         rest = sorted([counts[v] for v in range(48) if v not in history], reverse=True)
         assert counts[row].tolist() == rest[:10] and not set(row) & set(history)
     guided, summary = Policy.from_pretrained(out / "tb+cm-2"), results["summary"]
-    assert guided.recommend(past)[0].tolist() == results["runs"][-1]["lists"] and guided.beams == 11
+    assert guided.recommend(past)[0].tolist() == results["runs"][-1]["lists"]
     assert results["flow"]["history"] == (first := [data.titles[item] for item in past[0]])
     assert f"user {data.user_ids[0]}: {', '.join(first[-8:])}\n" in printed
     for method in methods:
@@ -730,11 +731,10 @@ def test_resume_other_settings_and_an_own_sft_model(finished, tiny, tmp_path):
     after = results_in(out)["runs"]
     assert status == 0 and after[:-2] == before["runs"][:-2], err
     assert [run["metrics"] for run in after] == [run["metrics"] for run in before["runs"]]
-    start = ["--seeds=1", "--methods=sft,tb", f"--sft={out}", f"--out={tmp_path}", "--beams=11"]
+    start = ["--seeds=1", "--methods=sft,tb", f"--sft={out}", f"--out={tmp_path}"]
     assert cli(*tiny, *start)[0] == 0
     again = [run["metrics"] for run in results_in(tmp_path)["runs"]]
     assert again == [before["runs"][i]["metrics"] for i in (2, 4)]
-    assert Policy.from_pretrained(tmp_path / "tb-1").beams == 11
     other = [f"--data={folder_of(tmp_path / 'd')}", f"--out={tmp_path / 'o'}"]
     for arguments, message in (([*flags, "--lam=7"], "holds a run with lam"),
                                ([*flags, other[0]], "a run of other data"),
@@ -755,8 +755,9 @@ def test_ids_from_a_file(tiny, tmp_path):
 def test_recommend_prints_ten_titles(finished, model):
     titles, path = prepared(*finished[1])[1].titles, finished[0] / model
     _, printed, _ = cli("--recommend", titles[3].upper(), "5", "--model", path)
-    items = Policy.from_pretrained(path).recommend([[3, 5]])[0][0].tolist()
+    items = (policy := Policy.from_pretrained(path)).recommend([[3, 5]])[0][0].tolist()
     assert [line[8:] for line in printed.splitlines()] == [titles[v] for v in items]
+    assert policy.beams == 11
     status, _, err = cli("--recommend", titles[3][:-1] + "x", "--model", path)
     assert status == 2 and titles[3] in err and err.count("\n") == 1
 
@@ -849,8 +850,7 @@ def packing(J):
     def tb(tokens, items):
         log_probs, log_flow = policy(tokens, torch.full(items.shape, 100), items)
         log_pf = policy.steps(log_probs, items).sum(-1).view(32, J)
-        log_z = log_flow[:, 0, 0].view(32, -1)[:, 0]
-        gflowgr.trajectory_balance(log_z, log_pf, log_r).backward()
+        gflowgr.trajectory_balance(log_flow[:, 0, 0].view(32, -1)[:, 0], log_pf, log_r).backward()
         policy.optimizer.step()
     items, rows = torch.randint(12000, (32, J)), tokens.repeat_interleave(J, 0)
     return side_by_side(lambda: tb(tokens, items), lambda: tb(rows, items.view(-1, 1)))
@@ -864,7 +864,7 @@ def steps_of(methods, train, policy, size):
     four = [*itertools.islice(gflowgr.batches(rows, train, size, policy, rng), 4)]
     def run(recipe):
         for batch in four:
-            gflowgr.loss_of(recipe, policy, frozen, batch, job, data, 0.5).backward()
+            gflowgr.loss_of(recipe, policy, frozen, {}, batch, job, data, 0.5).backward()
             policy.optimizer.step()
     return side_by_side(*(functools.partial(run, RECIPES[method]) for method in methods))
 
