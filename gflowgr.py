@@ -4,7 +4,7 @@ A generative recommender reads a user's history and writes the semantic ID of th
 by code. Supervised fine-tuning (SFT) on the log teaches what was shown, not what the user would
 like: exposure bias. GFlowGR reads an ID as a path down a tree and trains a GFlowNet on it: the
 probability of an item shall be proportional to its reward R. R mixes the logged action, the score
-of a collaborative model (CM) and the similarity of IDs. Numbers (1) … (9) are those of README.
+of a collaborative model (CM) and the similarity of IDs. Numbers (1) … (10) are those of README.
 
 Letters in shapes: B rows of a batch (users), H tokens of a row's history, T targets in a row, C
 contexts (a target and the history before it), N augmented and J all trajectories of a context, E
@@ -34,8 +34,7 @@ PRESETS = {         # ml-100k: 50 beams, since many end at items that are in the
     "toy": dict(methods="pop,cm,cm-debiased,sft,sft-continued,tb,fm,fm+cm", width=64, layers=2,
                 batch=16, sft_epochs=12, rate=3e-3, epochs=8, fine_rate=3e-3,
                 reward="sum", weights="0.2,0.75,0.05", debias=1.0),
-    "ml-100k": dict(codes=256, width=96, rate=3e-3, epochs=4, fine_dropout=0.2,
-                    weights="0.6,0.35,0.05", beams=50)}
+    "ml-100k": dict(codes=256, width=96, rate=3e-3, epochs=4, fine_dropout=0.2, beams=50)}
 
 @dataclass
 class Settings:
@@ -465,6 +464,7 @@ def product_of(policy, rows, data, reward):
     contexts = [(user, place) for user, _, *ends in rows for place in range(*ends)]
     contexts.sort(key=lambda context: context[1])               # by length: less padding
     product = {}
+    print(f"  product: the beam at {len(contexts)} contexts, once for all methods", flush=True)
     for i in tqdm(range(0, len(contexts), 256), "product", leave=False, disable=None):
         chunk = contexts[i:i + 256]
         known = known_of(chunk, data, reward)
@@ -583,8 +583,8 @@ def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
     reference = copy.deepcopy(policy).eval()                    # the SFT model, frozen
     reference.gamma = settings.gamma
     product = {}
-    if recipe.loss and recipe.reward == "product":
-        product = product_of(reference, rows, data, reward)
+    if recipe.loss and recipe.reward == "product":              # once for all methods of a seed
+        product = reward.product = reward.product or product_of(reference, rows, data, reward)
     curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, data)}]
     losses = []
     for epoch in range(1, epochs + 1):

@@ -144,6 +144,7 @@ class Reward(torch.nn.Module):
         self.cm = cm
         self.weights = weights
         self.epsilon = epsilon
+        self.product = {}                                       # r_ŷ of --reward product, if made
 
     def action(self, positives, liked):
         """r_a (B, n): 1 at a liked positive, 0.1 at a clicked one (the paper's 10 : 1), else 0."""
