@@ -11,6 +11,7 @@ contexts (a target and the history before it), N augmented and J all trajectorie
 branches and S places in a row, L levels, K codes a level, n items, P prefixes, W beams, d width.
 """
 import copy
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, Optional
@@ -66,10 +66,10 @@ class Settings:
     trajectories: Optional[int] = HfArg(default=None, help="N, augmented trajectories a context")
     gr: Optional[float] = HfArg(default=None, help="weight of L_GR beside L_GFN (default: RECIPES)")
     lam: Optional[float] = HfArg(default=None, help="lambda, weight of L_GFN (default: RECIPES)")
-    reward: Optional[str] = HfArg(default=None, help="sum or product: what r_y is (RECIPES)")
+    reward: Optional[str] = HfArg(default=None, help="r_y: sum: CM; product: SFT x CM (RECIPES)")
     weights: str = HfArg(default="0.3,0.65,0.05", help="w_a,w_y,w_s of R: the CM weighs most")
     debias: float = HfArg(default=0.0, help="delta: divide CM scores by popularity^delta")
-    gamma: float = HfArg(default=2.0, help="power of the CM in the product: best of 1/2 to 4")
+    gamma: float = HfArg(default=2.0, help="power of the CM, in the product and in NAME+cm")
     beams: int = HfArg(default=20, help="beam width, saved with a model: twice the ten items")
     oracle: Optional[str] = HfArg(default=None, metadata={"nargs": "?", "const": "tb"},
                                   help="train four users with this loss until P = R/Z")
@@ -287,7 +287,7 @@ class Policy(torch.nn.Module):
         B, H = tokens.shape
         K = ids.num_codes
         cache = DynamicCache()
-        hidden = self.lm.transformer(tokens, cache).last_hidden_state   # fills the cache (B, H, d)
+        hidden = self.lm.transformer(tokens, cache).last_hidden_state   # (B, H, d); fills the cache
         hidden = hidden[torch.arange(B, device=hidden.device), lengths][:, None]     # (B, W = 1, d)
         place = torch.arange(H, device=tokens.device)
         mask = torch.where(place > lengths[:, None, None], NEVER, 0.0)              # (B, W, H + …)
@@ -333,8 +333,10 @@ class Policy(torch.nn.Module):
         table = Path(folder) / "semantic_ids.json"              # written last: all is there
         table.unlink(missing_ok=True)
         self.lm.save_pretrained(folder)
+        tables = Path(folder) / "cm.safetensors"
+        tables.unlink(missing_ok=True)
         if type(self.cm) is CollaborativeModel:                 # an own CM is not saved
-            self.cm.save(Path(folder) / "cm.safetensors")
+            self.cm.save(tables)
         ids = self.semantic_ids
         write_json(table, {"num_codes": ids.num_codes, "codes": ids.codes.tolist(),
                            "gamma": self.gamma, "beams": self.beams,
@@ -375,12 +377,12 @@ def detailed_balance(log_flow, log_pf):
     # Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))², mean over paths
     return (log_flow[..., :-1] + log_pf - log_flow[..., 1:]).square().sum(-1).mean()
 
-def flow_matching(flow, log_pf):
+def flow_matching(flow, log_probs):
     """FM (8): exact flows of all children (..., L, K) ≥ 0, log P_F (..., L, K) → scalar.
     Not inflow = outflow, as in the literature: F* is known, so P_F is fitted to it step by step."""
     # KL: Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), mean over paths
     target = flow / flow.sum(-1, keepdim=True)
-    return (target * (target.clamp(min=1e-30).log() - log_pf)).sum((-2, -1)).mean()
+    return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
 
 def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
     """S-DPO: log P of a positive (B,) and J negatives (B, J), by policy and reference → scalar."""
@@ -423,10 +425,11 @@ class Recipe:
     rates: tuple = (1.0,)           # peak rates to try, times --fine-rate; validation chooses
     fine_dropout: Optional[float] = 0.0     # None: that of SFT
     reference: bool = False         # with log P_F of the frozen SFT policy
-    reward: str = "sum"             # r_ŷ is the CM's score, or "product": see product_of
+    reward: str = "sum"             # r_ŷ is the CM's score; "product": that of product_of
 
 # The paper's recipe is L_GR + λ · L_GFN: tb-paper, with λ = .1, since squared log-ratios are large
-# beside L_GR. tb, db and fm need no L_GR (7): r_a in R teaches the logged item.
+# beside L_GR. tb, db and fm need no L_GR (7): r_a in R teaches the logged item. In the toy world
+# PRESETS says reward="sum".
 PAPER = dict(gr=1, sampler="curriculum", trajectories=3, fine_dropout=None, rates=(0.3,))
 RECIPES = {
     "sft": Recipe(gr=1, fine_dropout=None),
@@ -442,8 +445,8 @@ SAMPLERS = ["session", "random", "curriculum", "policy", "reward", "even"]
 def known_of(contexts, data, reward, product=None):
     """What is known at C training contexts (user, place): logged, C lists of the user's training
     items; histories, C lists of those before the place; positives (C,), the targets; scores (C, n)
-    of the CM without the steps of this user from the history to later items; r (C, n), R.
-    product: r_ŷ from product_of; without it r_ŷ is the scores."""
+    of the CM, less what this user's later items have added; r (C, n), R.
+    product: what product_of returned; without it r_ŷ is the scores."""
     logged = [data.train[user] for user, _ in contexts]
     histories = [items[:place] for items, (_, place) in zip(logged, contexts)]
     following = [items[place:] for items, (_, place) in zip(logged, contexts)]
@@ -452,25 +455,30 @@ def known_of(contexts, data, reward, product=None):
     liked = torch.tensor([data.liked[user][place] for user, place in contexts])
     signal = scores                                             # r_ŷ
     if product:
-        items, shares = (torch.stack(x).to(scores.device) for x in zip(*map(product.get, contexts)))
+        found = zip(*[product[context] for context in contexts])
+        items, shares = [torch.stack(x).to(scores.device) for x in found]           # both (C, W)
         signal = torch.zeros_like(scores).scatter_add_(1, items, shares)
     r = reward(signal, positives, liked.to(scores.device))
     return SimpleNamespace(logged=logged, histories=histories, positives=positives, scores=scores,
                            r=r)
 
 def product_of(policy, rows, data, reward):
-    """r_ŷ ∝ P_SFT(v | U) · CM(U, v)^γ at all contexts of rows, for the items at the end of the beam
-    of the SFT policy, guided by the CM (10) → {context: (items (W,), shares (W,), their sum 1)}."""
-    contexts = [(user, place) for user, _, *ends in rows for place in range(*ends)]
-    contexts.sort(key=lambda context: context[1])               # by length: less padding
-    product = {}
+    """r_ŷ of --reward product at all contexts of rows (10): ∝ P_SFT(v | U) · CM(U, v)^γ at the W
+    items that the beam of the SFT policy finds when the CM guides it, 0 at all others → {context:
+    (items (W,), shares (W,), which sum to 1, or to 0 if the beam found no new item)}."""
+    contexts = []
+    for user, _, first, stop in rows:
+        contexts += [(user, place) for place in range(first, stop)]
     print(f"  product: the beam at {len(contexts)} contexts, once for all methods", flush=True)
+    contexts.sort(key=lambda context: context[1])               # by length: less padding
+    policy = copy.copy(policy)                                  # guided, the original is not
+    product = {}
     for i in tqdm(range(0, len(contexts), 256), "product", leave=False, disable=None):
         chunk = contexts[i:i + 256]
         known = known_of(chunk, data, reward)
         policy.cm = SimpleNamespace(scores=lambda histories: known.scores)
         items, log_p = policy.recommend(known.histories, k=policy.beams)
-        shares = log_p.softmax(1).nan_to_num()                  # nan: the beam holds no new item
+        shares = log_p.softmax(1).nan_to_num()                  # nan where there is no item
         product.update(zip(chunk, zip(items.clamp(min=0), shares)))
     return product
 
@@ -580,11 +588,11 @@ def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
     per_epoch = math.ceil(len(rows) / size)
     steps = epochs * per_epoch
     optimizer, schedule = optimizer_of(policy, rate, steps)
-    reference = copy.deepcopy(policy).eval()                    # the SFT model, frozen
-    reference.gamma = settings.gamma
+    reference = copy.deepcopy(policy).eval()                    # frozen, before training: SFT
     product = {}
-    if recipe.loss and recipe.reward == "product":              # once for all methods of a seed
-        product = reward.product = reward.product or product_of(reference, rows, data, reward)
+    if recipe.loss and recipe.reward == "product":              # the same for all methods
+        reward.product = reward.product or product_of(reference, rows, data, reward)
+        product = reward.product
     curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, data)}]
     losses = []
     for epoch in range(1, epochs + 1):
@@ -692,7 +700,7 @@ def prepare(seed, data, settings, cm=None):
     return features, ids, reward.to("cuda" if settings.device == "cuda" else "cpu")
 
 def start_of(method, seed, dropout, prepared, data, settings):
-    """The policy that training starts from: a new one for SFT, for all others the SFT model."""
+    """The policy that training starts from: a new one for SFT, else the SFT model (of --sft)."""
     features, ids, _ = prepared
     sizes = (settings.window, settings.width, settings.layers)
     if method == "sft" and not settings.sft:
@@ -700,15 +708,15 @@ def start_of(method, seed, dropout, prepared, data, settings):
         policy = Policy(copy.deepcopy(ids), *sizes, dropout)    # a copy: .to moves it
         policy.start_from(features)
         policy.catalogue = {"item_ids": data.item_ids, "titles": data.titles}
-        policy.beams = settings.beams
-        return policy.to(settings.device)
-    source = Path(settings.sft or settings.out) / f"sft-{seed}"
-    policy = Policy.from_pretrained(source, dropout)
-    config = policy.lm.config
-    found = (policy.window, config.n_embd, config.n_layer)
-    check(found == sizes, f"{source} has window, width, layers {found}, not {sizes}")
-    fits = policy.semantic_ids.codes.equal(ids.codes)
-    check(fits, f"the semantic IDs of {source} do not fit the data")
+    else:
+        source = Path(settings.sft or settings.out) / f"sft-{seed}"
+        policy = Policy.from_pretrained(source, dropout)
+        config = policy.lm.config
+        found = (policy.window, config.n_embd, config.n_layer)
+        check(found == sizes, f"{source} has window, width, layers {found}, not {sizes}")
+        fits = policy.semantic_ids.codes.equal(ids.codes)
+        check(fits, f"the semantic IDs of {source} do not fit the data")
+    policy.gamma = settings.gamma
     policy.beams = settings.beams
     return policy.to(settings.device)
 
@@ -843,7 +851,7 @@ def table_of(results):
     summary = results["summary"]
     shown = ["recall@10", "ndcg@10", "coverage@10", "hidden@10", "liked@10", "lift@10"]
     shown = [metric for metric in shown if metric in results["runs"][0]["metrics"]]
-    gains = list(product([m for m in ("ndcg@10", "hidden@10") if m in shown], BASES))
+    gains = list(itertools.product([m for m in ("ndcg@10", "hidden@10") if m in shown], BASES))
     several = len(results["runs"]) > len(summary)
     lines = [["method", *shown, *[f"{metric} over {BASES[key]}, %" for metric, key in gains]]]
     lines.append(["---"] * len(lines[0]))
@@ -920,7 +928,7 @@ def run(settings, cm=None):
     methods, seeds = check_settings(settings)
     check(cm is None or not settings.debias, "--debias is of the built-in CM: pass --debias 0")
     data = load_data(settings.data)
-    runs = earlier_runs(settings, data, set(product(methods, seeds)))
+    runs = earlier_runs(settings, data, set(itertools.product(methods, seeds)))
     done = [(entry["method"], entry["seed"]) for entry in runs]
     out = Path(settings.out)
     results = results_of(runs, data, settings)

@@ -144,7 +144,7 @@ class Reward(torch.nn.Module):
         self.cm = cm
         self.weights = weights
         self.epsilon = epsilon
-        self.product = {}                                       # r_ŷ of --reward product, if made
+        self.product = {}                                       # of product_of, once it is made
 
     def action(self, positives, liked):
         """r_a (B, n): 1 at a liked positive, 0.1 at a clicked one (the paper's 10 : 1), else 0."""
@@ -157,10 +157,10 @@ class Reward(torch.nn.Module):
         shared = sum((column[positives, None] == column).byte() for column in self.ids.codes.T)
         return shared / shared.sum(1, keepdim=True)
 
-    def forward(self, scores, positives, liked):
-        """R (B, n) > 0 of every item: scores (B, n) are r_ŷ; positives and liked (bool) (B,)."""
+    def forward(self, signal, positives, liked):
+        """R (B, n) > 0 of every item: signal (B, n) is r_ŷ; positives and liked (bool) (B,)."""
         # R = w_a · r_a + w_ŷ · r_ŷ + w_s · r_s + ε/n, in place
         w_a, w_y, w_s = self.weights
-        r = torch.add(self.epsilon / scores.shape[1], scores, alpha=w_y)
+        r = torch.add(self.epsilon / signal.shape[1], signal, alpha=w_y)
         r.add_(self.similarity(positives), alpha=w_s)
         return r.add_(self.action(positives, liked), alpha=w_a)
