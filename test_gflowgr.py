@@ -583,8 +583,9 @@ def trained(flags, name="sft", own=None, shift=0, rows=None):
     return curve, [torch.tensor(features), ids.codes, *job.cm.buffers(), *policy.parameters()]
 
 @pytest.mark.parametrize("method", RECIPES)
-def test_training_lowers_its_loss(method, tiny):
+def test_training_lowers_its_loss(method, tiny, capsys):
     curve, _ = trained([*tiny, "--epochs=4"], method)
+    assert ("product: the beam" in capsys.readouterr().out) == (method in ("db", "tb", "fm"))
     assert curve[-1]["loss"] < curve[1]["loss"]
 
 def test_same_seed_same_curve_and_no_leak_from_test_or_validation_items(tiny):
@@ -758,16 +759,15 @@ def test_recommend_prints_ten_titles(finished, model):
     _, printed, _ = cli("--recommend", titles[3].upper(), "5", "--model", path)
     items = (policy := Policy.from_pretrained(path)).recommend([[3, 5]])[0][0].tolist()
     assert [line[8:] for line in printed.splitlines()] == [titles[v] for v in items]
-    assert policy.beams == 11
     status, _, err = cli("--recommend", titles[3][:-1] + "x", "--model", path)
-    assert status == 2 and titles[3] in err and err.count("\n") == 1
+    assert status == 2 and titles[3] in err and err.count("\n") == 1 and policy.beams == 11
 
 def test_fifty_users_and_fifty_items_work_as_they_are(tmp_path):
     events = [f"\n{user},{(user * 7 + 3 * i) % 50},{i}" for user in range(50) for i in range(6)]
     items = "\n".join(["item_id", *map(str, range(50))])
     folder = folder_of(tmp_path / "d", items, "user_id,item_id,position" + "".join(events))
-    status, out, err = cli("--data", folder, "--out", tmp_path / "out", "--quick")
-    assert status == 0 and "| fm+cm | " in out, err
+    status, out, err = cli("--data", folder, "--out", tmp_path / "out", "--quick", "--reward=sum")
+    assert status == 0 and "| fm+cm | " in out and "product" not in out, err
 
 def test_help_does_without_torch():                             # so it is fast
     out = subprocess.getoutput(f"'{sys.executable}' -X importtime '{ROOT}/gflowgr.py' -h")
@@ -790,7 +790,7 @@ BAD = [  # (flags, HERE is the folder; what the line must say; files that are ch
     ("--sft nowhere --methods tb", "no saved model"), ("--recommend x", "go together"),
     ("--recommend x --model nowhere", "no saved model"), ("--oracle sdpo", "not available"),
     *[(f"--{name} nonsense", "nonsense") for name in (
-        "methods sampler oracle device seeds lam weights ids batch nonsense".split())],
+        "methods sampler oracle device seeds lam weights ids batch reward nonsense".split())],
     *[(f"--{setting}", "out of range") for setting in (
         "batch=0 dropout=1 rate=nan lam=-1 epochs=-1 rate=inf gamma=0 trajectories=-1".split())],
     *[(f"--weights={weights}", "three numbers") for weights in ("1,2", "nan,1,1", "1,-1,1")],
