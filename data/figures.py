@@ -49,7 +49,7 @@ def draw_prefix(axis, flow, shares, items, level, top):
     axis.text(level + 1.04, bottom, "other codes", va="bottom", visible=top - bottom > 0.035)
 
 def plot_flows(path, flow):
-    """Where the flow goes, for one user: exact on the left, learned on the right.
+    """Where the flow goes, for one user: of the teacher on the left, learned on the right.
     flow: "codes" (n, L), "titles" (n), "exact" and "learned" (n), which sum to 1, "history"
     (titles), "exact_name", "learned_name"."""
     flow = {**flow, "codes": np.array(flow["codes"]), "exact": np.array(flow["exact"])}
