@@ -129,6 +129,13 @@ def training_rows(histories, window):
             rows.append((user, max(0, stop - 1 - window), first, stop))
     return rows
 
+def contexts_of(rows):
+    """The contexts of rows: a pair (user, place) for every target, in order."""
+    contexts = []
+    for user, _, first, stop in rows:
+        contexts += [(user, place) for place in range(first, stop)]
+    return contexts
+
 def batches(rows, histories, size, policy, rng):
     """One epoch of batches in random order; rows of similar length together, for less padding.
 
@@ -142,14 +149,11 @@ def batches(rows, histories, size, policy, rng):
         groups += [chunk[j:j + size] for j in range(0, len(chunk), size)]
     for g in rng.permutation(len(groups)):
         chosen = [rows[r] for r in groups[g]]
-        contexts = []
-        for user, _, first, stop in chosen:
-            contexts += [(user, place) for place in range(first, stop)]
         read = [histories[user][start:stop - 1] for user, start, _, stop in chosen]
         targets = pad([histories[user][first:stop] for user, _, first, stop in chosen], -1)
         ends = pad([range(first - start, stop - start) for _, start, first, stop in chosen], 0)
         yield SimpleNamespace(tokens=policy.tokens(read)[0], targets=targets.clamp(min=0),
-                              ends=ends, valid=targets >= 0, contexts=contexts)
+                              ends=ends, valid=targets >= 0, contexts=contexts_of(chosen))
 
 # --- The policy: P_F(next code | user, codes so far) ----------------------------------------------
 def tree_mask(ends, H, L):
@@ -466,9 +470,7 @@ def product_of(policy, rows, data, reward):
     """r_ŷ of --reward product at all contexts of rows (10): ∝ P_SFT(v | U) · CM(U, v)^γ at the W
     items that the beam of the SFT policy finds when the CM guides it, 0 at all others → {context:
     (items (W,), shares (W,), which sum to 1, or to 0 if the beam found no new item)}."""
-    contexts = []
-    for user, _, first, stop in rows:
-        contexts += [(user, place) for place in range(first, stop)]
+    contexts = contexts_of(rows)
     print(f"  product: the beam at {len(contexts)} contexts, once for all methods", flush=True)
     contexts.sort(key=lambda context: context[1])               # by length: less padding
     policy = copy.copy(policy)                                  # guided, the original is not
