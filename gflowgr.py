@@ -6,9 +6,10 @@ like: exposure bias. GFlowGR reads an ID as a path down a tree and trains a GFlo
 probability of an item shall be proportional to its reward R. R mixes the logged action, the score
 of a collaborative model (CM) and the similarity of IDs. Numbers (1) … (10) are those of README.
 
-Letters in shapes: B rows of a batch (users), H tokens of a row's history, T targets in a row, C
-contexts (a target and the history before it), N augmented and J all trajectories of a context, E
-branches and S places in a row, L levels, K codes a level, n items, P prefixes, W beams, d width.
+Letters in shapes: B rows of a batch (a row is of one user), H tokens of a row's history, T targets
+in a row, C contexts (a target and the history before it), N augmented and J all trajectories of a
+context, E branches and S places in a row, L levels, K codes a level, n items, P prefixes, W beams,
+d width.
 """
 import copy
 import itertools
@@ -17,6 +18,7 @@ import math
 import os
 import sys
 import time
+from collections import namedtuple
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -26,9 +28,12 @@ from typing import Literal, Optional
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from data import InputError, check, find_item, load_data, read_ids
-# check(fine, message): InputError unless fine. A Dataset has, for B users: user_ids; histories of 3
-# or more items, no repeats; train, the same without the last two; liked, bools parallel to
-# histories; truth, {} or {"liked", "shown": B sets of items}; for n items: item_ids, titles, texts.
+# load_data → Dataset of B users and n items. An item is an index, 0 … n−1.
+#   histories (B)   lists of 3 or more items, oldest first, none twice
+#   train (B)       the same without the last two items (validation and test)
+#   liked (B)       lists of bools, one for each item of the history: liked, or only clicked
+#   truth           toy alone: its "liked" and "shown" are B sets of items, logged or not
+# and user_ids (B); item_ids, titles, texts (n). check(fine, message): InputError unless fine.
 
 PRESETS = {         # ml-100k: 50 beams, since many end at items that are in the history already
     "toy": dict(methods="pop,cm,cm-debiased,sft,sft-continued,tb,fm,fm+cm", width=64, layers=2,
@@ -50,13 +55,13 @@ class Settings:
     device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="where to train")
     threads: int = HfArg(default=1, help="CPU threads: for models as small as these, one is best")
     ids: str = HfArg(default="mixed", help="content (text), mixed (text and log), or FILE.csv")
-    codes: int = HfArg(default=0, help="K, codes a level (default: power of 2 ≥ items / 24)")
+    codes: int = HfArg(default=0, help="K, codes a level (default: a power of 2, about n / 24)")
     levels: int = HfArg(default=3, help="L, levels of an ID: as in the paper's examples")
     window: int = HfArg(default=20, help="items of the history that are read: the last say most")
     width: int = HfArg(default=128, help="hidden size: enough for 10^4 items on two cores")
     layers: int = HfArg(default=3, help="transformer blocks: enough to compare items")
     batch: int = HfArg(default=64, help="rows a step: on a CPU, many small steps learn more")
-    dropout: float = HfArg(default=0.2, help="of SFT: less over-fits 10^5 interactions")
+    dropout: float = HfArg(default=0.2, help="of SFT: a smaller one over-fits")
     rate: float = HfArg(default=1.5e-3, help="peak learning rate of SFT: small models like it high")
     sft_epochs: int = HfArg(default=8, help="epochs of SFT: validation stops rising there")
     fine_rate: float = HfArg(default=1.5e-3, help="peak learning rate of fine-tuning")
@@ -66,13 +71,13 @@ class Settings:
     trajectories: Optional[int] = HfArg(default=None, help="N, augmented trajectories a context")
     gr: Optional[float] = HfArg(default=None, help="weight of L_GR beside L_GFN (default: RECIPES)")
     lam: Optional[float] = HfArg(default=None, help="lambda, weight of L_GFN (default: RECIPES)")
-    reward: Optional[str] = HfArg(default=None, help="r_y: sum: CM; product: SFT x CM (RECIPES)")
+    reward: Optional[str] = HfArg(default=None, help="r_y is the CM's (sum), or SFT x CM (product)")
     weights: str = HfArg(default="0.3,0.65,0.05", help="w_a,w_y,w_s of R: the CM weighs most")
     debias: float = HfArg(default=0.0, help="delta: divide CM scores by popularity^delta")
     gamma: float = HfArg(default=2.0, help="power of the CM, in the product and in NAME+cm")
     beams: int = HfArg(default=20, help="beam width, saved with a model: twice the ten items")
     oracle: Optional[str] = HfArg(default=None, metadata={"nargs": "?", "const": "tb"},
-                                  help="train four users with this loss until P = R/Z")
+                                  help="train four users with this loss: is P = R/Z?")
     recommend: list[str] = HfArg(default_factory=list, help="print ten titles for this history")
     model: str = HfArg(default="", help="the saved model for --recommend, like runs/toy/tb-42")
 
@@ -82,7 +87,7 @@ def parse(argv):
     def fail(message):
         parser.exit(2, f"error: {message}; --help lists what there is\n")
     parser.error = fail
-    known = parser.parse_args(argv)
+    known = parser.parse_args(argv)                             # once for --data, once for all
     if bool(known.recommend) != bool(known.model):
         fail("--recommend and --model go together")
     parser.set_defaults(**PRESETS.get(known.data, {}))
@@ -117,43 +122,44 @@ def pad(lists, value):
     rows = [torch.tensor(items, dtype=torch.long) for items in lists]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
+Row = namedtuple("Row", "user start first stop")    # read: start … stop-2; targets: first … stop-1
+
 def training_rows(histories, window):
-    """Rows (user, start, first, stop): items[first:stop] are targets, items[start:stop-1] are read.
-    Every item is a target once. The first row has window + 1 targets, a later one window // 2. A
-    later row reads the `window` items before its last target, so at least window // 2 items stand
-    before each of its targets."""
+    """Rows that have every item as a target once, after window // 2 to `window` items (all if there
+    are fewer). Window 4, ten items: targets 0–4, read 0–3; 5–6, 2–5; 7–8, 4–7; 9, 5–8."""
     rows = []
     for user, history in enumerate(histories):
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
         for first, stop in zip(cuts, cuts[1:]):
-            rows.append((user, max(0, stop - 1 - window), first, stop))
+            rows.append(Row(user, max(0, stop - 1 - window), first, stop))
     return rows
 
 def contexts_of(rows):
     """The contexts of rows: a pair (user, place) for every target, in order."""
     contexts = []
-    for user, _, first, stop in rows:
-        contexts += [(user, place) for place in range(first, stop)]
+    for row in rows:
+        contexts += [(row.user, place) for place in range(row.first, row.stop)]
     return contexts
 
 def batches(rows, histories, size, policy, rng):
     """One epoch of batches in random order; rows of similar length together, for less padding.
 
-    A batch: tokens (B, H); targets (B, T); ends (B, T), how many items of its row stand before
-    each target; valid (B, T), False on padding; contexts, C pairs (user, place) of valid targets.
+    A batch: tokens (B, H) of the items read; targets (B, T); ends (B, T), how many items of its row
+    stand before each target; valid (B, T), False on padding; contexts, C pairs (user, place): those
+    of the valid targets, row by row.
     """
     order = rng.permutation(len(rows))
     groups = []
     for i in range(0, len(rows), 32 * size):
-        chunk = sorted(order[i:i + 32 * size], key=lambda r: rows[r][3] - rows[r][1])
+        chunk = sorted(order[i:i + 32 * size], key=lambda r: rows[r].stop - rows[r].start)
         groups += [chunk[j:j + size] for j in range(0, len(chunk), size)]
     for g in rng.permutation(len(groups)):
         chosen = [rows[r] for r in groups[g]]
-        read = [histories[user][start:stop - 1] for user, start, _, stop in chosen]
-        targets = pad([histories[user][first:stop] for user, _, first, stop in chosen], -1)
-        ends = pad([range(first - start, stop - start) for _, start, first, stop in chosen], 0)
-        yield SimpleNamespace(tokens=policy.tokens(read)[0], targets=targets.clamp(min=0),
-                              ends=ends, valid=targets >= 0, contexts=contexts_of(chosen))
+        tokens, _ = policy.tokens([histories[row.user][row.start:row.stop - 1] for row in chosen])
+        targets = pad([histories[row.user][row.first:row.stop] for row in chosen], -1)
+        ends = pad([range(row.first - row.start, row.stop - row.start) for row in chosen], 0)
+        yield SimpleNamespace(tokens=tokens, targets=targets.clamp(min=0), ends=ends,
+                              valid=targets >= 0, contexts=contexts_of(chosen))
 
 # --- The policy: P_F(next code | user, codes so far) ----------------------------------------------
 def tree_mask(ends, H, L):
@@ -178,7 +184,9 @@ def tree_mask(ends, H, L):
     place = torch.arange(H, device=ends.device)
     last = torch.cat([place.expand(B, H), ends.repeat_interleave(L - 1, 1)], 1)     # (B, S)
     block = torch.ones(L - 1, L - 1, device=ends.device).tril()
-    sees_branch = F.pad(torch.block_diag(*[block] * E), (0, 0, H, 0)) > 0           # (S, E·(L-1))
+    branches = torch.block_diag(*[block] * E)                   # each code sees its own branch
+    history = torch.zeros(H, E * (L - 1), device=ends.device)   # the history sees none
+    sees_branch = torch.cat([history, branches]) > 0                                # (S, E·(L-1))
     seen = torch.cat([place <= last[..., None], sees_branch.expand(B, -1, -1)], 2)  # (B, S, S)
     return torch.zeros(seen.shape, device=ends.device).masked_fill_(~seen, NEVER)
 
@@ -214,8 +222,8 @@ class Policy(torch.nn.Module):
 
     @torch.no_grad()
     def start_from(self, features):
-        """Token embeddings from features (n, ...). An item gets its features, projected at random;
-        a code the mean vector of its items, after subtracting the embeddings of earlier codes."""
+        """Token embeddings from features (n, ...): an item's are its features, projected at random;
+        a code's the mean, over its items, of what their earlier codes have left of theirs."""
         K = self.semantic_ids.num_codes
         wte = self.lm.transformer.wte.weight
         vector = torch.as_tensor(features, dtype=torch.float32)
@@ -227,7 +235,7 @@ class Policy(torch.nn.Module):
             total = torch.zeros(K, wte.shape[1]).index_add_(0, code, vector)
             count = torch.bincount(code, minlength=K).clamp(min=1)
             wte[level * K:(level + 1) * K] = total / count[:, None]
-            vector = vector - wte[level * K + code]
+            vector = vector - wte[level * K + code]             # what is left for the next level
 
     def tokens(self, histories):
         """(B, H) tokens of the last `window` items, <user> first, padded right; (B,) lengths."""
@@ -283,7 +291,8 @@ class Policy(torch.nn.Module):
         Beam search over legal codes: the score of a prefix is Σ log P_F of its codes, and the best
         max(beams, k) prefixes of a user go on to the next level; beams=None: self.beams. Never an
         item of the history, never a duplicate; −1 and −inf where the beam holds no more; exact with
-        enough beams. With self.cm, prefixes compete by log P_F(s) + log F(s), F(s) of CM^γ (9).
+        enough beams. With self.cm (9), F of CM^γ is added to a prefix's score, as a log: the score
+        of an item is then log P_F + γ · log CM.
         """
         ids = self.semantic_ids
         beams = max(beams or self.beams, k)
@@ -303,20 +312,20 @@ class Policy(torch.nn.Module):
         for level in range(ids.num_levels):
             head = self.lm.transformer.wte.weight[level * K:(level + 1) * K]        # (K, d)
             child = ids.next_node[node]                                             # (B, W, K)
-            # In place: a pass over (B, W, K) costs as much as a block of the model.
+            # masked_fill_, add_: in place, since (B, W, K) is as large as a block of the model
             total = (hidden @ head.T).masked_fill_(child < 0, NEVER).log_softmax(-1)
             total = total.add_(score[..., None]).flatten(1)                         # (B, W·K)
             child = child.flatten(1)
             value = total                                       # what beams compete by
             if self.cm is not None:
-                value = total + log_flow.gather(1, child.clamp(min=0))
+                value = total + log_flow.gather(1, child.clamp(min=0))      # illegal: still NEVER
             if level == ids.num_levels - 1:
                 return self.best_items(value, child - ids.num_prefixes, histories, k)
             best = value.topk(min(beams, value.shape[1]), 1).indices                # (B, W)
             score = total.gather(1, best)
             node = child.gather(1, best)
-            # The cache is never reordered: the mask says what a beam sees, which is what its parent
-            # saw, and itself (a new column).
+            # Usual beam search copies the cache of the parents that go on. Here all old beams stay
+            # in the cache. A beam takes the mask row of its parent, and a new column for itself.
             W = best.shape[1]
             seen = mask.gather(1, (best // K)[..., None].expand(-1, -1, mask.shape[2]))
             itself = torch.full((W, W), NEVER, device=mask.device).fill_diagonal_(0)
@@ -334,7 +343,7 @@ class Policy(torch.nn.Module):
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors (plain GPT-2), and IDs, titles, CM beside it."""
-        table = Path(folder) / "semantic_ids.json"              # written last: all is there
+        table = Path(folder) / "semantic_ids.json"              # written last: the sign of success
         table.unlink(missing_ok=True)
         self.lm.save_pretrained(folder)
         tables = Path(folder) / "cm.safetensors"
@@ -359,7 +368,7 @@ class Policy(torch.nn.Module):
             policy.beams = table.pop("beams")
             if table.pop("guided"):
                 policy.cm = CollaborativeModel.load(Path(folder) / "cm.safetensors")
-        except Exception as error:                              # whatever is wrong with the files
+        except Exception as error:      # whatever is wrong with the files; an own CM is not in them
             raise InputError(f"{folder} holds no saved model of this program: {error}") from None
         policy.window = policy.lm.config.n_positions - ids.num_levels
         policy.catalogue = table
@@ -383,22 +392,38 @@ def detailed_balance(log_flow, log_pf):
 
 def flow_matching(flow, log_probs):
     """FM (8): exact flows of all children (..., L, K) ≥ 0, log P_F (..., L, K) → scalar.
-    Not inflow = outflow, as in the literature: F* is known, so P_F is fitted to it step by step."""
+    In the literature FM demands inflow = outflow. Here F* is known: P_F is fitted to it."""
     # KL: Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), mean over paths
     target = flow / flow.sum(-1, keepdim=True)
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
 
 def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
-    """S-DPO: log P of a positive (B,) and J negatives (B, J), by policy and reference → scalar."""
+    """S-DPO: log P of a positive (B,) and of negatives (B, J), by policy, reference → scalar."""
     # mean of −log σ(−log Σ_d exp(β[Δ_d − Δ_p])), Δ = log P_policy − log P_reference
     margin = beta * ((policy_neg - ref_neg) - (policy_pos - ref_pos)[:, None])
     return -F.logsigmoid(-margin.logsumexp(1)).mean()
 
-# The same losses as functions of `paths`, J paths at each of C contexts: log_pf (C, J, L) of the
-# codes taken, log_probs (C, J, L, K) of all codes, log_flow (C, J, L) of s_0 … s_{L-1}, log_r
-# (C, J). log_flow is the head's output or, with exact=True in the recipe, log F* of R. With
-# exact=True there is also child_flow (C, J, L, K), F*; with reference=True also reference
-# (C, J, L), log P_F of the frozen SFT policy.
+@dataclass
+class Recipe:
+    """How a method is trained. A new method is a loss and an entry in RECIPES."""
+    loss: object = None             # L_GFN, a function of paths; None: L_GR alone
+    gr: float = 0.0                 # weight of L_GR beside it
+    lam: float = 1.0                # λ, weight of L_GFN
+    sampler: str = "reward"         # one of SAMPLERS: where the N augmented trajectories come from
+    trajectories: int = 1           # N
+    exact: bool = False             # with the exact flows of R, in place of the learned log F
+    rates: tuple = (1.0,)           # peak rates to try, times --fine-rate; validation chooses
+    fine_dropout: Optional[float] = 0.0     # None: that of SFT
+    reference: bool = False         # with log P_F of the frozen SFT policy
+    reward: str = "sum"             # r_ŷ is the CM's score; "product": see product_of (10)
+
+# The losses of RECIPES are functions of `paths`, J paths at each of C contexts:
+#   log_pf (C, J, L)         log P_F of the codes taken
+#   log_probs (C, J, L, K)   log P_F of all codes
+#   log_r (C, J)             log R
+#   log_flow (C, J, L)       log F of s_0 … s_{L-1}: from the head, or exact=True: log F* of R
+#   child_flow (C, J, L, K)  exact=True: F* of all that follow on s_0 … s_{L-1}
+#   reference (C, J, L)      reference=True: log_pf of the frozen SFT policy
 def tb_loss(paths):
     """TB: log Z(U) is log F of s_0."""
     return trajectory_balance(paths.log_flow[:, 0, 0], paths.log_pf.sum(-1), paths.log_r)
@@ -417,27 +442,13 @@ def sdpo_loss(paths):
     reference = paths.reference.sum(-1)
     return sdpo(policy[:, 0], policy[:, 1:], reference[:, 0], reference[:, 1:], beta=0.1)
 
-@dataclass
-class Recipe:
-    """How a method is trained. A new method is a loss and an entry in RECIPES."""
-    loss: object = None             # L_GFN, a function of paths; None: L_GR alone
-    gr: float = 0.0                 # weight of L_GR
-    lam: float = 1.0                # λ, weight of L_GFN
-    sampler: str = "reward"         # one of SAMPLERS: where the N augmented trajectories come from
-    trajectories: int = 1           # N
-    exact: bool = False             # with the exact flows of R, in place of the learned log F
-    rates: tuple = (1.0,)           # peak rates to try, times --fine-rate; validation chooses
-    fine_dropout: Optional[float] = 0.0     # None: that of SFT
-    reference: bool = False         # with log P_F of the frozen SFT policy
-    reward: str = "sum"             # r_ŷ is the CM's score; "product": that of product_of
-
 # The paper's recipe is L_GR + λ · L_GFN: tb-paper, with λ = .1, since squared log-ratios are large
-# beside L_GR. tb, db and fm need no L_GR (7): r_a in R teaches the logged item. In the toy world
-# PRESETS says reward="sum".
+# beside L_GR. tb, db and fm need no L_GR (7): r_a in R teaches the logged item. A flag or PRESETS
+# overrides an entry: in the toy world PRESETS makes reward "sum" for all.
 PAPER = dict(gr=1, sampler="curriculum", trajectories=3, fine_dropout=None, rates=(0.3,))
 RECIPES = {
-    "sft": Recipe(gr=1, fine_dropout=None),
-    "sft-continued": Recipe(gr=1, fine_dropout=None, rates=(1.0, 0.3)),
+    "sft": Recipe(fine_dropout=None),
+    "sft-continued": Recipe(fine_dropout=None, rates=(1.0, 0.3)),
     "sdpo": Recipe(sdpo_loss, reference=True, **PAPER),
     "tb-paper": Recipe(tb_loss, lam=0.1, **PAPER),
     "db": Recipe(db_loss, trajectories=2, exact=True, reward="product"),
@@ -450,7 +461,7 @@ def known_of(contexts, data, reward, product=None):
     """What is known at C training contexts (user, place): logged, C lists of the user's training
     items; histories, C lists of those before the place; positives (C,), the targets; scores (C, n)
     of the CM, less what this user's later items have added; r (C, n), R.
-    product: what product_of returned; without it r_ŷ is the scores."""
+    product: what product_of (below) returned, for r_ŷ; without it r_ŷ is the scores."""
     logged = [data.train[user] for user, _ in contexts]
     histories = [items[:place] for items, (_, place) in zip(logged, contexts)]
     following = [items[place:] for items, (_, place) in zip(logged, contexts)]
@@ -459,30 +470,12 @@ def known_of(contexts, data, reward, product=None):
     liked = torch.tensor([data.liked[user][place] for user, place in contexts])
     signal = scores                                             # r_ŷ
     if product:
-        found = zip(*[product[context] for context in contexts])
-        items, shares = [torch.stack(x).to(scores.device) for x in found]           # both (C, W)
-        signal = torch.zeros_like(scores).scatter_add_(1, items, shares)
+        items = torch.stack([product[context][0] for context in contexts]).to(scores.device)
+        shares = torch.stack([product[context][1] for context in contexts]).to(scores.device)
+        signal = torch.zeros_like(scores).scatter_add_(1, items, shares)            # both (C, W)
     r = reward(signal, positives, liked.to(scores.device))
     return SimpleNamespace(logged=logged, histories=histories, positives=positives, scores=scores,
                            r=r)
-
-def product_of(policy, rows, data, reward):
-    """r_ŷ of --reward product at all contexts of rows (10): ∝ P_SFT(v | U) · CM(U, v)^γ at the W
-    items that the beam of the SFT policy finds when the CM guides it, 0 at all others → {context:
-    (items (W,), shares (W,), which sum to 1, or to 0 if the beam found no new item)}."""
-    contexts = contexts_of(rows)
-    print(f"  product: the beam at {len(contexts)} contexts, once for all methods", flush=True)
-    contexts.sort(key=lambda context: context[1])               # by length: less padding
-    policy = copy.copy(policy)                                  # guided, the original is not
-    product = {}
-    for i in tqdm(range(0, len(contexts), 256), "product", leave=False, disable=None):
-        chunk = contexts[i:i + 256]
-        known = known_of(chunk, data, reward)
-        policy.cm = SimpleNamespace(scores=lambda histories: known.scores)
-        items, log_p = policy.recommend(known.histories, k=policy.beams)
-        shares = log_p.softmax(1).nan_to_num()                  # nan where there is no item
-        product.update(zip(chunk, zip(items.clamp(min=0), shares)))
-    return product
 
 def draw(weight, excluded, count):
     """Items (C, count), may repeat, P ∝ weight (C, n); of the lists `excluded` next to never."""
@@ -495,8 +488,8 @@ def curriculum(scores, logged, count, progress):
 
     scores (C, n) of the CM, logged C lists, progress in [0, 1]. Draw 2N−1 items, item i with
     P ∝ scores[i]/2 + 1/(2n), unlogged ones alone; sort them from low to high score; keep N
-    neighbours from place round(progress · (N−1)) on. The term 1/(2n) is ours (6): if all drawn
-    items had about the same R and P, moving log Z would make TB small, and P would not learn.
+    neighbours from place round(progress · (N−1)) on. The term 1/(2n) is ours (6): if log R − log P
+    is alike for all drawn items, log Z alone can fit it, and P does not learn.
     """
     pool = draw(0.5 * scores + 0.5 / scores.shape[1], logged, 2 * count - 1)        # (C, 2N-1)
     ranked = pool.gather(1, scores.gather(1, pool).argsort(1))
@@ -524,12 +517,30 @@ def augmented(recipe, known, policy, progress):
         return draw(torch.ones_like(known.scores), known.logged, count)
     if recipe.sampler == "curriculum":                          # the paper's default
         return curriculum(known.scores, known.logged, count, progress)
-    policy.eval()                                               # "policy": no dropout in its beam
+    policy.eval()                                               # "policy": N of its beam (6)
     items = policy.recommend(known.histories, count + 1, beams=count + 1)[0].to(known.r.device)
     policy.train()
-    is_positive = (items == known.positives[:, None]).int()     # goes to the end
+    is_positive = (items == known.positives[:, None]).int()     # to the end, and there cut off
     items = items.gather(1, is_positive.argsort(dim=1, stable=True))[:, :count]
     return items.where(items >= 0, known.positives[:, None])    # fewer than N found: the positive
+
+def product_of(policy, rows, data, reward):
+    """Ours (10), not the paper's: r_ŷ ∝ P_SFT(v | U) · CM(U, v)^γ at the W items that the beam of
+    the SFT policy finds when the CM guides it, 0 at all others. For all contexts of rows: {context:
+    (items (W,), shares (W,), which sum to 1, or to 0 if the beam found no new item)}."""
+    contexts = contexts_of(rows)
+    print(f"  product: the beam at {len(contexts)} contexts, once for all methods", flush=True)
+    contexts.sort(key=lambda context: context[1])               # by length: less padding
+    policy = copy.copy(policy)                                  # the original is not guided
+    product = {}
+    for i in tqdm(range(0, len(contexts), 256), "product", leave=False, disable=None):
+        chunk = contexts[i:i + 256]
+        known = known_of(chunk, data, reward)
+        policy.cm = SimpleNamespace(scores=lambda histories: known.scores)
+        items, score = policy.recommend(known.histories, k=policy.beams)    # log P_SFT + γ · log CM
+        shares = score.softmax(1).nan_to_num()                  # nan if no item was found
+        product.update(zip(chunk, zip(items.clamp(min=0), shares)))
+    return product
 
 # --- Training -------------------------------------------------------------------------------------
 def paths_of(policy, batch, items):
@@ -546,16 +557,16 @@ def paths_of(policy, batch, items):
                            log_probs=at_contexts(log_probs), log_flow=at_contexts(log_flow))
 
 def loss_of(recipe, policy, reference, product, batch, reward, data, progress):
-    """L = gr · L_GR(U, v) + λ · mean over trajectories of L_GFN(τ). Without a loss: L_GR alone.
+    """L = gr · L_GR(U, v) + λ · L_GFN, L_GFN a mean over trajectories. Without a loss: L_GR alone.
     reference: the frozen SFT policy, for S-DPO; product: r_ŷ by context, or {}; progress: the share
     of training that is done."""
-    logged = batch.targets[batch.valid][:, None]                # (C, 1), order of batch.contexts
+    logged = batch.targets[batch.valid][:, None]                # (C, 1), in the order of contexts
     if not recipe.loss:
         return -paths_of(policy, batch, logged).log_pf.sum(-1).mean()
     known = known_of(batch.contexts, data, reward, product)
     items = augmented(recipe, known, policy, progress)                              # (C, N)
-    # Put the logged path τ_1 first. Not with the sampler "reward", which draws it often (7): there
-    # only L_GR and S-DPO need it.
+    # The logged path τ_1 goes first if L_GR or S-DPO needs it, and with all samplers but "reward",
+    # which draws it often (7).
     if recipe.gr or recipe.reference or recipe.sampler != "reward" or recipe.trajectories == 0:
         items = torch.cat([logged.to(items.device), items], 1)                      # (C, J)
     paths = paths_of(policy, batch, items)
@@ -590,18 +601,19 @@ def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
     per_epoch = math.ceil(len(rows) / size)
     steps = epochs * per_epoch
     optimizer, schedule = optimizer_of(policy, rate, steps)
-    reference = copy.deepcopy(policy).eval()                    # frozen, before training: SFT
+    reference = copy.deepcopy(policy).eval()                    # frozen; in fine-tuning it is SFT
     product = {}
-    if recipe.loss and recipe.reward == "product":              # the same for all methods
+    if recipe.loss and recipe.reward == "product":              # kept: made once for all methods
         reward.product = reward.product or product_of(reference, rows, data, reward)
         product = reward.product
     curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, data)}]
     losses = []
     for epoch in range(1, epochs + 1):
         policy.train()
-        torch.manual_seed(int(np.random.default_rng((seed, epoch)).integers(2 ** 63)))
-        rng = np.random.default_rng((seed, epoch))
-        everything = batches(rows, data.train, size, policy, rng)
+        epoch_seed = np.random.default_rng((seed, epoch)).integers(2 ** 63)
+        torch.manual_seed(int(epoch_seed))                      # for dropout and samplers
+        order = np.random.default_rng((seed, epoch))
+        everything = batches(rows, data.train, size, policy, order)
         for batch in tqdm(everything, method, per_epoch, leave=False, disable=None):
             loss = loss_of(recipe, policy, reference, product, batch, reward, data,
                            len(losses) / steps)
@@ -685,15 +697,15 @@ def write_json(path, value):
 
 def prepare(seed, data, settings, cm=None):
     """Features, SemanticIDs and Reward (with its CM) of one seed, from training items only."""
-    kind = settings.ids if settings.ids in ("content", "mixed") else None
-    features = item_features(kind or "mixed", data.texts, data.train, seed)
+    from_file = settings.ids not in ("content", "mixed")
+    features = item_features("mixed" if from_file else settings.ids, data.texts, data.train, seed)
     n = len(data.item_ids)
-    if kind:
-        K = settings.codes or 2 ** math.ceil(math.log2(max(2, n / 24, n ** (1 / settings.levels))))
-        ids = SemanticIDs.fit(features, K, settings.levels, seed)
-    else:
+    if from_file:
         codes = np.array(read_ids(settings.ids, data.item_ids))
         ids = SemanticIDs(codes, codes.max() + 1)
+    else:
+        K = settings.codes or 2 ** math.ceil(math.log2(max(2, n / 24, n ** (1 / settings.levels))))
+        ids = SemanticIDs.fit(features, K, settings.levels, seed)
     cm = cm or CollaborativeModel.fit(data.train, n, debias=settings.debias)
     weights = [float(weight) for weight in settings.weights.split(",")]
     # A copy of the IDs: on mps the reward stays on the CPU, where torch has sparse matrices
@@ -761,14 +773,14 @@ def distribution(policy, histories):
     with torch.no_grad():
         return policy.eval().path_log_probs(histories, items).sum(-1).exp().cpu()
 
-def flow_of(policy, history, exact, data, exact_name, learned_name):
-    """What figures.plot_flows draws: an exact distribution over the n items, and the policy's."""
-    both = torch.stack([exact, distribution(policy, [history])[0]])                 # (2, n)
+def flow_of(policy, history, teacher, data, teacher_name, learned_name):
+    """What figures.plot_flows draws: P of the teacher over the n items, and what was learned."""
+    both = torch.stack([teacher, distribution(policy, [history])[0]])               # (2, n)
     both[:, history] = 0                                        # never recommended
-    exact, learned = (both / both.sum(1, keepdim=True)).tolist()
+    teacher, learned = (both / both.sum(1, keepdim=True)).tolist()
     return {"codes": policy.semantic_ids.codes.tolist(), "titles": data.titles,
-            "history": [data.titles[item] for item in history], "exact": exact,
-            "learned": learned, "exact_name": exact_name, "learned_name": learned_name}
+            "history": [data.titles[item] for item in history], "teacher": teacher,
+            "learned": learned, "teacher_name": teacher_name, "learned_name": learned_name}
 
 def run_method(method, seed, prepared, data, settings):
     """Train and test one method with one seed → its entry of results.json["runs"]."""
@@ -802,8 +814,8 @@ def run_method(method, seed, prepared, data, settings):
              "lists": (ranked if data.truth else ranked[:1]).tolist()}     # ranked[:1]: user 0
     if method in ("tb", "fm") and len(data.titles) <= 2000:     # flow_of: a branch for every item
         history = data.histories[0][:-1]
-        exact = cm.scores([history])[0].cpu()
-        entry["flow"] = flow_of(policy, history, exact, data, "scores of the CM", method)
+        teacher = cm.scores([history])[0].cpu()
+        entry["flow"] = flow_of(policy, history, teacher, data, "scores of the CM", method)
     return entry
 
 @lru_cache(maxsize=1)
@@ -872,7 +884,8 @@ def table_of(results):
 
 # --- Command line ---------------------------------------------------------------------------------
 def check_settings(settings):
-    """Methods, in the table's order, and seeds; InputError or ValueError for what cannot be."""
+    """Methods, in the table's order, and seeds; InputError or ValueError for what cannot be.
+    Sets the threads, and settings.device if it is "auto"."""
     torch.set_num_threads(settings.threads)
     known = ["pop", "cm", "cm-debiased", *RECIPES, *[f"{method}+cm" for method in RECIPES]]
     asked = settings.methods.split(",")
@@ -910,8 +923,8 @@ def check_settings(settings):
 FREE = ("data", "methods", "seeds", "out", "device", "threads", "resume")      # may differ
 
 def earlier_runs(settings, data, asked):
-    """What --resume keeps of OUT/results.json. InputError if its settings or data are others, or if
-    without --resume its pairs (method, seed) beyond `asked` would be lost."""
+    """The runs in OUT/results.json, for --resume. InputError if its settings or data are others, or
+    if, without --resume, writing the pairs (method, seed) `asked` for would lose some of it."""
     path = Path(settings.out) / "results.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name, was in old.get("settings", {}).items():
@@ -953,15 +966,15 @@ def run(settings, cm=None):
     return results
 
 def run_oracle(settings):
-    """Train with one loss on four contexts, from random weights, until P = R/Z, known exactly."""
+    """Train with one loss on four contexts, from random weights: does P reach R/Z, known here?"""
     _, seeds = check_settings(settings)
     data = load_data(settings.data)
     check(len(data.titles) <= 2000, "--oracle scores every item at once: at most 2,000 items")
     _, ids, reward = prepare(seeds[0], data, settings)
     data = replace(data, train=data.train[:4], histories=data.histories[:4])
-    contexts = [(user, len(history) - 1) for user, history in enumerate(data.train)]
-    rows = [(user, max(0, place - settings.window), place, place + 1) for user, place in contexts]
-    known = known_of(contexts, data, reward)
+    last = [len(history) - 1 for history in data.train]         # one context a user
+    rows = [Row(user, max(0, i - settings.window), i, i + 1) for user, i in enumerate(last)]
+    known = known_of(contexts_of(rows), data, reward)
     histories = known.histories
     target = (known.r / known.r.sum(1, keepdim=True)).cpu()     # P* = R/Z
     torch.manual_seed(seeds[0])

@@ -1,7 +1,6 @@
 """The collaborative model (CM), a "traditional recommender", and the comprehensive reward.
 
-The CM counts which items follow which in the users' histories. It is fitted in a second and is
-hard to beat on small data, so the default tables have it as a method.
+The CM counts which items follow which. It is fitted in a second, and hard to beat on small data.
 Letters: B users or contexts, n items.
 """
 import json
@@ -76,11 +75,10 @@ class CollaborativeModel(torch.nn.Module):
 
         score(v) = Σ_j decay^age(j) · T[j, v] over the last `length` items j, age 0 for the newest;
         popular(v) = count(v) + 1. Both are 0 at items of the history, and divided by their sums.
-        Result: (1 − s)·score + s·popular, s = self.popularity; popular alone if no score is left.
+        Result: (1 − s)·score + s·popular, s = self.popularity; s = 1 where no score is left.
         following: B lists, what came next in the same training histories. For each v in it, d ≤
         window places after j, `fit` had added nearness^(d−1) · self.scale[j] to T[j, v]. That is
-        subtracted, else the CM would know the answer (leave one user out). Item counts stay as they
-        are. Scores ≤ 1e-6 are float rounding: they become 0.
+        subtracted, else the CM would know the answer (leave one user out). Item counts stay.
         """
         n = len(self.count)
         device = self.count.device
@@ -96,17 +94,18 @@ class CollaborativeModel(torch.nn.Module):
         if following is not None:
             self._take_out(scores, recent, following)
         # From here in place: at 10^4 items every pass over (B, n) takes time
-        F.threshold_(scores, 1e-6, 0.0)                         # float rounding
+        F.threshold_(scores, 1e-6, 0.0)                         # ≤ 1e-6: float rounding
         owned = entries([set(history) for history in histories])
         scores[owned] = 0
         popular = (self.count + 1.0) / (self.count + 1.0).sum()                     # (n,)
-        had = torch.zeros(len(histories), device=device)        # popular share of the history
+        had = torch.zeros(len(histories), device=device)        # Σ of popular over the history
         rows = torch.tensor(owned[0], dtype=torch.long, device=device)
         had.index_add_(0, rows, popular[owned[1]])
         total = scores.sum(1)                                                       # (B,)
-        share = torch.where(total > 0, self.popularity, 1.0)
-        scores.mul_(((1 - share) / total.clamp(min=1e-12))[:, None])
-        scores.addr_(share / (1 - had).clamp(min=1e-12), popular)
+        s = torch.where(total > 0, self.popularity, 1.0)                            # (B,)
+        # (1 − s) · score / total + s · popular / (1 − had), 0 at the history
+        scores.mul_(((1 - s) / total.clamp(min=1e-12))[:, None])
+        scores.addr_(s / (1 - had).clamp(min=1e-12), popular)
         scores[owned] = 0
         whole = [len(set(history)) == n for history in histories]
         scores[whole] = popular                                 # nothing is left: all is popular
@@ -144,7 +143,7 @@ class Reward(torch.nn.Module):
         self.cm = cm
         self.weights = weights
         self.epsilon = epsilon
-        self.product = {}                                       # of product_of, once it is made
+        self.product = {}                                       # gflowgr.product_of, once made
 
     def action(self, positives, liked):
         """r_a (B, n): 1 at a liked positive, 0.1 at a clicked one (the paper's 10 : 1), else 0."""

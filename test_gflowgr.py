@@ -573,7 +573,8 @@ def test_the_whole_loss_against_one_path_at_a_time(method, change, K, L, tiny, m
                 v = [*{x[l]: v for v, x in enumerate(codes) if x[:l] == codes[item][:l]}.values()]
                 p = below[v, l + 1] / below[v, l + 1].sum()
                 L_GFN += (p * (p.log() - log_pf[v, l])).sum() / len(paths)
-    close(found.detach(), (recipe.gr * L_GR + recipe.lam * L_GFN) / len(batch.contexts))
+    total = (recipe.gr if recipe.loss else 1) * L_GR + recipe.lam * L_GFN
+    close(found.detach(), total / len(batch.contexts))
 
 def trained(flags, name="sft", own=None, shift=0, rows=None):
     settings, data, features, ids, job = prepared(*flags, shift=shift)

@@ -2,7 +2,7 @@
 
     features of an item  →  residual k-means  →  (c_1, …, c_L)
 TIGER and LETTER learn IDs with an RQ-VAE; k-means on residuals (3) also gives similar items the
-same first codes. All IDs differ: a prefix of l codes keeps the K^(L-l) items nearest to it.
+same first codes. All IDs differ: a prefix of l codes has room for K^(L-l) items, the nearest ones.
 Letters: n items, L levels, K codes a level, P prefixes.
 """
 from itertools import chain

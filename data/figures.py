@@ -26,7 +26,7 @@ def picture(path, rows, columns, figsize, **options):
 
 def draw_prefix(axis, flow, shares, items, level, top):
     """Draw the prefix of these items as a bar. To its right: the child with flow["chosen"], the
-    three other children with the largest exact flow, and one bar for all other codes."""
+    three other children with the largest flow of the teacher, and one bar for all other codes."""
     levels = flow["codes"].shape[1]
     bottom = top - shares[items].sum()
     middle = (top + bottom) / 2
@@ -41,7 +41,7 @@ def draw_prefix(axis, flow, shares, items, level, top):
         return
     codes = flow["codes"][items, level]
     children = [items[codes == code] for code in np.unique(codes)]
-    children.sort(key=lambda child: (flow["chosen"] not in child, -flow["exact"][child].sum()))
+    children.sort(key=lambda child: (flow["chosen"] not in child, -flow["teacher"][child].sum()))
     for child in children[:4]:
         draw_prefix(axis, flow, shares, child, level + 1, top)
         top -= shares[child].sum()
@@ -50,15 +50,15 @@ def draw_prefix(axis, flow, shares, items, level, top):
 
 def plot_flows(path, flow):
     """Where the flow goes, for one user: of the teacher on the left, learned on the right.
-    flow: "codes" (n, L), "titles" (n), "exact" and "learned" (n), which sum to 1, "history"
-    (titles), "exact_name", "learned_name"."""
-    flow = {**flow, "codes": np.array(flow["codes"]), "exact": np.array(flow["exact"])}
-    chosen = flow["chosen"] = flow["exact"].argmax()
+    flow: "codes" (n, L), "titles" (n), "teacher" and "learned" (n), which sum to 1, "history"
+    (titles), "teacher_name", "learned_name"."""
+    flow = {**flow, "codes": np.array(flow["codes"]), "teacher": np.array(flow["teacher"])}
+    chosen = flow["chosen"] = flow["teacher"].argmax()
     levels = flow["codes"].shape[1]
     width = 2.8 + 0.8 * max(3, levels)                         # inches of each panel
     with picture(path, 1, 2, (width * 2, 4.8)) as axes:
-        for axis, side in zip(axes, ("exact", "learned")):
-            draw_prefix(axis, flow, np.array(flow[side]), np.arange(len(flow["exact"])), 0, 1.0)
+        for axis, side in zip(axes, ("teacher", "learned")):
+            draw_prefix(axis, flow, np.array(flow[side]), np.arange(len(flow["teacher"])), 0, 1.0)
             for level in range(levels + 1):
                 axis.text(level + 0.5, -0.05, f"code {level}" if level else "root", ha="center")
             axis.set(title=flow[f"{side}_name"], xlim=(0, levels + 3.6), ylim=(0, 1))
