@@ -311,7 +311,7 @@ class Policy(torch.nn.Module):
             log_flow = ids.flows(power).clamp(min=1e-30).log()                      # (B, P + n)
         for level in range(ids.num_levels):
             head = self.lm.transformer.wte.weight[level * K:(level + 1) * K]        # (K, d)
-            child = ids.next_node[node]                                             # (B, W, K)
+            child = ids.next_node[node]                         # (B, W, K), −1 where illegal
             # masked_fill_, add_: in place, since (B, W, K) is as large as a block of the model
             total = (hidden @ head.T).masked_fill_(child < 0, NEVER).log_softmax(-1)
             total = total.add_(score[..., None]).flatten(1)                         # (B, W·K)
@@ -980,7 +980,7 @@ def run_oracle(settings):
     torch.manual_seed(seeds[0])
     policy = Policy(ids, settings.window, settings.width, settings.layers, dropout=0.0)
     policy.to(settings.device)
-    recipe = RECIPES[settings.oracle]
+    recipe = RECIPES[settings.oracle]                           # its loss, towards the sum, no L_GR
     recipe = Recipe(recipe.loss, sampler="even", trajectories=64, exact=recipe.exact)
     many = replace(settings, batch=4, epochs=15)
     before = distribution(policy, histories)
