@@ -23,17 +23,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, Optional
 
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from data import InputError, check, find_item, load_data, read_ids
-# load_data → Dataset of B users and n items. An item is an index, 0 … n−1.
-#   histories (B)   lists of 3 or more items, oldest first, none twice
-#   train (B)       the same without the last two items (validation and test)
-#   liked (B)       lists of bools, one for each item of the history: liked, or only clicked
-#   truth           toy alone: its "liked" and "shown" are B sets of items, logged or not
-# and user_ids (B); item_ids, titles, texts (n). check(fine, message): InputError unless fine.
+# load_data → a Dataset (described there) of B users and n items. An item is an index, 0 … n−1.
+# Its train has B lists of items, oldest first: histories without the last two (validation, test).
 
 PRESETS = {         # ml-100k: 50 beams, since many end at items that are in the history already
     "toy": dict(methods="pop,cm,cm-debiased,sft,sft-continued,tb,fm,fm+cm", width=64, layers=2,
@@ -52,7 +47,7 @@ class Settings:
     resume: bool = HfArg(default=False, help="keep the finished methods in --out and go on")
     sft: str = HfArg(default="", help="folder of a finished run: start from its SFT models")
     quick: bool = HfArg(default=False, help="a smoke run in seconds: one epoch of everything")
-    device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="where to train")
+    device: str = HfArg(default="auto", help="where to train: auto, cuda, mps or cpu")
     threads: int = HfArg(default=1, help="CPU threads: for models as small as these, one is best")
     ids: str = HfArg(default="mixed", help="content (text), mixed (text and log), or FILE.csv")
     codes: int = HfArg(default=0, help="K, codes a level (default: a power of 2, about n / 24)")
@@ -65,31 +60,29 @@ class Settings:
     rate: float = HfArg(default=1.5e-3, help="peak learning rate of SFT: small models like it high")
     sft_epochs: int = HfArg(default=8, help="epochs of SFT: validation stops rising there")
     fine_rate: float = HfArg(default=1.5e-3, help="peak learning rate of fine-tuning")
-    fine_dropout: Optional[float] = HfArg(default=None, help="of fine-tuning (default: RECIPES)")
+    fine_dropout: float | None = HfArg(default=None, help="of fine-tuning (default: RECIPES)")
     epochs: int = HfArg(default=7, help="epochs of fine-tuning: the last ones bring the gain")
-    sampler: Optional[str] = HfArg(default=None, help="one of SAMPLERS (default: see RECIPES)")
-    trajectories: Optional[int] = HfArg(default=None, help="N, augmented trajectories a context")
-    gr: Optional[float] = HfArg(default=None, help="weight of L_GR beside L_GFN (default: RECIPES)")
-    lam: Optional[float] = HfArg(default=None, help="lambda, weight of L_GFN (default: RECIPES)")
-    reward: Optional[str] = HfArg(default=None, help="r_y is the CM's (sum), or SFT x CM (product)")
+    sampler: str | None = HfArg(default=None, help="one of SAMPLERS (default: see RECIPES)")
+    trajectories: int | None = HfArg(default=None, help="N, augmented trajectories a context")
+    gr: float | None = HfArg(default=None, help="weight of L_GR beside L_GFN (default: RECIPES)")
+    lam: float | None = HfArg(default=None, help="lambda, weight of L_GFN (default: RECIPES)")
+    reward: str | None = HfArg(default=None, help="r_y is the CM's (sum), or SFT x CM (product)")
     weights: str = HfArg(default="0.3,0.65,0.05", help="w_a,w_y,w_s of R: the CM weighs most")
     debias: float = HfArg(default=0.0, help="delta: divide CM scores by popularity^delta")
     gamma: float = HfArg(default=2.0, help="power of the CM, in the product and in NAME+cm")
     beams: int = HfArg(default=20, help="beam width, saved with a model: twice the ten items")
-    oracle: Optional[str] = HfArg(default=None, metadata={"nargs": "?", "const": "tb"},
-                                  help="train four users with this loss: is P = R/Z?")
+    oracle: str | None = HfArg(default=None, metadata={"nargs": "?", "const": "tb"},
+                               help="train four users with this loss: is P = R/Z?")
     recommend: list[str] = HfArg(default_factory=list, help="print ten titles for this history")
     model: str = HfArg(default="", help="the saved model for --recommend, like runs/toy/tb-42")
 
 def parse(argv):
     """Settings from the command line; a mistake ends in one line on stderr and status 2."""
     parser = HfArgumentParser(Settings, allow_abbrev=False, description=__doc__.splitlines()[0])
-    def fail(message):
-        parser.exit(2, f"error: {message}; --help lists what there is\n")
-    parser.error = fail
+    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
     known = parser.parse_args(argv)                             # once for --data, once for all
     if bool(known.recommend) != bool(known.model):
-        fail("--recommend and --model go together")
+        parser.error("--recommend and --model go together")
     parser.set_defaults(**PRESETS.get(known.data, {}))
     if known.quick:
         parser.set_defaults(sft_epochs=1, epochs=1)
@@ -106,6 +99,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
@@ -119,7 +113,7 @@ NEVER = -1e9                                    # log P of what is illegal; 0 ·
 # --- Rows of a batch ------------------------------------------------------------------------------
 def pad(lists, value):
     """Lists of integers as one tensor, filled up with `value` on the right."""
-    rows = [torch.tensor(items, dtype=torch.long) for items in lists]
+    rows = [torch.tensor(items) for items in lists]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 Row = namedtuple("Row", "user start first stop")    # read: start … stop-2; targets: first … stop-1
@@ -148,13 +142,13 @@ def batches(rows, histories, size, policy, rng):
     stand before each target; valid (B, T), False on padding; contexts, C pairs (user, place): those
     of the valid targets, row by row.
     """
-    order = rng.permutation(len(rows))
+    rows = [rows[r] for r in rng.permutation(len(rows))]
     groups = []
     for i in range(0, len(rows), 32 * size):
-        chunk = sorted(order[i:i + 32 * size], key=lambda r: rows[r].stop - rows[r].start)
+        chunk = sorted(rows[i:i + 32 * size], key=lambda row: row.stop - row.start)
         groups += [chunk[j:j + size] for j in range(0, len(chunk), size)]
     for g in rng.permutation(len(groups)):
-        chosen = [rows[r] for r in groups[g]]
+        chosen = groups[g]
         tokens, _ = policy.tokens([histories[row.user][row.start:row.stop - 1] for row in chosen])
         targets = pad([histories[row.user][row.first:row.stop] for row in chosen], -1)
         ends = pad([range(row.first - row.start, row.stop - row.start) for row in chosen], 0)
@@ -180,15 +174,12 @@ def tree_mask(ends, H, L):
     e 1 1 1 . . 1 .
     f 1 1 1 . . 1 1
     """
-    B, E = ends.shape
-    place = torch.arange(H, device=ends.device)
-    last = torch.cat([place.expand(B, H), ends.repeat_interleave(L - 1, 1)], 1)     # (B, S)
-    block = torch.ones(L - 1, L - 1, device=ends.device).tril()
-    branches = torch.block_diag(*[block] * E)                   # each code sees its own branch
-    history = torch.zeros(H, E * (L - 1), device=ends.device)   # the history sees none
-    sees_branch = torch.cat([history, branches]) > 0                                # (S, E·(L-1))
-    seen = torch.cat([place <= last[..., None], sees_branch.expand(B, -1, -1)], 2)  # (B, S, S)
-    return torch.zeros(seen.shape, device=ends.device).masked_fill_(~seen, NEVER)
+    branch = torch.arange(1, ends.shape[1] + 1, device=ends.device).repeat_interleave(L - 1)
+    branch = F.pad(branch, (H, 0))                              # (S,), 0 for the history
+    own = (branch[:, None] == branch).tril()                    # (S, S) itself, and before it
+    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) of the history, for codes
+    place = torch.arange(len(branch), device=ends.device)
+    return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
 class Policy(torch.nn.Module):
     """A small GPT-2 that reads a history and writes a semantic ID, plus the table of IDs.
@@ -207,12 +198,10 @@ class Policy(torch.nn.Module):
         self.cm = None                                          # guides the beam by scores^gamma
         self.gamma = 2.0
         self.beams = 20                                         # beam width of recommend
-        n = len(semantic_ids.codes)
-        names = [str(item) for item in range(n)]
-        self.catalogue = {"item_ids": names, "titles": names}
+        self.catalogue = {}                                     # item_ids and titles, for saving
         self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch (1)
-            vocab_size=self.user_token + 1 + n, n_positions=window + semantic_ids.num_levels,
-            n_embd=width, n_layer=layers, n_head=max(1, width // 32),
+            vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
+            n_head=max(1, width // 32), n_positions=window + semantic_ids.num_levels,
             resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,   # 0: else twice the time
             bos_token_id=self.user_token, eos_token_id=self.user_token,
             activation_function="gelu_pytorch_tanh"))           # gelu_new's values, faster on CPU
@@ -232,57 +221,59 @@ class Policy(torch.nn.Module):
         vector *= self.lm.config.initializer_range / vector.std().clamp(min=1e-6)
         wte[-len(vector):] = vector
         for level, code in enumerate(self.semantic_ids.codes.T):
-            total = torch.zeros(K, wte.shape[1]).index_add_(0, code, vector)
-            count = torch.bincount(code, minlength=K).clamp(min=1)
-            wte[level * K:(level + 1) * K] = total / count[:, None]
-            vector = vector - wte[level * K + code]             # what is left for the next level
+            mean = wte[level * K:(level + 1) * K].zero_()                           # (K, d), a view
+            mean.scatter_reduce_(0, code[:, None].expand_as(vector), vector, "mean",
+                                 include_self=False)
+            vector = vector - mean[code]                        # what is left for the next level
 
     def tokens(self, histories):
         """(B, H) tokens of the last `window` items, <user> first, padded right; (B,) lengths."""
-        recent = [history[-self.window:] for history in histories]
-        rows = [[self.user_token, *[self.user_token + 1 + i for i in items]] for items in recent]
-        return pad(rows, self.user_token), torch.tensor([len(items) for items in recent])
+        rows = [[-1, *history[-self.window:]] for history in histories]     # −1 becomes <user>
+        return pad(rows, -1) + self.user_token + 1, torch.tensor([len(row) - 1 for row in rows])
 
-    def forward(self, tokens, ends, items):
-        """log P_F of all next codes, and log F of all prefixes, along packed branches.
-
-        tokens (B, H); branch e of row b is the path of items[b, e] after the first ends[b, e] items
-        of the history, both (B, E) → log-probabilities (B, E, L, K), NEVER where a code is illegal,
-        and log flows (B, E, L) of s_0 … s_{L-1}.
-        """
+    def forward(self, batch, items):
+        """The paths of items (C, J) at the C contexts of a batch (of `batches`: tokens (B, H), ends
+        and valid (B, T)) → log_pf, log_probs, log_flow as the losses need them: see tb_loss."""
         ids = self.semantic_ids
-        tokens, ends, items = (x.to(ids.codes.device) for x in (tokens, ends, items))
-        B, H = tokens.shape
+        device = ids.codes.device
         L = ids.num_levels
         K = ids.num_codes
-        depth = torch.arange(L - 1, device=tokens.device)
-        branches = (ids.codes[items][..., :-1] + depth * K).flatten(1)              # (B, E·(L-1))
+        J = items.shape[1]
+        H = batch.tokens.shape[1]
+        packed = torch.zeros(*batch.valid.shape, J, dtype=torch.long)               # (B, T, J)
+        packed[batch.valid] = items.cpu()
+        packed = packed.flatten(1).to(device)                   # (B, E = T·J) the item of a branch
+        ends = batch.ends.repeat_interleave(J, 1).to(device)    # (B, E)
+        tokens = batch.tokens.to(device)
+        depth = torch.arange(L - 1, device=device)
+        branches = (ids.codes[packed][..., :-1] + depth * K).flatten(1)             # (B, E·(L-1))
+        history_places = torch.arange(H, device=device).expand_as(tokens)
         branch_places = (ends[..., None] + 1 + depth).flatten(1)                    # (B, E·(L-1))
-        places = torch.cat([torch.arange(H, device=tokens.device).expand(B, H), branch_places], 1)
-        hidden = self.lm.transformer(
+        hidden = self.lm.transformer(                                               # (B, S, d)
             torch.cat([tokens, branches], 1), attention_mask=tree_mask(ends, H, L)[:, None],
-            position_ids=places, use_cache=False).last_hidden_state                 # (B, S, d)
+            position_ids=torch.cat([history_places, branch_places], 1),
+            use_cache=False).last_hidden_state
         root = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[2]))    # (B, E, d)
-        later = hidden[:, H:].reshape(*ends.shape, L - 1, hidden.shape[2])          # (B, E, L-1, d)
+        later = hidden[:, H:].unflatten(1, (ends.shape[1], L - 1))                  # (B, E, L-1, d)
         prefixes = torch.cat([root[:, :, None], later], 2)                          # (B, E, L, d)
         # The output weights of a level are the embeddings of its codes. Slice the embedding once:
         # a slice per level would allocate a full-size gradient for each.
         heads = self.lm.transformer.wte.weight[:L * K].unflatten(0, (L, K))         # (L, K, d)
         logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()            # (B, E, L, K)
-        nodes = ids.nodes[items][..., :-1]                                          # (B, E, L)
-        log_probs = logits.masked_fill(ids.next_node[nodes] < 0, NEVER).log_softmax(-1)
-        return log_probs, self.flow_head(prefixes)[..., 0]
-
-    def steps(self, log_probs, items):
-        """log P_F of the codes taken: log_probs (..., L, K), items (...) → (..., L)."""
-        codes = self.semantic_ids.codes[items.to(log_probs.device)]
-        return log_probs.gather(-1, codes[..., None])[..., 0]
+        illegal = ids.next_node[ids.nodes[packed][..., :-1]] < 0
+        log_probs = logits.masked_fill(illegal, NEVER).log_softmax(-1)
+        found = {"log_pf": log_probs.gather(-1, ids.codes[packed][..., None])[..., 0],
+                 "log_probs": log_probs, "log_flow": self.flow_head(prefixes)[..., 0]}
+        for name, x in found.items():
+            found[name] = x.unflatten(1, (-1, J))[batch.valid]                      # (C, J, L …)
+        return SimpleNamespace(**found)
 
     def path_log_probs(self, histories, items):
         """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L)."""
-        items = torch.as_tensor(items)
         tokens, lengths = self.tokens(histories)
-        return self.steps(self(tokens, lengths[:, None].expand_as(items), items)[0], items)
+        ends = lengths[:, None]
+        batch = SimpleNamespace(tokens=tokens, ends=ends, valid=ends >= 0)
+        return self(batch, torch.as_tensor(items)).log_pf
 
     @torch.no_grad()
     def recommend(self, histories, k=10, beams=None):
@@ -295,17 +286,17 @@ class Policy(torch.nn.Module):
         of an item is then log P_F + γ · log CM.
         """
         ids = self.semantic_ids
+        K = ids.num_codes
         beams = max(beams or self.beams, k)
         tokens, lengths = (x.to(ids.codes.device) for x in self.tokens(histories))
-        B, H = tokens.shape
-        K = ids.num_codes
+        lengths = lengths[:, None]                                                  # (B, W = 1)
         cache = DynamicCache()
         hidden = self.lm.transformer(tokens, cache).last_hidden_state   # (B, H, d); fills the cache
-        hidden = hidden[torch.arange(B, device=hidden.device), lengths][:, None]     # (B, W = 1, d)
-        place = torch.arange(H, device=tokens.device)
-        mask = torch.where(place > lengths[:, None, None], NEVER, 0.0)              # (B, W, H + …)
-        score = torch.zeros(B, 1, device=tokens.device)         # (B, W) Σ log P_F of each beam
-        node = torch.zeros_like(score, dtype=torch.long)        # (B, W) its place in the tree
+        hidden = hidden.take_along_dim(lengths[..., None], 1)                       # (B, W = 1, d)
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        mask = torch.where(place > lengths[..., None], NEVER, 0.0)                  # (B, W, H + …)
+        score = torch.zeros_like(lengths, dtype=torch.float)    # (B, W) Σ log P_F of each beam
+        node = torch.zeros_like(lengths)                        # (B, W) its place in the tree
         if self.cm is not None:
             power = self.cm.scores(histories).to(mask.device) ** self.gamma         # (B, n)
             log_flow = ids.flows(power).clamp(min=1e-30).log()                      # (B, P + n)
@@ -315,45 +306,39 @@ class Policy(torch.nn.Module):
             # masked_fill_, add_: in place, since (B, W, K) is as large as a block of the model
             total = (hidden @ head.T).masked_fill_(child < 0, NEVER).log_softmax(-1)
             total = total.add_(score[..., None]).flatten(1)                         # (B, W·K)
-            child = child.flatten(1)
+            child = child.flatten(1).clamp(min=0)               # 0, the root, where illegal
             value = total                                       # what beams compete by
             if self.cm is not None:
-                value = total + log_flow.gather(1, child.clamp(min=0))      # illegal: still NEVER
-            if level == ids.num_levels - 1:
-                return self.best_items(value, child - ids.num_prefixes, histories, k)
+                value = total + log_flow.gather(1, child)       # illegal: still NEVER
+            if level == ids.num_levels - 1:                     # the children are items
+                scores = value.new_full((len(value), ids.num_prefixes + len(ids.codes)), -math.inf)
+                scores.scatter_(1, child, value)
+                return best_unseen(scores[:, ids.num_prefixes:], histories, k)
             best = value.topk(min(beams, value.shape[1]), 1).indices                # (B, W)
             score = total.gather(1, best)
             node = child.gather(1, best)
             # Usual beam search copies the cache of the parents that go on. Here all old beams stay
             # in the cache. A beam takes the mask row of its parent, and a new column for itself.
             W = best.shape[1]
-            seen = mask.gather(1, (best // K)[..., None].expand(-1, -1, mask.shape[2]))
+            seen = mask.take_along_dim((best // K)[..., None], 1)
             itself = torch.full((W, W), NEVER, device=mask.device).fill_diagonal_(0)
-            mask = torch.cat([seen, itself.expand(B, W, W)], 2)
-            places = (lengths[:, None] + 1 + level).expand(B, W)
-            hidden = self.lm.transformer(level * K + best % K, cache, attention_mask=mask[:, None],
-                                         position_ids=places).last_hidden_state     # (B, W, d)
-
-    def best_items(self, value, item, histories, k):
-        """The k best new items: value, item (B, W·K), item < 0 if there is none → items, scores."""
-        n = len(self.semantic_ids.codes)
-        scores = value.new_full((len(value), n + 1), -math.inf)     # column n: no item
-        scores.scatter_(1, item.where(item >= 0, n), value)
-        return best_unseen(scores[:, :n], histories, k)
+            mask = torch.cat([seen, itself.expand(len(seen), W, W)], 2)
+            hidden = self.lm.transformer(
+                level * K + best % K, cache, attention_mask=mask[:, None],
+                position_ids=(lengths + 1 + level).expand_as(best)).last_hidden_state  # (B, W, d)
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors (plain GPT-2), and IDs, titles, CM beside it."""
-        table = Path(folder) / "semantic_ids.json"              # written last: the sign of success
-        table.unlink(missing_ok=True)
+        path = Path(folder) / "semantic_ids.json"               # written last: the sign of success
+        path.unlink(missing_ok=True)
         self.lm.save_pretrained(folder)
-        tables = Path(folder) / "cm.safetensors"
-        tables.unlink(missing_ok=True)
-        if type(self.cm) is CollaborativeModel:                 # an own CM is not saved
-            self.cm.save(tables)
+        guide = self.cm and "an own CM is not saved"
+        if type(self.cm) is CollaborativeModel:
+            guide = self.cm.options
+            save_file(self.cm.state_dict(), Path(folder) / "cm.safetensors")
         ids = self.semantic_ids
-        write_json(table, {"num_codes": ids.num_codes, "codes": ids.codes.tolist(),
-                           "gamma": self.gamma, "beams": self.beams,
-                           "guided": self.cm is not None, **self.catalogue})
+        write_json(path, {"num_codes": ids.num_codes, "codes": ids.codes.tolist(), "cm": guide,
+                          "gamma": self.gamma, "beams": self.beams, "catalogue": self.catalogue})
 
     @classmethod
     def from_pretrained(cls, folder, dropout=0.0):
@@ -361,17 +346,17 @@ class Policy(torch.nn.Module):
         Its flow head, which training alone needs, starts anew."""
         try:
             table = json.loads((Path(folder) / "semantic_ids.json").read_text(encoding="utf-8"))
-            ids = SemanticIDs(table.pop("codes"), table.pop("num_codes"))
-            policy = cls(ids, lm=GPT2LMHeadModel.from_pretrained(
-                folder, use_safetensors=True, resid_pdrop=dropout, embd_pdrop=dropout))  # no pickle
-            policy.gamma = table.pop("gamma")
-            policy.beams = table.pop("beams")
-            if table.pop("guided"):
-                policy.cm = CollaborativeModel.load(Path(folder) / "cm.safetensors")
+            ids = SemanticIDs(table["codes"], table["num_codes"])
+            lm = GPT2LMHeadModel.from_pretrained(               # safetensors: no pickle
+                folder, use_safetensors=True, resid_pdrop=dropout, embd_pdrop=dropout)
+            policy = cls(ids, lm.config.n_positions - ids.num_levels, lm=lm)
+            for name in ("gamma", "beams", "catalogue"):
+                setattr(policy, name, table[name])
+            if table["cm"]:
+                tables = load_file(Path(folder) / "cm.safetensors")
+                policy.cm = CollaborativeModel(table["cm"], **tables)
         except Exception as error:      # whatever is wrong with the files; an own CM is not in them
             raise InputError(f"{folder} holds no saved model of this program: {error}") from None
-        policy.window = policy.lm.config.n_positions - ids.num_levels
-        policy.catalogue = table
         return policy.eval()
 
 # --- Losses: pure functions of tensors, natural logs ----------------------------------------------
@@ -413,7 +398,7 @@ class Recipe:
     trajectories: int = 1           # N
     exact: bool = False             # with the exact flows of R, in place of the learned log F
     rates: tuple = (1.0,)           # peak rates to try, times --fine-rate; validation chooses
-    fine_dropout: Optional[float] = 0.0     # None: that of SFT
+    fine_dropout: float | None = 0.0    # None: that of SFT
     reference: bool = False         # with log P_F of the frozen SFT policy
     reward: str = "sum"             # r_ŷ is the CM's score; "product": see product_of (10)
 
@@ -424,20 +409,16 @@ class Recipe:
 #   log_flow (C, J, L)       log F of s_0 … s_{L-1}: from the head, or exact=True: log F* of R
 #   child_flow (C, J, L, K)  exact=True: F* of all that follow on s_0 … s_{L-1}
 #   reference (C, J, L)      reference=True: log_pf of the frozen SFT policy
-def tb_loss(paths):
-    """TB: log Z(U) is log F of s_0."""
+def tb_loss(paths):                 # log Z(U) is log F of s_0
     return trajectory_balance(paths.log_flow[:, 0, 0], paths.log_pf.sum(-1), paths.log_r)
 
-def db_loss(paths):
-    """DB: log R is log F of s_L."""
+def db_loss(paths):                 # log R is log F of s_L
     return detailed_balance(torch.cat([paths.log_flow, paths.log_r[..., None]], -1), paths.log_pf)
 
 def fm_loss(paths):
-    """FM: exact flows against P_F, at every step of the paths."""
     return flow_matching(paths.child_flow, paths.log_probs)
 
-def sdpo_loss(paths):
-    """S-DPO: the first path is the positive, the others are negatives."""
+def sdpo_loss(paths):               # the first path is the positive, the others are negatives
     policy = paths.log_pf.sum(-1)
     reference = paths.reference.sum(-1)
     return sdpo(policy[:, 0], policy[:, 1:], reference[:, 0], reference[:, 1:], beta=0.1)
@@ -463,25 +444,19 @@ def known_of(contexts, data, reward, product=None):
     of the CM, less what this user's later items have added; r (C, n), R.
     product: what product_of (below) returned, for r_ŷ; without it r_ŷ is the scores."""
     logged = [data.train[user] for user, _ in contexts]
-    histories = [items[:place] for items, (_, place) in zip(logged, contexts)]
-    following = [items[place:] for items, (_, place) in zip(logged, contexts)]
-    scores = reward.cm.scores(histories, following).to(reward.ids.codes.device)
-    positives = torch.tensor([items[0] for items in following], device=scores.device)
-    liked = torch.tensor([data.liked[user][place] for user, place in contexts])
+    histories = [data.train[user][:place] for user, place in contexts]
+    following = [data.train[user][place:] for user, place in contexts]
+    device = reward.ids.codes.device
+    positives = torch.tensor([items[0] for items in following], device=device)
+    liked = torch.tensor([data.liked[user][place] for user, place in contexts], device=device)
+    scores = reward.cm.scores(histories, following).to(device)
     signal = scores                                             # r_ŷ
     if product:
-        items = torch.stack([product[context][0] for context in contexts]).to(scores.device)
-        shares = torch.stack([product[context][1] for context in contexts]).to(scores.device)
-        signal = torch.zeros_like(scores).scatter_add_(1, items, shares)            # both (C, W)
-    r = reward(signal, positives, liked.to(scores.device))
+        items, shares = map(torch.stack, zip(*[product[context] for context in contexts]))
+        signal = torch.zeros_like(scores)
+        signal.scatter_add_(1, items.to(device), shares.to(device))                 # both (C, W)
     return SimpleNamespace(logged=logged, histories=histories, positives=positives, scores=scores,
-                           r=r)
-
-def draw(weight, excluded, count):
-    """Items (C, count), may repeat, P ∝ weight (C, n); of the lists `excluded` next to never."""
-    weight = weight.clone()
-    weight[entries(excluded)] = 0
-    return torch.multinomial(weight + 1e-12, count, replacement=True)
+                           r=reward(signal, positives, liked))
 
 def curriculum(scores, logged, count, progress):
     """N = count unobserved items a context (C, N): low CM scores early in training, high ones late.
@@ -491,7 +466,9 @@ def curriculum(scores, logged, count, progress):
     neighbours from place round(progress · (N−1)) on. The term 1/(2n) is ours (6): if log R − log P
     is alike for all drawn items, log Z alone can fit it, and P does not learn.
     """
-    pool = draw(0.5 * scores + 0.5 / scores.shape[1], logged, 2 * count - 1)        # (C, 2N-1)
+    weight = 0.5 * scores + 0.5 / scores.shape[1]
+    weight[entries(logged)] = 1e-12                             # not 0: all items may be logged
+    pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
     ranked = pool.gather(1, scores.gather(1, pool).argsort(1))
     start = round(progress * (count - 1))
     return ranked[:, start:start + count]
@@ -500,37 +477,38 @@ def augmented(recipe, known, policy, progress):
     """The N augmented items (C, N) of each context, by the sampler of the recipe.
     known: what known_of returns; progress: the share of training that is done."""
     count = recipe.trajectories
+    own = entries(known.logged)
+    positives = known.positives[:, None]
     if count == 0:                                              # without augmentation
-        return known.positives[:, None][:, :0]
-    if recipe.sampler in ("reward", "even"):                    # ours (7): P ∝ R
-        weight = known.r
-        if recipe.sampler == "even":                            # for --oracle: P ∝ R/Z + 1/n
-            weight = weight / weight.sum(1, keepdim=True) + 1 / weight.shape[1]
-        # Draw at least two: torch is slower for one
-        return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
-    if recipe.sampler == "session":                             # others of the user's own items
-        weight = torch.zeros_like(known.scores)
-        weight[entries(known.logged)] = 1
-        weight.scatter_(1, known.positives[:, None], 1e-6)      # the positive if there is no other
-        return torch.multinomial(weight, count, replacement=True)
-    if recipe.sampler == "random":                              # any unobserved items
-        return draw(torch.ones_like(known.scores), known.logged, count)
+        return positives[:, :0]
     if recipe.sampler == "curriculum":                          # the paper's default
         return curriculum(known.scores, known.logged, count, progress)
-    policy.eval()                                               # "policy": N of its beam (6)
-    items = policy.recommend(known.histories, count + 1, beams=count + 1)[0].to(known.r.device)
-    policy.train()
-    is_positive = (items == known.positives[:, None]).int()     # to the end, and there cut off
-    items = items.gather(1, is_positive.argsort(dim=1, stable=True))[:, :count]
-    return items.where(items >= 0, known.positives[:, None])    # fewer than N found: the positive
+    if recipe.sampler == "policy":                              # N of its beam (6)
+        policy.eval()
+        items = policy.recommend(known.histories, count + 1, beams=count + 1)[0].to(known.r.device)
+        policy.train()
+        order = (items == positives).int().argsort(dim=1, stable=True)      # the positive goes last
+        items = items.gather(1, order)[:, :count]
+        return items.where(items >= 0, positives)               # fewer than N found: the positive
+    weight = known.r                                            # "reward", ours (7): P ∝ R
+    if recipe.sampler == "even":                                # for --oracle: P ∝ R/Z + 1/n
+        weight = weight / weight.sum(1, keepdim=True) + 1 / weight.shape[1]
+    elif recipe.sampler == "session":                           # others of the user's own items
+        weight = torch.zeros_like(weight)
+        weight[own] = 1
+        weight.scatter_(1, positives, 1e-6)                     # the positive if there is no other
+    elif recipe.sampler == "random":                            # any unobserved items
+        weight = torch.ones_like(weight)
+        weight[own] = 1e-12
+    # Draw at least two: torch is slower for one
+    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
 
 def product_of(policy, rows, data, reward):
     """Ours (10), not the paper's: r_ŷ ∝ P_SFT(v | U) · CM(U, v)^γ at the W items that the beam of
     the SFT policy finds when the CM guides it, 0 at all others. For all contexts of rows: {context:
     (items (W,), shares (W,), which sum to 1, or to 0 if the beam found no new item)}."""
-    contexts = contexts_of(rows)
+    contexts = sorted(contexts_of(rows), key=lambda context: context[1])    # less padding
     print(f"  product: the beam at {len(contexts)} contexts, once for all methods", flush=True)
-    contexts.sort(key=lambda context: context[1])               # by length: less padding
     policy = copy.copy(policy)                                  # the original is not guided
     product = {}
     for i in tqdm(range(0, len(contexts), 256), "product", leave=False, disable=None):
@@ -543,35 +521,22 @@ def product_of(policy, rows, data, reward):
     return product
 
 # --- Training -------------------------------------------------------------------------------------
-def paths_of(policy, batch, items):
-    """One pass over the paths of items (C, J) → log_pf, log_probs, log_flow, as the losses need.
-    They are packed as branches, T·J in a row; batch as in `batches`: valid, ends (B, T)."""
-    J = items.shape[1]
-    packed = torch.zeros(*batch.valid.shape, J, dtype=torch.long)                   # (B, T, J)
-    packed[batch.valid] = items.cpu()
-    packed = packed.flatten(1)                                                      # (B, E = T·J)
-    log_probs, log_flow = policy(batch.tokens, batch.ends.repeat_interleave(J, 1), packed)
-    def at_contexts(x):
-        return x.unflatten(1, (-1, J))[batch.valid]                                 # (C, J, ...)
-    return SimpleNamespace(log_pf=at_contexts(policy.steps(log_probs, packed)),
-                           log_probs=at_contexts(log_probs), log_flow=at_contexts(log_flow))
-
 def loss_of(recipe, policy, reference, product, batch, reward, data, progress):
     """L = gr · L_GR(U, v) + λ · L_GFN, L_GFN a mean over trajectories. Without a loss: L_GR alone.
     reference: the frozen SFT policy, for S-DPO; product: r_ŷ by context, or {}; progress: the share
     of training that is done."""
     logged = batch.targets[batch.valid][:, None]                # (C, 1), in the order of contexts
     if not recipe.loss:
-        return -paths_of(policy, batch, logged).log_pf.sum(-1).mean()
+        return -policy(batch, logged).log_pf.sum(-1).mean()
     known = known_of(batch.contexts, data, reward, product)
     items = augmented(recipe, known, policy, progress)                              # (C, N)
     # The logged path τ_1 goes first if L_GR or S-DPO needs it, and with all samplers but "reward",
     # which draws it often (7).
     if recipe.gr or recipe.reference or recipe.sampler != "reward" or recipe.trajectories == 0:
         items = torch.cat([logged.to(items.device), items], 1)                      # (C, J)
-    paths = paths_of(policy, batch, items)
     # The paths come from a sampler, not from the policy: GFlowNet losses are off-policy. log Z(U)
     # is log F(s_0), s_0 the state after the history. The mean is over J paths of C contexts.
+    paths = policy(batch, items)
     device = paths.log_pf.device
     paths.log_r = known.r.gather(1, items).log().to(device)                         # (C, J)
     if recipe.exact:
@@ -579,19 +544,10 @@ def loss_of(recipe, policy, reference, product, batch, reward, data, progress):
         paths.log_flow = paths.child_flow.sum(-1).log()         # log F*(s); at s_0 log Z = log Σ R
     if recipe.reference:
         with torch.no_grad():
-            paths.reference = paths_of(reference, batch, items).log_pf              # (C, J, L)
-    L_GFN = recipe.loss(paths)
+            paths.reference = reference(batch, items).log_pf              # (C, J, L)
     # L_GR: next-token loss of the logged ID, the first path
     L_GR = -paths.log_pf[:, 0].sum(-1).mean() if recipe.gr else 0.0
-    return recipe.gr * L_GR + recipe.lam * L_GFN
-
-def optimizer_of(policy, rate, steps):
-    """AdamW and its schedule: a short warm-up to the peak rate, then a cosine down to 0."""
-    groups = [{"params": policy.lm.parameters()},
-              {"params": policy.flow_head.parameters(), "lr": 10 * rate}]           # log Z: fast
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
-    warm_up = min(200, steps // 10 + 1)
-    return optimizer, transformers.get_cosine_schedule_with_warmup(optimizer, warm_up, steps)
+    return recipe.gr * L_GR + recipe.lam * recipe.loss(paths)
 
 def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
     """The one training loop → the curve, a list of {"epoch", "loss", "ndcg@10"}, 0 being the start.
@@ -600,26 +556,29 @@ def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
     size = min(settings.batch, math.ceil(len(rows) / 20))       # small data: ~20 steps an epoch
     per_epoch = math.ceil(len(rows) / size)
     steps = epochs * per_epoch
-    optimizer, schedule = optimizer_of(policy, rate, steps)
+    groups = [{"params": policy.lm.parameters()},
+              {"params": policy.flow_head.parameters(), "lr": 10 * rate}]           # log Z: fast
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = transformers.get_cosine_schedule_with_warmup(    # up to the peak rate, down to 0
+        optimizer, min(200, steps // 10 + 1), steps)
     reference = copy.deepcopy(policy).eval()                    # frozen; in fine-tuning it is SFT
     product = {}
     if recipe.loss and recipe.reward == "product":              # kept: made once for all methods
-        reward.product = reward.product or product_of(reference, rows, data, reward)
-        product = reward.product
+        product = reward.product = reward.product or product_of(reference, rows, data, reward)
     curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, data)}]
     losses = []
     for epoch in range(1, epochs + 1):
         policy.train()
         epoch_seed = np.random.default_rng((seed, epoch)).integers(2 ** 63)
         torch.manual_seed(int(epoch_seed))                      # for dropout and samplers
-        order = np.random.default_rng((seed, epoch))
-        everything = batches(rows, data.train, size, policy, order)
+        rng = np.random.default_rng((seed, epoch))
+        everything = batches(rows, data.train, size, policy, rng)
         for batch in tqdm(everything, method, per_epoch, leave=False, disable=None):
-            loss = loss_of(recipe, policy, reference, product, batch, reward, data,
-                           len(losses) / steps)
+            progress = len(losses) / steps
+            loss = loss_of(recipe, policy, reference, product, batch, reward, data, progress)
             if not torch.isfinite(loss):
-                users = sorted({data.user_ids[user] for user, _ in batch.contexts})
-                message = f"{method}: loss {loss} at step {len(losses)}; users {', '.join(users)}"
+                users = ", ".join(sorted({data.user_ids[user] for user, _ in batch.contexts}))
+                message = f"{method}: loss {loss} at step {len(losses)}; users {users}"
                 raise FloatingPointError(message)
             optimizer.zero_grad()
             loss.backward()

@@ -3,15 +3,12 @@
 The CM counts which items follow which. It is fitted in a second, and hard to beat on small data.
 Letters: B users or contexts, n items.
 """
-import json
 import warnings
 from itertools import chain
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from tokenizer import cooccurrence
 
@@ -58,17 +55,6 @@ class CollaborativeModel(torch.nn.Module):
         self.options = options
         for name, table in tables.items():                      # index (2, nnz), value, count, …
             self.register_buffer(name, table)
-
-    def save(self, path):
-        """Write tables and options as one safetensors file."""
-        save_file(dict(self.named_buffers()), path, metadata={"options": json.dumps(self.options)})
-
-    @classmethod
-    def load(cls, path):
-        """The CollaborativeModel that save wrote."""
-        with safe_open(path, "pt") as file:
-            tables = {name: file.get_tensor(name) for name in file.keys()}
-            return cls(json.loads(file.metadata()["options"]), **tables)
 
     def scores(self, histories, following=None):
         """CM(U, ·) of B histories (lists of items, oldest first) → (B, n) ≥ 0, rows sum to 1.

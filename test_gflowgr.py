@@ -429,7 +429,9 @@ def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
 def test_packed_paths_and_beams_against_one_path_at_a_time(K, L):
     policy, everything = made(24, K, L), torch.arange(24).expand(5, 24)
     tokens, lengths = policy.tokens(HISTORIES)
-    log_flow = policy(tokens, lengths[:, None].expand(5, 24), everything)[1].detach()
+    ends = lengths[:, None]
+    batch = SimpleNamespace(tokens=tokens, ends=ends, valid=ends >= 0)
+    log_flow = policy(batch, everything).log_flow.detach()
     steps = policy.path_log_probs(HISTORIES, everything).detach()
     exact = [one_by_one(policy, history) for history in HISTORIES]
     close(steps, torch.stack([log_pf for log_pf, _ in exact]))
@@ -849,9 +851,11 @@ def packing(J):
     policy, log_r = random_policy(12000, 100), torch.randn(32, J)
     tokens = policy.tokens([list(range(u, u + 100)) for u in range(32)])[0]
     def tb(tokens, items):
-        log_probs, log_flow = policy(tokens, torch.full(items.shape, 100), items)
-        log_pf = policy.steps(log_probs, items).sum(-1).view(32, J)
-        gflowgr.trajectory_balance(log_flow[:, 0, 0].view(32, -1)[:, 0], log_pf, log_r).backward()
+        ends = torch.full((len(items), 1), 100)
+        paths = policy(SimpleNamespace(tokens=tokens, ends=ends, valid=ends > 0), items)
+        log_z = paths.log_flow[:, 0, 0].view(32, -1)[:, 0]
+        log_pf = paths.log_pf.sum(-1).view(32, J)
+        gflowgr.trajectory_balance(log_z, log_pf, log_r).backward()
         policy.optimizer.step()
     items, rows = torch.randint(12000, (32, J)), tokens.repeat_interleave(J, 0)
     return side_by_side(lambda: tb(tokens, items), lambda: tb(rows, items.view(-1, 1)))
