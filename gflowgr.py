@@ -137,11 +137,8 @@ def contexts_of(rows):
 
 def batches(rows, histories, size, policy, rng):
     """One epoch of batches in random order; rows of similar length together, for less padding.
-
     A batch: tokens (B, H) of the items read; targets (B, T); ends (B, T), how many items of its row
-    stand before each target; valid (B, T), False on padding; contexts, C pairs (user, place): those
-    of the valid targets, row by row.
-    """
+    stand before each target; valid (B, T), False on padding; contexts, C pairs (user, place)."""
     rows = [rows[r] for r in rng.permutation(len(rows))]
     groups = []
     for i in range(0, len(rows), 32 * size):
@@ -235,25 +232,22 @@ class Policy(torch.nn.Module):
         """The paths of items (C, J) at the C contexts of a batch (of `batches`: tokens (B, H), ends
         and valid (B, T)) → log_pf, log_probs, log_flow as the losses need them: see tb_loss."""
         ids = self.semantic_ids
-        device = ids.codes.device
+        tensors = (batch.tokens, batch.ends, batch.valid, items)
+        tokens, ends, valid, items = (x.to(ids.codes.device) for x in tensors)
+        H = tokens.shape[1]
         L = ids.num_levels
         K = ids.num_codes
         J = items.shape[1]
-        H = batch.tokens.shape[1]
-        packed = torch.zeros(*batch.valid.shape, J, dtype=torch.long)               # (B, T, J)
-        packed[batch.valid] = items.cpu()
-        packed = packed.flatten(1).to(device)                   # (B, E = T·J) the item of a branch
-        ends = batch.ends.repeat_interleave(J, 1).to(device)    # (B, E)
-        tokens = batch.tokens.to(device)
-        depth = torch.arange(L - 1, device=device)
-        branches = (ids.codes[packed][..., :-1] + depth * K).flatten(1)             # (B, E·(L-1))
-        history_places = torch.arange(H, device=device).expand_as(tokens)
-        branch_places = (ends[..., None] + 1 + depth).flatten(1)                    # (B, E·(L-1))
-        hidden = self.lm.transformer(                                               # (B, S, d)
-            torch.cat([tokens, branches], 1), attention_mask=tree_mask(ends, H, L)[:, None],
-            position_ids=torch.cat([history_places, branch_places], 1),
-            use_cache=False).last_hidden_state
-        root = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[2]))    # (B, E, d)
+        packed = items.new_zeros(*valid.shape, J)                                   # (B, T, J)
+        packed[valid] = items
+        packed = packed.flatten(1)                              # (B, E = T·J) the item of a branch
+        ends = ends.repeat_interleave(J, 1)                                         # (B, E)
+        codes = ids.codes[packed] + K * torch.arange(L, device=items.device)        # (B, E, L)
+        mask = tree_mask(ends, H, L)
+        hidden = self.lm.transformer(                           # a place is what it sees, less 1
+            torch.cat([tokens, codes[..., :-1].flatten(1)], 1), attention_mask=mask[:, None],
+            position_ids=(mask == 0).sum(-1) - 1, use_cache=False).last_hidden_state    # (B, S, d)
+        root = hidden.take_along_dim(ends[..., None], 1)                            # (B, E, d)
         later = hidden[:, H:].unflatten(1, (ends.shape[1], L - 1))                  # (B, E, L-1, d)
         prefixes = torch.cat([root[:, :, None], later], 2)                          # (B, E, L, d)
         # The output weights of a level are the embeddings of its codes. Slice the embedding once:
@@ -262,11 +256,10 @@ class Policy(torch.nn.Module):
         logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()            # (B, E, L, K)
         illegal = ids.next_node[ids.nodes[packed][..., :-1]] < 0
         log_probs = logits.masked_fill(illegal, NEVER).log_softmax(-1)
-        found = {"log_pf": log_probs.gather(-1, ids.codes[packed][..., None])[..., 0],
-                 "log_probs": log_probs, "log_flow": self.flow_head(prefixes)[..., 0]}
-        for name, x in found.items():
-            found[name] = x.unflatten(1, (-1, J))[batch.valid]                      # (C, J, L …)
-        return SimpleNamespace(**found)
+        log_flow = self.flow_head(prefixes)[..., 0]                                 # (B, E, L)
+        log_probs, log_flow = (x.unflatten(1, (-1, J))[valid] for x in (log_probs, log_flow))
+        log_pf = log_probs.gather(-1, ids.codes[items][..., None])[..., 0]          # (C, J, L)
+        return SimpleNamespace(log_pf=log_pf, log_probs=log_probs, log_flow=log_flow)
 
     def path_log_probs(self, histories, items):
         """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L)."""
@@ -361,12 +354,8 @@ class Policy(torch.nn.Module):
 
 # --- Losses: pure functions of tensors, natural logs ----------------------------------------------
 def trajectory_balance(log_z, log_pf, log_r):
-    """TB of J paths a user: log Z(U) (B,), Σ_l log P_F (B, J), log R (B, J) → scalar.
-
-    >>> log_pf, log_r = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
-    >>> round(trajectory_balance(torch.zeros(1), log_pf, log_r).item(), 4)   # (0 + (log 1/2)²) / 2
-    0.2402
-    """
+    """TB of J paths a user: log Z(U) (B,), Σ_l log P_F (B, J), log R (B, J) → scalar. One user,
+    Z = 1, P_F = 1/2 and 1/4, R = 1/2 and 1/2: (0² + (log 1/2)²) / 2 = .2402."""
     # mean of (log Z(U) + Σ_l log P_F(s_{l+1} | s_l) − log R(s_L))²; P_B is 1 on a tree
     return (log_z[:, None] + log_pf - log_r).square().mean()
 
@@ -438,11 +427,11 @@ RECIPES = {
 SAMPLERS = ["session", "random", "curriculum", "policy", "reward", "even"]
 
 # --- The adaptive trajectory sampler: which items to learn from beside the logged one -------------
-def known_of(contexts, data, reward, product=None):
+def known_of(contexts, data, reward, kind="sum"):
     """What is known at C training contexts (user, place): logged, C lists of the user's training
     items; histories, C lists of those before the place; positives (C,), the targets; scores (C, n)
-    of the CM, less what this user's later items have added; r (C, n), R.
-    product: what product_of (below) returned, for r_ŷ; without it r_ŷ is the scores."""
+    of the CM, less what this user's later items have added; r (C, n), R of this kind: r_ŷ is the
+    scores, or with "product" what product_of has found."""
     logged = [data.train[user] for user, _ in contexts]
     histories = [data.train[user][:place] for user, place in contexts]
     following = [data.train[user][place:] for user, place in contexts]
@@ -451,8 +440,8 @@ def known_of(contexts, data, reward, product=None):
     liked = torch.tensor([data.liked[user][place] for user, place in contexts], device=device)
     scores = reward.cm.scores(histories, following).to(device)
     signal = scores                                             # r_ŷ
-    if product:
-        items, shares = map(torch.stack, zip(*[product[context] for context in contexts]))
+    if kind == "product":
+        items, shares = map(torch.stack, zip(*[reward.product[context] for context in contexts]))
         signal = torch.zeros_like(scores)
         signal.scatter_add_(1, items.to(device), shares.to(device))                 # both (C, W)
     return SimpleNamespace(logged=logged, histories=histories, positives=positives, scores=scores,
@@ -477,7 +466,6 @@ def augmented(recipe, known, policy, progress):
     """The N augmented items (C, N) of each context, by the sampler of the recipe.
     known: what known_of returns; progress: the share of training that is done."""
     count = recipe.trajectories
-    own = entries(known.logged)
     positives = known.positives[:, None]
     if count == 0:                                              # without augmentation
         return positives[:, :0]
@@ -493,13 +481,13 @@ def augmented(recipe, known, policy, progress):
     weight = known.r                                            # "reward", ours (7): P ∝ R
     if recipe.sampler == "even":                                # for --oracle: P ∝ R/Z + 1/n
         weight = weight / weight.sum(1, keepdim=True) + 1 / weight.shape[1]
-    elif recipe.sampler == "session":                           # others of the user's own items
-        weight = torch.zeros_like(weight)
-        weight[own] = 1
-        weight.scatter_(1, positives, 1e-6)                     # the positive if there is no other
     elif recipe.sampler == "random":                            # any unobserved items
         weight = torch.ones_like(weight)
-        weight[own] = 1e-12
+        weight[entries(known.logged)] = 1e-12
+    elif recipe.sampler == "session":                           # others of the user's own items
+        weight = torch.zeros_like(weight)
+        weight[entries(known.logged)] = 1
+        weight.scatter_(1, positives, 1e-6)                     # the positive if there is no other
     # Draw at least two: torch is slower for one
     return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
 
@@ -521,14 +509,13 @@ def product_of(policy, rows, data, reward):
     return product
 
 # --- Training -------------------------------------------------------------------------------------
-def loss_of(recipe, policy, reference, product, batch, reward, data, progress):
+def loss_of(recipe, policy, reference, batch, reward, data, progress):
     """L = gr · L_GR(U, v) + λ · L_GFN, L_GFN a mean over trajectories. Without a loss: L_GR alone.
-    reference: the frozen SFT policy, for S-DPO; product: r_ŷ by context, or {}; progress: the share
-    of training that is done."""
+    reference: the frozen SFT policy, for S-DPO; progress: the share of training that is done."""
     logged = batch.targets[batch.valid][:, None]                # (C, 1), in the order of contexts
     if not recipe.loss:
         return -policy(batch, logged).log_pf.sum(-1).mean()
-    known = known_of(batch.contexts, data, reward, product)
+    known = known_of(batch.contexts, data, reward, recipe.reward)
     items = augmented(recipe, known, policy, progress)                              # (C, N)
     # The logged path τ_1 goes first if L_GR or S-DPO needs it, and with all samplers but "reward",
     # which draws it often (7).
@@ -562,9 +549,8 @@ def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
     schedule = transformers.get_cosine_schedule_with_warmup(    # up to the peak rate, down to 0
         optimizer, min(200, steps // 10 + 1), steps)
     reference = copy.deepcopy(policy).eval()                    # frozen; in fine-tuning it is SFT
-    product = {}
     if recipe.loss and recipe.reward == "product":              # kept: made once for all methods
-        product = reward.product = reward.product or product_of(reference, rows, data, reward)
+        reward.product = reward.product or product_of(reference, rows, data, reward)
     curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, data)}]
     losses = []
     for epoch in range(1, epochs + 1):
@@ -575,7 +561,7 @@ def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
         everything = batches(rows, data.train, size, policy, rng)
         for batch in tqdm(everything, method, per_epoch, leave=False, disable=None):
             progress = len(losses) / steps
-            loss = loss_of(recipe, policy, reference, product, batch, reward, data, progress)
+            loss = loss_of(recipe, policy, reference, batch, reward, data, progress)
             if not torch.isfinite(loss):
                 users = ", ".join(sorted({data.user_ids[user] for user, _ in batch.contexts}))
                 message = f"{method}: loss {loss} at step {len(losses)}; users {users}"

@@ -429,8 +429,7 @@ def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
 def test_packed_paths_and_beams_against_one_path_at_a_time(K, L):
     policy, everything = made(24, K, L), torch.arange(24).expand(5, 24)
     tokens, lengths = policy.tokens(HISTORIES)
-    ends = lengths[:, None]
-    batch = SimpleNamespace(tokens=tokens, ends=ends, valid=ends >= 0)
+    batch = SimpleNamespace(tokens=tokens, ends=lengths[:, None], valid=lengths[:, None] >= 0)
     log_flow = policy(batch, everything).log_flow.detach()
     steps = policy.path_log_probs(HISTORIES, everything).detach()
     exact = [one_by_one(policy, history) for history in HISTORIES]
@@ -538,14 +537,14 @@ def reward_by_hand(job, reference, past, after):
 def test_the_whole_loss_against_one_path_at_a_time(method, change, K, L, tiny, monkeypatch):
     flags = ["--weights=.4,.4,.2", "--debias=.5", f"--codes={K}", f"--levels={L}"]
     _, data, _, ids, job = prepared(*tiny, *flags)
-    recipe = replace(RECIPES[method], **change)
+    recipe = replace(RECIPES[method], **{"reward": "sum", **change})
     data.liked = [[item % 3 > 0 for item in history] for history in data.histories]
     policy, reference = (made(ids=ids, seed=seed) for seed in (0, 1))
     rows, drawn, augmented = gflowgr.training_rows(data.train, 4), [], gflowgr.augmented
     batch = next(gflowgr.batches(rows, data.train, 5, policy, np.random.default_rng(0)))
     monkeypatch.setattr(gflowgr, "augmented", lambda *x: drawn.append(augmented(*x)) or drawn[0])
-    product = gflowgr.product_of(reference, rows, data, job) if "reward" in change else {}
-    found = gflowgr.loss_of(recipe, policy, reference, product, batch, job, data, 0.5)
+    job.product = gflowgr.product_of(reference, rows, data, job) if "reward" in change else {}
+    found = gflowgr.loss_of(recipe, policy, reference, batch, job, data, 0.5)
     begin = {(user, i): start for user, start, *targets in rows for i in range(*targets)}
     L_GR, L_GFN, codes = 0, 0, ids.codes.tolist()
     for c, (user, place) in enumerate(batch.contexts):
@@ -557,7 +556,7 @@ def test_the_whole_loss_against_one_path_at_a_time(method, change, K, L, tiny, m
             continue
         alone = recipe.gr == 0 and recipe.sampler == "reward" and recipe.trajectories > 0
         paths = after[:1 - alone] + drawn[0][c].tolist()
-        R = reward_by_hand(job, reference if product else None, past, after)
+        R = reward_by_hand(job, reference if job.product else None, past, after)
         below = torch.tensor([[R[[w for w, x in enumerate(codes) if x[:l] == code[:l]]].sum()
                                for l in range(L + 1)] for code in codes])       # exact flows
         if recipe.exact:
@@ -869,9 +868,10 @@ def steps_of(methods, train, policy, size):
     four = [*itertools.islice(gflowgr.batches(rows, train, size, policy, rng), 4)]
     def run(recipe):
         for batch in four:
-            gflowgr.loss_of(recipe, policy, frozen, {}, batch, job, data, 0.5).backward()
+            gflowgr.loss_of(recipe, policy, frozen, batch, job, data, 0.5).backward()
             policy.optimizer.step()
-    return side_by_side(*(functools.partial(run, RECIPES[method]) for method in methods))
+    recipes = [replace(RECIPES[method], reward="sum") for method in methods]
+    return side_by_side(*(functools.partial(run, recipe) for recipe in recipes))
 
 def speed():                                  # seconds of two things, their ratio, what is asked
     def line(what, one, other, asked=""):
