@@ -137,8 +137,8 @@ def contexts_of(rows):
 
 def batches(rows, histories, size, policy, rng):
     """One epoch of batches in random order; rows of similar length together, for less padding.
-    A batch: tokens (B, H) of the items read; targets (B, T); ends (B, T), how many items of its row
-    stand before each target; valid (B, T), False on padding; contexts, C pairs (user, place)."""
+    A batch: tokens (B, H) of the items read; ends (B, T), how many of its row's items stand before
+    each target, −1 on padding; contexts, a pair (user, place) for each of the C targets."""
     rows = [rows[r] for r in rng.permutation(len(rows))]
     groups = []
     for i in range(0, len(rows), 32 * size):
@@ -147,20 +147,17 @@ def batches(rows, histories, size, policy, rng):
     for g in rng.permutation(len(groups)):
         chosen = groups[g]
         tokens, _ = policy.tokens([histories[row.user][row.start:row.stop - 1] for row in chosen])
-        targets = pad([histories[row.user][row.first:row.stop] for row in chosen], -1)
-        ends = pad([range(row.first - row.start, row.stop - row.start) for row in chosen], 0)
-        yield SimpleNamespace(tokens=tokens, targets=targets.clamp(min=0), ends=ends,
-                              valid=targets >= 0, contexts=contexts_of(chosen))
+        ends = pad([range(row.first - row.start, row.stop - row.start) for row in chosen], -1)
+        yield SimpleNamespace(tokens=tokens, ends=ends, contexts=contexts_of(chosen))
 
 # --- The policy: P_F(next code | user, codes so far) ----------------------------------------------
 def tree_mask(ends, H, L):
     """Which places see which in a packed row: floats (B, S, S), 0 where i sees j, else NEVER.
 
-    A row is H tokens of history, <user> first, then E branches of L−1 codes: S = H + E·(L−1).
-    Branch e of row b continues the first ends[b, e] items of the history (ends (B, E)): it sees the
-    places 0 … ends[b, e]. A place of the history sees itself and all before it, never a branch. A
-    code sees its own branch up to itself. <user> a b, with branch c d after a, and e f after b:
-
+    A row is H tokens of history, <user> first, then E branches of L−1 codes: S = H + E·(L−1). All
+    see themselves and what is before them in the history, or in their own branch; branch e of row b
+    also the places 0 … ends[b, e] of the history (ends (B, E)), after which it stands.
+    <user> a b, with branch c d after a, and e f after b:
     >>> for place, row in zip("uabcdef", tree_mask(torch.tensor([[1, 2]]), H=3, L=3)[0]):
     ...     print(place, *["1" if x == 0 else "." for x in row])
     u 1 . . . . . .
@@ -183,8 +180,7 @@ class Policy(torch.nn.Module):
 
     Tokens: code c of level l is l·K + c; L·K is <user>, which opens every row; L·K + 1 + i is
     catalogue item i in a history, one token (2). A row is a packed tree: the history once, then
-    branches. A branch is the first L−1 codes of a path: the last code is predicted, but is no
-    input. One pass scores all the paths.
+    branches, the first L−1 codes of paths. One pass scores all: the last code is no input.
     """
 
     def __init__(self, semantic_ids, window=20, width=128, layers=3, dropout=0.2, lm=None):
@@ -224,24 +220,25 @@ class Policy(torch.nn.Module):
             vector = vector - mean[code]                        # what is left for the next level
 
     def tokens(self, histories):
-        """(B, H) tokens of the last `window` items, <user> first, padded right; (B,) lengths."""
+        """Tokens (B, H) of the last `window` items, <user> first, padded right; counts (B, 1)."""
         rows = [[-1, *history[-self.window:]] for history in histories]     # −1 becomes <user>
-        return pad(rows, -1) + self.user_token + 1, torch.tensor([len(row) - 1 for row in rows])
+        return pad(rows, -1) + self.user_token + 1, torch.tensor([[len(row) - 1] for row in rows])
 
-    def forward(self, batch, items):
-        """The paths of items (C, J) at the C contexts of a batch (of `batches`: tokens (B, H), ends
-        and valid (B, T)) → log_pf, log_probs, log_flow as the losses need them: see tb_loss."""
+    def forward(self, tokens, ends, items):
+        """log P_F and log F along J paths at each of C contexts → log_pf (C, J, L), log_probs
+        (C, J, L, K), log_flow (C, J, L), explained above tb_loss. tokens (B, H), ends (B, T): as of
+        `batches`; items (C, J): the paths end there. Illegal codes have log P_F NEVER."""
         ids = self.semantic_ids
-        tensors = (batch.tokens, batch.ends, batch.valid, items)
-        tokens, ends, valid, items = (x.to(ids.codes.device) for x in tensors)
+        tokens, ends, items = (x.to(ids.codes.device) for x in (tokens, ends, items))
         H = tokens.shape[1]
         L = ids.num_levels
         K = ids.num_codes
         J = items.shape[1]
-        packed = items.new_zeros(*valid.shape, J)                                   # (B, T, J)
+        valid = ends >= 0
+        packed = items.new_zeros(*ends.shape, J)                                    # (B, T, J)
         packed[valid] = items
         packed = packed.flatten(1)                              # (B, E = T·J) the item of a branch
-        ends = ends.repeat_interleave(J, 1)                                         # (B, E)
+        ends = ends.clamp(min=0).repeat_interleave(J, 1)                            # (B, E)
         codes = ids.codes[packed] + K * torch.arange(L, device=items.device)        # (B, E, L)
         mask = tree_mask(ends, H, L)
         hidden = self.lm.transformer(                           # a place is what it sees, less 1
@@ -263,26 +260,21 @@ class Policy(torch.nn.Module):
 
     def path_log_probs(self, histories, items):
         """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L)."""
-        tokens, lengths = self.tokens(histories)
-        ends = lengths[:, None]
-        batch = SimpleNamespace(tokens=tokens, ends=ends, valid=ends >= 0)
-        return self(batch, torch.as_tensor(items)).log_pf
+        return self(*self.tokens(histories), torch.as_tensor(items)).log_pf
 
     @torch.no_grad()
     def recommend(self, histories, k=10, beams=None):
         """The k best items of B histories: items (B, k), best first, and their scores (B, k).
+        Never an item of the history, never a duplicate; −1 and −inf where the beam holds no more.
 
         Beam search over legal codes: the score of a prefix is Σ log P_F of its codes, and the best
-        max(beams, k) prefixes of a user go on to the next level; beams=None: self.beams. Never an
-        item of the history, never a duplicate; −1 and −inf where the beam holds no more; exact with
-        enough beams. With self.cm (9), F of CM^γ is added to a prefix's score, as a log: the score
-        of an item is then log P_F + γ · log CM.
+        max(beams or self.beams, k) of a user go on to the next level. With self.cm (9), log F of
+        CM^γ is added to the score of a prefix: that of an item is then log P_F + γ · log CM.
         """
         ids = self.semantic_ids
         K = ids.num_codes
         beams = max(beams or self.beams, k)
         tokens, lengths = (x.to(ids.codes.device) for x in self.tokens(histories))
-        lengths = lengths[:, None]                                                  # (B, W = 1)
         cache = DynamicCache()
         hidden = self.lm.transformer(tokens, cache).last_hidden_state   # (B, H, d); fills the cache
         hidden = hidden.take_along_dim(lengths[..., None], 1)                       # (B, W = 1, d)
@@ -449,12 +441,10 @@ def known_of(contexts, data, reward, kind="sum"):
 
 def curriculum(scores, logged, count, progress):
     """N = count unobserved items a context (C, N): low CM scores early in training, high ones late.
-
     scores (C, n) of the CM, logged C lists, progress in [0, 1]. Draw 2N−1 items, item i with
     P ∝ scores[i]/2 + 1/(2n), unlogged ones alone; sort them from low to high score; keep N
     neighbours from place round(progress · (N−1)) on. The term 1/(2n) is ours (6): if log R − log P
-    is alike for all drawn items, log Z alone can fit it, and P does not learn.
-    """
+    is alike for all drawn items, log Z alone can fit it, and P does not learn."""
     weight = 0.5 * scores + 0.5 / scores.shape[1]
     weight[entries(logged)] = 1e-12                             # not 0: all items may be logged
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -492,9 +482,9 @@ def augmented(recipe, known, policy, progress):
     return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
 
 def product_of(policy, rows, data, reward):
-    """Ours (10), not the paper's: r_ŷ ∝ P_SFT(v | U) · CM(U, v)^γ at the W items that the beam of
-    the SFT policy finds when the CM guides it, 0 at all others. For all contexts of rows: {context:
-    (items (W,), shares (W,), which sum to 1, or to 0 if the beam found no new item)}."""
+    """Ours (10): r_ŷ ∝ P_SFT(v | U) · CM(U, v)^γ at the W items that the SFT policy's beam finds if
+    the CM guides it, else 0. For all contexts of rows: {context: (items (W,), shares (W,))}; shares
+    sum to 1, or to 0 if the beam found no new item."""
     contexts = sorted(contexts_of(rows), key=lambda context: context[1])    # less padding
     print(f"  product: the beam at {len(contexts)} contexts, once for all methods", flush=True)
     policy = copy.copy(policy)                                  # the original is not guided
@@ -512,18 +502,18 @@ def product_of(policy, rows, data, reward):
 def loss_of(recipe, policy, reference, batch, reward, data, progress):
     """L = gr · L_GR(U, v) + λ · L_GFN, L_GFN a mean over trajectories. Without a loss: L_GR alone.
     reference: the frozen SFT policy, for S-DPO; progress: the share of training that is done."""
-    logged = batch.targets[batch.valid][:, None]                # (C, 1), in the order of contexts
     if not recipe.loss:
-        return -policy(batch, logged).log_pf.sum(-1).mean()
+        logged = torch.tensor([[data.train[user][place]] for user, place in batch.contexts])
+        return -policy(batch.tokens, batch.ends, logged).log_pf.sum(-1).mean()
     known = known_of(batch.contexts, data, reward, recipe.reward)
     items = augmented(recipe, known, policy, progress)                              # (C, N)
     # The logged path τ_1 goes first if L_GR or S-DPO needs it, and with all samplers but "reward",
     # which draws it often (7).
     if recipe.gr or recipe.reference or recipe.sampler != "reward" or recipe.trajectories == 0:
-        items = torch.cat([logged.to(items.device), items], 1)                      # (C, J)
+        items = torch.cat([known.positives[:, None], items], 1)                     # (C, J)
     # The paths come from a sampler, not from the policy: GFlowNet losses are off-policy. log Z(U)
     # is log F(s_0), s_0 the state after the history. The mean is over J paths of C contexts.
-    paths = policy(batch, items)
+    paths = policy(batch.tokens, batch.ends, items)
     device = paths.log_pf.device
     paths.log_r = known.r.gather(1, items).log().to(device)                         # (C, J)
     if recipe.exact:
@@ -531,9 +521,8 @@ def loss_of(recipe, policy, reference, batch, reward, data, progress):
         paths.log_flow = paths.child_flow.sum(-1).log()         # log F*(s); at s_0 log Z = log Σ R
     if recipe.reference:
         with torch.no_grad():
-            paths.reference = reference(batch, items).log_pf              # (C, J, L)
-    # L_GR: next-token loss of the logged ID, the first path
-    L_GR = -paths.log_pf[:, 0].sum(-1).mean() if recipe.gr else 0.0
+            paths.reference = reference(batch.tokens, batch.ends, items).log_pf     # (C, J, L)
+    L_GR = -paths.log_pf[:, 0].sum(-1).mean() if recipe.gr else 0.0    # of the first, logged path
     return recipe.gr * L_GR + recipe.lam * recipe.loss(paths)
 
 def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
@@ -555,10 +544,9 @@ def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
     losses = []
     for epoch in range(1, epochs + 1):
         policy.train()
-        epoch_seed = np.random.default_rng((seed, epoch)).integers(2 ** 63)
-        torch.manual_seed(int(epoch_seed))                      # for dropout and samplers
-        rng = np.random.default_rng((seed, epoch))
-        everything = batches(rows, data.train, size, policy, rng)
+        # One seed for dropout and samplers, and for the order of the rows
+        torch.manual_seed(int(np.random.default_rng((seed, epoch)).integers(2 ** 63)))
+        everything = batches(rows, data.train, size, policy, np.random.default_rng((seed, epoch)))
         for batch in tqdm(everything, method, per_epoch, leave=False, disable=None):
             progress = len(losses) / steps
             loss = loss_of(recipe, policy, reference, batch, reward, data, progress)

@@ -415,11 +415,11 @@ def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
         orders.append([])
         for batch in gflowgr.batches(rows, histories, 3, policy, np.random.default_rng(seed)):
             assert len(batch.tokens) <= 3 and (batch.tokens[:, 0] == policy.user_token).all()
-            for (b, t), (user, place) in zip(batch.valid.nonzero(), batch.contexts, strict=True):
+            targets = (batch.ends >= 0).nonzero()
+            for (b, t), (user, place) in zip(targets, batch.contexts, strict=True):
                 end = batch.ends[b, t].item()
                 read = batch.tokens[b, 1:end + 1] - policy.user_token - 1
                 assert read.tolist() == histories[user][place - end:place]
-                assert batch.targets[b, t] == histories[user][place]
                 assert min(place, max(1, window // 2)) <= end <= window
             orders[-1] += batch.contexts
         assert len({*orders[-1]}) == len(orders[-1]) == sum(map(len, histories))
@@ -428,9 +428,7 @@ def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
 @pytest.mark.parametrize("K, L", [(24, 1), (5, 2), (4, 3), (3, 4), (2, 5), (2, 6)])
 def test_packed_paths_and_beams_against_one_path_at_a_time(K, L):
     policy, everything = made(24, K, L), torch.arange(24).expand(5, 24)
-    tokens, lengths = policy.tokens(HISTORIES)
-    batch = SimpleNamespace(tokens=tokens, ends=lengths[:, None], valid=lengths[:, None] >= 0)
-    log_flow = policy(batch, everything).log_flow.detach()
+    log_flow = policy(*policy.tokens(HISTORIES), everything).log_flow.detach()
     steps = policy.path_log_probs(HISTORIES, everything).detach()
     exact = [one_by_one(policy, history) for history in HISTORIES]
     close(steps, torch.stack([log_pf for log_pf, _ in exact]))
@@ -850,11 +848,9 @@ def packing(J):
     policy, log_r = random_policy(12000, 100), torch.randn(32, J)
     tokens = policy.tokens([list(range(u, u + 100)) for u in range(32)])[0]
     def tb(tokens, items):
-        ends = torch.full((len(items), 1), 100)
-        paths = policy(SimpleNamespace(tokens=tokens, ends=ends, valid=ends > 0), items)
-        log_z = paths.log_flow[:, 0, 0].view(32, -1)[:, 0]
+        paths = policy(tokens, torch.full((len(items), 1), 100), items)
         log_pf = paths.log_pf.sum(-1).view(32, J)
-        gflowgr.trajectory_balance(log_z, log_pf, log_r).backward()
+        gflowgr.trajectory_balance(paths.log_flow.view(32, -1)[:, 0], log_pf, log_r).backward()
         policy.optimizer.step()
     items, rows = torch.randint(12000, (32, J)), tokens.repeat_interleave(J, 0)
     return side_by_side(lambda: tb(tokens, items), lambda: tb(rows, items.view(-1, 1)))
