@@ -144,8 +144,8 @@ def batches(rows, histories, size, policy, rng):
     for i in range(0, len(rows), 32 * size):
         chunk = sorted(rows[i:i + 32 * size], key=lambda row: row.stop - row.start)
         groups += [chunk[j:j + size] for j in range(0, len(chunk), size)]
-    for g in rng.permutation(len(groups)):
-        chosen = groups[g]
+    rng.shuffle(groups)
+    for chosen in groups:
         tokens, _ = policy.tokens([histories[row.user][row.start:row.stop - 1] for row in chosen])
         ends = pad([range(row.first - row.start, row.stop - row.start) for row in chosen], -1)
         yield SimpleNamespace(tokens=tokens, ends=ends, contexts=contexts_of(chosen))
@@ -235,8 +235,7 @@ class Policy(torch.nn.Module):
         K = ids.num_codes
         J = items.shape[1]
         valid = ends >= 0
-        packed = items.new_zeros(*ends.shape, J)                                    # (B, T, J)
-        packed[valid] = items
+        packed = items.new_zeros(*ends.shape, J).masked_scatter(valid[..., None], items)
         packed = packed.flatten(1)                              # (B, E = T·J) the item of a branch
         ends = ends.clamp(min=0).repeat_interleave(J, 1)                            # (B, E)
         codes = ids.codes[packed] + K * torch.arange(L, device=items.device)        # (B, E, L)
@@ -268,8 +267,8 @@ class Policy(torch.nn.Module):
         Never an item of the history, never a duplicate; −1 and −inf where the beam holds no more.
 
         Beam search over legal codes: the score of a prefix is Σ log P_F of its codes, and the best
-        max(beams or self.beams, k) of a user go on to the next level. With self.cm (9), log F of
-        CM^γ is added to the score of a prefix: that of an item is then log P_F + γ · log CM.
+        max(beams or self.beams, k) of a user go on to the next level: exact with enough beams. With
+        self.cm (9), log F of CM^γ is added: the score of an item is log P_F + γ · log CM.
         """
         ids = self.semantic_ids
         K = ids.num_codes
@@ -291,13 +290,13 @@ class Policy(torch.nn.Module):
             # masked_fill_, add_: in place, since (B, W, K) is as large as a block of the model
             total = (hidden @ head.T).masked_fill_(child < 0, NEVER).log_softmax(-1)
             total = total.add_(score[..., None]).flatten(1)                         # (B, W·K)
-            child = child.flatten(1).clamp(min=0)               # 0, the root, where illegal
+            child = child.flatten(1)
             value = total                                       # what beams compete by
             if self.cm is not None:
-                value = total + log_flow.gather(1, child)       # illegal: still NEVER
-            if level == ids.num_levels - 1:                     # the children are items
+                value = total + log_flow.gather(1, child.clamp(min=0))      # illegal: still NEVER
+            if level == ids.num_levels - 1:                     # children are items, node P + i
                 scores = value.new_full((len(value), ids.num_prefixes + len(ids.codes)), -math.inf)
-                scores.scatter_(1, child, value)
+                scores.scatter_(1, child.clamp(min=0), value)   # illegal: to the root, unused
                 return best_unseen(scores[:, ids.num_prefixes:], histories, k)
             best = value.topk(min(beams, value.shape[1]), 1).indices                # (B, W)
             score = total.gather(1, best)

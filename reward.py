@@ -84,9 +84,8 @@ class CollaborativeModel(torch.nn.Module):
         owned = entries([set(history) for history in histories])
         scores[owned] = 0
         popular = (self.count + 1.0) / (self.count + 1.0).sum()                     # (n,)
-        had = torch.zeros(len(histories), device=device)        # Σ of popular over the history
         rows = torch.tensor(owned[0], dtype=torch.long, device=device)
-        had.index_add_(0, rows, popular[owned[1]])
+        had = torch.bincount(rows, popular[owned[1]], len(histories))   # Σ popular over the history
         total = scores.sum(1)                                                       # (B,)
         s = torch.where(total > 0, self.popularity, 1.0)                            # (B,)
         # (1 − s) · score / total + s · popular / (1 − had), 0 at the history

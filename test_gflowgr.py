@@ -415,8 +415,8 @@ def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
         orders.append([])
         for batch in gflowgr.batches(rows, histories, 3, policy, np.random.default_rng(seed)):
             assert len(batch.tokens) <= 3 and (batch.tokens[:, 0] == policy.user_token).all()
-            targets = (batch.ends >= 0).nonzero()
-            for (b, t), (user, place) in zip(targets, batch.contexts, strict=True):
+            found = (batch.ends >= 0).nonzero()
+            for (b, t), (user, place) in zip(found, batch.contexts, strict=True):
                 end = batch.ends[b, t].item()
                 read = batch.tokens[b, 1:end + 1] - policy.user_token - 1
                 assert read.tolist() == histories[user][place - end:place]
