@@ -154,9 +154,9 @@ def batches(rows, histories, size, policy, rng):
 def tree_mask(ends, H, L):
     """Which places see which in a packed row: floats (B, S, S), 0 where i sees j, else NEVER.
 
-    A row is H tokens of history, <user> first, then E branches of L−1 codes: S = H + E·(L−1). All
-    see themselves and what is before them in the history, or in their own branch; branch e of row b
-    also the places 0 … ends[b, e] of the history (ends (B, E)), after which it stands.
+    A row is H tokens of history, <user> first, then E branches of L−1 codes: S = H + E·(L−1). A
+    place of the history sees itself and all before it. A code sees its own branch up to itself, and
+    the places 0 … ends[b, e] of the history (ends (B, E)), which branch e of row b continues.
     <user> a b, with branch c d after a, and e f after b:
     >>> for place, row in zip("uabcdef", tree_mask(torch.tensor([[1, 2]]), H=3, L=3)[0]):
     ...     print(place, *["1" if x == 0 else "." for x in row])
@@ -225,9 +225,9 @@ class Policy(torch.nn.Module):
         return pad(rows, -1) + self.user_token + 1, torch.tensor([[len(row) - 1] for row in rows])
 
     def forward(self, tokens, ends, items):
-        """log P_F and log F along J paths at each of C contexts → log_pf (C, J, L), log_probs
-        (C, J, L, K), log_flow (C, J, L), explained above tb_loss. tokens (B, H), ends (B, T): as of
-        `batches`; items (C, J): the paths end there. Illegal codes have log P_F NEVER."""
+        """J paths at each of C contexts → log_pf (C, J, L), log_probs (C, J, L, K), NEVER where a
+        code is illegal, and log_flow (C, J, L): see tb_loss. tokens (B, H), ends (B, T): those of
+        `batches`; items (C, J), where the paths lead, row by row for each end ≥ 0."""
         ids = self.semantic_ids
         tokens, ends, items = (x.to(ids.codes.device) for x in (tokens, ends, items))
         H = tokens.shape[1]
@@ -240,7 +240,7 @@ class Policy(torch.nn.Module):
         ends = ends.clamp(min=0).repeat_interleave(J, 1)                            # (B, E)
         codes = ids.codes[packed] + K * torch.arange(L, device=items.device)        # (B, E, L)
         mask = tree_mask(ends, H, L)
-        hidden = self.lm.transformer(                           # a place is what it sees, less 1
+        hidden = self.lm.transformer(                           # position: places seen, less 1
             torch.cat([tokens, codes[..., :-1].flatten(1)], 1), attention_mask=mask[:, None],
             position_ids=(mask == 0).sum(-1) - 1, use_cache=False).last_hidden_state    # (B, S, d)
         root = hidden.take_along_dim(ends[..., None], 1)                            # (B, E, d)
@@ -452,8 +452,7 @@ def curriculum(scores, logged, count, progress):
     return ranked[:, start:start + count]
 
 def augmented(recipe, known, policy, progress):
-    """The N augmented items (C, N) of each context, by the sampler of the recipe.
-    known: what known_of returns; progress: the share of training that is done."""
+    """The N augmented items (C, N) of each context by the recipe's sampler; known: of known_of."""
     count = recipe.trajectories
     positives = known.positives[:, None]
     if count == 0:                                              # without augmentation
@@ -484,7 +483,7 @@ def product_of(policy, rows, data, reward):
     """Ours (10): r_ŷ ∝ P_SFT(v | U) · CM(U, v)^γ at the W items that the SFT policy's beam finds if
     the CM guides it, else 0. For all contexts of rows: {context: (items (W,), shares (W,))}; shares
     sum to 1, or to 0 if the beam found no new item."""
-    contexts = sorted(contexts_of(rows), key=lambda context: context[1])    # less padding
+    contexts = sorted(contexts_of(rows), key=lambda context: context[1])  # by length: less padding
     print(f"  product: the beam at {len(contexts)} contexts, once for all methods", flush=True)
     policy = copy.copy(policy)                                  # the original is not guided
     product = {}

@@ -415,12 +415,11 @@ def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
         orders.append([])
         for batch in gflowgr.batches(rows, histories, 3, policy, np.random.default_rng(seed)):
             assert len(batch.tokens) <= 3 and (batch.tokens[:, 0] == policy.user_token).all()
-            found = (batch.ends >= 0).nonzero()
-            for (b, t), (user, place) in zip(found, batch.contexts, strict=True):
+            for (b, t), (user, i) in zip((batch.ends >= 0).nonzero(), batch.contexts, strict=True):
                 end = batch.ends[b, t].item()
                 read = batch.tokens[b, 1:end + 1] - policy.user_token - 1
-                assert read.tolist() == histories[user][place - end:place]
-                assert min(place, max(1, window // 2)) <= end <= window
+                assert read.tolist() == histories[user][i - end:i]
+                assert min(i, max(1, window // 2)) <= end <= window
             orders[-1] += batch.contexts
         assert len({*orders[-1]}) == len(orders[-1]) == sum(map(len, histories))
     assert orders[0] == orders[1] != orders[2]
