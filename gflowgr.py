@@ -168,11 +168,10 @@ def tree_mask(ends, H, L):
     e 1 1 1 . . 1 .
     f 1 1 1 . . 1 1
     """
-    branch = torch.arange(1, ends.shape[1] + 1, device=ends.device).repeat_interleave(L - 1)
-    branch = F.pad(branch, (H, 0))                              # (S,), 0 for the history
-    own = (branch[:, None] == branch).tril()                    # (S, S) itself, and before it
-    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) of the history, for codes
-    place = torch.arange(len(branch), device=ends.device)
+    place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
+    branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
+    own = (branch[:, None] == branch).tril()                    # (S, S) of its branch, up to itself
+    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) history that a code sees
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
 class Policy(torch.nn.Module):
