@@ -646,46 +646,46 @@ def ndcg_at(ranked, target, k):
     return (hits / torch.log2(torch.arange(2, hits.shape[1] + 2, device=hits.device))).sum(1).mean()
 
 def exposure_bias(listed, liked, shown, history, counts):
-    """Exposure bias of one user's list, where the truth is known: three numbers.
-
-    hidden@10: share of the liked, never shown items that are listed; liked@10: share of the list
-    that is liked and new; lift@10: mean count in training of the list over that of liked and new.
-    """
+    """Of one user's list, where the truth is known. hidden@10: share of the liked, never shown
+    items that are listed; liked@10: share of the list that is liked and new; lift@10: mean count
+    in training of the list over that of liked and new."""
     hidden = liked - shown
     new = liked - set(history)
     fair = counts[list(new)].mean().item() if new else 1.0
-    return {"hidden@10": len(hidden & set(listed)) / max(1, len(hidden)),
-            "liked@10": len(new & set(listed)) / max(1, len(listed)),
-            "lift@10": counts[listed].sum().item() / max(1, len(listed)) / max(1.0, fair)}
+    size = max(1, len(listed))
+    return {"hidden@10": len(hidden.intersection(listed)) / max(1, len(hidden)),
+            "liked@10": len(new.intersection(listed)) / size,
+            "lift@10": counts[listed].sum().item() / size / max(1.0, fair)}
 
-def rank_all(recommend, histories, size=256):
+def rank_all(recommend, histories):
     """The ten best items (B, 10) by recommend(histories); users of similar length together."""
-    order = sorted(range(len(histories)), key=lambda u: len(histories[u]))
+    order = torch.tensor([len(history) for history in histories]).argsort(stable=True)
     ranked = torch.full((len(histories), 10), -1)
-    for i in range(0, len(order), size):
-        users = order[i:i + size]
-        ranked[users] = recommend([histories[u] for u in users])[0].cpu()
+    for users in order.split(256):
+        ranked[users] = recommend([histories[user] for user in users])[0].cpu()
     return ranked
 
 def validate(policy, data):
     """NDCG@10 on the validation items of at most 2,000 users, evenly spread over all."""
-    policy.eval()
-    users = range(0, len(data.train), math.ceil(len(data.train) / 2000))
-    ranked = rank_all(policy.recommend, [data.train[u] for u in users])
-    return ndcg_at(ranked, torch.tensor([data.histories[u][-2] for u in users]), 10).item()
+    step = math.ceil(len(data.train) / 2000)
+    target = torch.tensor([history[-2] for history in data.histories[::step]])
+    return ndcg_at(rank_all(policy.eval().recommend, data.train[::step]), target, 10).item()
 
-def evaluate(recommend, data, counts):
+def evaluate(recommend, data):
     """Test: {metric: list of one number a user}, and the lists (B, 10)."""
     ranked = rank_all(recommend, [history[:-1] for history in data.histories])
+    counts = torch.tensor(entries(data.train)[1]).bincount(minlength=len(data.titles)).float()
     rows = []
-    for b, history in enumerate(data.histories):
-        found = (ranked[b:b + 1], torch.tensor(history[-1:]))   # list and target of one user
-        rows.append({"recall@5": recall_at(*found, 5), "ndcg@5": ndcg_at(*found, 5),
-                     "recall@10": recall_at(*found, 10), "ndcg@10": ndcg_at(*found, 10)})
+    for user, (*history, target) in enumerate(data.histories):
+        lists = ranked[user:user + 1]
+        target = torch.tensor([target])
+        rows.append({"recall@5": recall_at(lists, target, 5), "ndcg@5": ndcg_at(lists, target, 5),
+                     "recall@10": recall_at(lists, target, 10),
+                     "ndcg@10": ndcg_at(lists, target, 10)})
         if data.truth:
-            listed = ranked[b][ranked[b] >= 0].tolist()
-            liked, shown = (data.truth[name][b] for name in ("liked", "shown"))
-            rows[b] |= exposure_bias(listed, liked, shown, history[:-1], counts)
+            listed = lists[lists >= 0].tolist()
+            truth = [data.truth[name][user] for name in ("liked", "shown")]
+            rows[user] |= exposure_bias(listed, *truth, history, counts)
     return {name: [round(float(row[name]), 6) for row in rows] for name in rows[0]}, ranked
 
 # --- The experiment: data → IDs, CM → SFT → fine-tuned policies → table ---------------------------
@@ -696,34 +696,35 @@ def write_json(path, value):
     os.replace(f"{path}.part", path)
 
 def prepare(seed, data, settings, cm=None):
-    """Features, SemanticIDs and Reward (with its CM) of one seed, from training items only."""
-    from_file = settings.ids not in ("content", "mixed")
-    features = item_features("mixed" if from_file else settings.ids, data.texts, data.train, seed)
-    n = len(data.item_ids)
-    if from_file:
-        codes = np.array(read_ids(settings.ids, data.item_ids))
-        ids = SemanticIDs(codes, codes.max() + 1)
-    else:
+    """Item features and the Reward, with IDs and CM, of one seed, from training items only."""
+    kind = settings.ids if settings.ids in ("content", "mixed") else "mixed"
+    features = item_features(kind, data.texts, data.train, seed)
+    n = len(data.titles)
+    if settings.ids == kind:
         K = settings.codes or 2 ** math.ceil(math.log2(max(2, n / 24, n ** (1 / settings.levels))))
         ids = SemanticIDs.fit(features, K, settings.levels, seed)
-    cm = cm or CollaborativeModel.fit(data.train, n, debias=settings.debias)
-    weights = [float(weight) for weight in settings.weights.split(",")]
-    # A copy of the IDs: on mps the reward stays on the CPU, where torch has sparse matrices
-    reward = Reward(copy.deepcopy(ids), cm, weights)
+    else:
+        codes = read_ids(settings.ids, data.item_ids)
+        ids = SemanticIDs(codes, max(map(max, codes)) + 1)
     print(f"seed {seed}: {ids.health()}", flush=True)
-    return features, ids, reward.to("cuda" if settings.device == "cuda" else "cpu")
+    cm = cm or CollaborativeModel.fit(data.train, n, debias=settings.debias)
+    reward = Reward(ids, cm, [float(weight) for weight in settings.weights.split(",")])
+    # On mps the reward stays on the CPU, where torch has sparse matrices
+    return features, reward.to("cuda" if settings.device == "cuda" else "cpu")
 
-def start_of(method, seed, dropout, prepared, data, settings):
-    """The policy that training starts from: a new one for SFT, else the SFT model (of --sft)."""
-    features, ids, _ = prepared
+def policy_of(name, seed, dropout, prepared, data, settings):
+    """A policy to go on with: a new one (name "new"), or the saved one of a method."""
+    features, reward = prepared
+    ids = copy.deepcopy(reward.ids).cpu()                       # a copy: .to moves it
     sizes = (settings.window, settings.width, settings.layers)
-    if method == "sft" and not settings.sft:
+    if name == "new":
         torch.manual_seed(seed)
-        policy = Policy(copy.deepcopy(ids), *sizes, dropout)    # a copy: .to moves it
+        policy = Policy(ids, *sizes, dropout)
         policy.start_from(features)
         policy.catalogue = {"item_ids": data.item_ids, "titles": data.titles}
     else:
-        source = Path(settings.sft or settings.out) / f"sft-{seed}"
+        folder = settings.sft if settings.sft and name == "sft" else settings.out
+        source = Path(folder) / f"{name}-{seed}"
         policy = Policy.from_pretrained(source, dropout)
         config = policy.lm.config
         found = (policy.window, config.n_embd, config.n_layer)
@@ -735,79 +736,52 @@ def start_of(method, seed, dropout, prepared, data, settings):
     return policy.to(settings.device)
 
 def trained(method, seed, prepared, data, settings):
-    """Train a method at its rates → (policy of the best rate, saved in OUT/METHOD-SEED; curve)."""
-    if method == "sft" and settings.sft:                        # is trained already
-        return start_of(method, seed, 0.0, prepared, data, settings), []
+    """Train a method at its rates, save the best policy in OUT/METHOD-SEED → its curve."""
     recipe = RECIPES[method]
-    if method != "sft":
-        for name in ("gr", "lam", "sampler", "trajectories", "fine_dropout", "reward"):
-            if getattr(settings, name) is not None:
-                recipe = replace(recipe, **{name: getattr(settings, name)})
-    _, _, reward = prepared
+    flags = {name: getattr(settings, name, None) for name in vars(recipe)}
+    recipe = replace(recipe, **{name: flag for name, flag in flags.items() if flag is not None})
+    is_sft = method == "sft"
+    start = "new" if is_sft else "sft"
+    peak = settings.rate if is_sft else settings.fine_rate
+    same = is_sft or recipe.fine_dropout is None
+    dropout = settings.dropout if same else recipe.fine_dropout
     rows = training_rows(data.train, settings.window)
-    best_curve = None
-    dropout = settings.dropout if recipe.fine_dropout is None else recipe.fine_dropout
+    best = []
     for share in recipe.rates:
-        policy = start_of(method, seed, dropout, prepared, data, settings)
-        rate = settings.rate if method == "sft" else settings.fine_rate * share
-        curve = train(method, recipe, policy, reward, data, rows, rate, seed, settings)
-        if best_curve is None or curve[-1]["ndcg@10"] > best_curve[-1]["ndcg@10"]:
-            best_policy, best_curve = policy.eval(), curve
-    best_policy.save_pretrained(Path(settings.out) / f"{method}-{seed}")
-    return best_policy, best_curve
-
-def guided(method, seed, cm, settings):
-    """The trained policy of NAME, with its beam guided by the CM, saved as NAME+cm → policy."""
-    name = method.removesuffix("+cm")
-    source = settings.sft if settings.sft and name == "sft" else settings.out
-    policy = Policy.from_pretrained(Path(source) / f"{name}-{seed}").to(settings.device)
-    policy.cm = cm
-    policy.gamma = settings.gamma
-    policy.beams = settings.beams
-    policy.save_pretrained(Path(settings.out) / f"{method}-{seed}")
-    return policy
-
-def distribution(policy, histories):
-    """P(v | U) of every item (B, n)."""
-    items = torch.arange(len(policy.semantic_ids.codes)).expand(len(histories), -1)
-    with torch.no_grad():
-        return policy.eval().path_log_probs(histories, items).sum(-1).exp().cpu()
-
-def flow_of(policy, history, teacher, data, teacher_name, learned_name):
-    """What figures.plot_flows draws: P of the teacher over the n items, and what was learned."""
-    both = torch.stack([teacher, distribution(policy, [history])[0]])               # (2, n)
-    both[:, history] = 0                                        # never recommended
-    teacher, learned = (both / both.sum(1, keepdim=True)).tolist()
-    return {"codes": policy.semantic_ids.codes.tolist(), "titles": data.titles,
-            "history": [data.titles[item] for item in history], "teacher": teacher,
-            "learned": learned, "teacher_name": teacher_name, "learned_name": learned_name}
+        policy = policy_of(start, seed, dropout, prepared, data, settings)
+        curve = train(method, recipe, policy, prepared[1], data, rows, peak * share, seed, settings)
+        if not best or curve[-1]["ndcg@10"] > best[-1]["ndcg@10"]:
+            best = curve
+            policy.save_pretrained(Path(settings.out) / f"{method}-{seed}")
+    return best
 
 def run_method(method, seed, prepared, data, settings):
     """Train and test one method with one seed → its entry of results.json["runs"]."""
     started = time.time()
-    _, _, reward = prepared
-    cm = copy.copy(reward.cm)                                   # so that "cm" may set its debias
-    n = len(data.item_ids)
-    counts = torch.bincount(torch.tensor(entries(data.train)[1]), minlength=n).float()
+    cm = copy.copy(prepared[1].cm)
     policy = None
     curve = []
-    epochs = 0
-    if method in RECIPES:
-        policy, curve = trained(method, seed, prepared, data, settings)
-        epochs = len(curve[1:]) * len(RECIPES[method].rates)
-    elif method.endswith("+cm"):
-        policy = guided(method, seed, cm, settings)
+    if method == "pop":
+        cm = CollaborativeModel.fit(data.train, len(data.titles), popularity=1.0)
     elif method == "cm":
         cm.debias = 0.0
+    elif method != "cm-debiased":
+        name = method.removesuffix("+cm")
+        if method in RECIPES and not (method == "sft" and settings.sft):
+            curve = trained(method, seed, prepared, data, settings)
+        policy = policy_of(name, seed, 0.0, prepared, data, settings)
+        if name != method:                                      # guided
+            policy.cm = cm
+            policy.save_pretrained(Path(settings.out) / f"{method}-{seed}")
     def recommend(histories):
         if policy:
             return policy.recommend(histories)
-        scores = counts.expand(len(histories), -1) if method == "pop" else cm.scores(histories)
-        return best_unseen(scores, histories)
+        return best_unseen(cm.scores(histories), histories)
     middle = time.time()
-    by_user, ranked = evaluate(recommend, data, counts)
+    by_user, ranked = evaluate(recommend, data)
     metrics = {name: float(np.mean(numbers)) for name, numbers in by_user.items()}
-    metrics["coverage@10"] = len(ranked[ranked >= 0].unique()) / n
+    metrics["coverage@10"] = len(ranked[ranked >= 0].unique()) / len(data.titles)
+    epochs = len(curve[1:]) * len(RECIPES.get(method, Recipe()).rates)
     entry = {"method": method, "seed": seed, "metrics": metrics, "curve": curve, "by_user": by_user,
              "seconds": {"train": middle - started, "eval": time.time() - middle},
              "train_examples": epochs * sum(map(len, data.train)),
@@ -818,17 +792,33 @@ def run_method(method, seed, prepared, data, settings):
         entry["flow"] = flow_of(policy, history, teacher, data, "scores of the CM", method)
     return entry
 
+@torch.no_grad()
+def distribution(policy, histories):
+    """P(v | U) of every item (B, n)."""
+    items = torch.arange(len(policy.semantic_ids.codes)).expand(len(histories), -1)
+    return policy.eval().path_log_probs(histories, items).sum(-1).exp().cpu()
+
+def flow_of(policy, history, teacher, data, teacher_name, learned_name):
+    """What figures.plot_flows draws: P of the teacher (n,), and what was learned."""
+    both = torch.stack([teacher, distribution(policy, [history])[0]])               # (2, n)
+    both[:, history] = 0                                        # never recommended
+    teacher, learned = (both / both.sum(1, keepdim=True)).tolist()
+    return {"codes": policy.semantic_ids.codes.tolist(), "titles": data.titles,
+            "history": [data.titles[item] for item in history], "teacher": teacher,
+            "learned": learned, "teacher_name": teacher_name, "learned_name": learned_name}
+
+BASES = {"paired": "sft", "paired_continued": "sft-continued"}
+
 @lru_cache(maxsize=1)
-def bootstrap(users, samples=1000):
-    """How often each user is drawn in each sample (samples, users): the same for all methods."""
-    rng = np.random.default_rng(0)
-    draws = [np.bincount(rng.integers(users, size=users), minlength=users) for _ in range(samples)]
-    return np.array(draws)
+def bootstrap(users):
+    """How often each user is drawn in 1,000 samples (1000, users): the same for all methods."""
+    draws = np.random.default_rng(0).integers(users, size=(1000, users))
+    return np.array([np.bincount(sample, minlength=users) for sample in draws])
 
 def paired_gains(runs, base):
     """{metric: {"gain", "low", "high"}} of runs (seeds) over base runs, 95 % bootstrap over users.
     The interval covers the choice of users, not the random seed of training."""
-    own = [list(run["by_user"].values()) for run in runs]
+    own = [list(run["by_user"].values()) for run in runs]                    # (seeds, metrics, B)
     other = [list(run["by_user"].values()) for run in base]
     gains = np.mean(own, 0) - np.mean(other, 0)                                     # (metrics, B)
     users = gains.shape[1]
@@ -836,24 +826,21 @@ def paired_gains(runs, base):
     rows = zip(runs[0]["by_user"], gains.mean(1), low, high)
     return {metric: {"gain": gain, "low": a, "high": b} for metric, gain, a, b in rows}
 
-BASES = {"paired": "sft", "paired_continued": "sft-continued"}
-
 def results_of(runs, data, settings):
     """results.json: sizes, settings, versions, every run, mean and std over seeds, paired gains."""
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-    flows = [run["flow"] for run in runs if "flow" in run]
-    results = {"data": data.sizes, "settings": asdict(settings), "versions": versions,
-               "runs": runs, "summary": {}, "paired": {}, "paired_continued": {},
-               "flow": flows[-1] if flows else None}
+    results = {"data": data.sizes, "settings": asdict(settings), "versions": versions, "runs": runs,
+               "summary": {}, "paired": {}, "paired_continued": {}, "flow": None}
     runs_of = {}
     for run in sorted(runs, key=lambda run: run["seed"]):
         runs_of.setdefault(run["method"], []).append(run)
+        results["flow"] = run.get("flow", results["flow"])      # the last one
     for method, own in runs_of.items():
         summary = results["summary"][method] = {}
         for metric in own[0]["metrics"]:
             values = [run["metrics"][metric] for run in own]
-            spread = np.std(values, ddof=1) if len(own) > 1 else 0.0
-            summary[metric] = {"mean": np.mean(values), "std": spread}
+            std = np.std(values, ddof=1) if len(own) > 1 else 0.0
+            summary[metric] = {"mean": np.mean(values), "std": std}
         for key, base in BASES.items():
             others = runs_of.get(base, [])
             if method != base and [run["seed"] for run in own] == [run["seed"] for run in others]:
@@ -863,23 +850,22 @@ def results_of(runs, data, settings):
 def table_of(results):
     """The Markdown table: means (± std over seeds), gains in % of the base with 95 % intervals."""
     summary = results["summary"]
-    shown = ["recall@10", "ndcg@10", "coverage@10", "hidden@10", "liked@10", "lift@10"]
-    shown = [metric for metric in shown if metric in results["runs"][0]["metrics"]]
-    gains = list(itertools.product([m for m in ("ndcg@10", "hidden@10") if m in shown], BASES))
-    several = len(results["runs"]) > len(summary)
-    lines = [["method", *shown, *[f"{metric} over {BASES[key]}, %" for metric, key in gains]]]
-    lines.append(["---"] * len(lines[0]))
+    form = "{mean:.4f} ± {std:.4f}" if len(results["runs"]) > len(summary) else "{mean:.4f}"
+    rows = []
     for method, numbers in summary.items():
-        cells = [method]
-        for metric in shown:
-            spread = f" ± {numbers[metric]['std']:.4f}" if several else ""
-            cells.append(f"{numbers[metric]['mean']:.4f}{spread}")
-        for metric, key in gains:
-            gain = results[key].get(method, {}).get(metric, {})
-            base = summary.get(BASES[key], numbers)[metric]["mean"] or math.nan
-            percent = [100 * x / base for x in gain.values()]
-            cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*percent) if gain else "")
-        lines.append(cells)
+        row = {"method": method}
+        for metric in ("recall@10", "ndcg@10", "coverage@10", "hidden@10", "liked@10", "lift@10"):
+            if metric in numbers:
+                row[metric] = form.format(**numbers[metric])
+        for metric, (key, base) in itertools.product(("ndcg@10", "hidden@10"), BASES.items()):
+            if metric in numbers:
+                gain = results[key].get(method, {metric: {}})[metric]
+                mean = summary.get(base, numbers)[metric]["mean"] or math.nan
+                percent = [100 * x / mean for x in gain.values()]
+                cell = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*percent) if gain else ""
+                row[f"{metric} over {base}, %"] = cell
+        rows.append(row.values())
+    lines = [row, ["---"] * len(row), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -888,29 +874,22 @@ def check_settings(settings):
     Sets the threads, and settings.device if it is "auto"."""
     torch.set_num_threads(settings.threads)
     known = ["pop", "cm", "cm-debiased", *RECIPES, *[f"{method}+cm" for method in RECIPES]]
-    asked = settings.methods.split(",")
-    for method in asked:
-        check(method in known, f"unknown method {method!r}; choose of {', '.join(known)}")
-    needed = {*asked, *[method.removesuffix("+cm") for method in asked]}
-    if needed - {"pop", "cm", "cm-debiased"} and not settings.sft:
-        needed.add("sft")                                       # all the others start from it
-    devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    devices.append("cpu")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    devices = [*[device for device in there if there[device]], "cpu"]
     if settings.device == "auto":
         settings.device = devices[0]
     losses = [name for name, recipe in RECIPES.items() if recipe.loss and not recipe.reference]
-    choices = {"sampler": SAMPLERS, "device": devices, "oracle": losses,
+    choices = {"methods": known, "sampler": SAMPLERS, "device": devices, "oracle": losses,
                "reward": ["sum", "product"]}
-    for name, allowed in choices.items():
-        value = getattr(settings, name)
-        message = f"--{name} {value} is not available; choose of {', '.join(allowed)}"
-        check(value in (None, *allowed), message)
     zero = ("dropout", "fine_dropout", "debias", "gr", "lam", "codes", "trajectories")
-    for name, value in asdict(settings).items():
-        least = 0 if name in zero else 1e-9
-        most = 1 if name in ("dropout", "fine_dropout") else 1e9
-        fine = type(value) not in (int, float) or least <= value < most
-        check(fine, f"--{name.replace('_', '-')} {value} is out of range")
+    for name, value in vars(settings).items():
+        if type(value) in (int, float):
+            least = 0 if name in zero else 1e-9
+            most = 1 if "dropout" in name else 1e9
+            check(least <= value < most, f"--{name.replace('_', '-')} {value} is out of range")
+        for choice in value.split(",") if name in choices and value is not None else []:
+            there = ", ".join(choices[name])
+            check(choice in choices[name], f"--{name} {choice} is not available; choose of {there}")
     weights = [float(weight) for weight in settings.weights.split(",")]
     fine = len(weights) == 3 and min(weights) >= 0 and sum(weights) < math.inf
     check(fine, f"--weights {settings.weights}: give three numbers, none negative")
@@ -918,24 +897,27 @@ def check_settings(settings):
     for seed in seeds if settings.sft else []:
         there = (Path(settings.sft) / f"sft-{seed}" / "config.json").exists()
         check(there, f"--sft: {settings.sft} holds no saved model sft-{seed}")
+    needed = {*settings.methods.split(","), *settings.methods.replace("+cm", "").split(",")}
+    if needed & RECIPES.keys() and not settings.sft:
+        needed.add("sft")                                       # all the others start from it
     return [method for method in known if method in needed], seeds
-
-FREE = ("data", "methods", "seeds", "out", "device", "threads", "resume")      # may differ
 
 def earlier_runs(settings, data, asked):
     """The runs in OUT/results.json, for --resume. InputError if its settings or data are others, or
     if, without --resume, writing the pairs (method, seed) `asked` for would lose some of it."""
     path = Path(settings.out) / "results.json"
-    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for name, was in old.get("settings", {}).items():
-        fine = name in FREE or was == getattr(settings, name, None)
+    if not path.exists():
+        return []
+    old = json.loads(path.read_text(encoding="utf-8"))
+    free = ("data", "methods", "seeds", "out", "device", "threads", "resume")
+    for name, was in old["settings"].items():
+        fine = name in free or was == getattr(settings, name, None)
         check(fine, f"{path.parent} holds a run with {name} {was}; choose another --out")
-    fine = old.get("data", data.sizes) == data.sizes
+    fine = old["data"] == data.sizes
     check(fine, f"{path.parent} holds a run of other data; choose another --out")
-    runs = old.get("runs", [])
-    lost = {(run["method"], run["seed"]) for run in runs} - asked
+    lost = {(run["method"], run["seed"]) for run in old["runs"]} - asked
     check(settings.resume or not lost, f"{path.parent} holds more methods or seeds; add --resume")
-    return runs if settings.resume else []
+    return old["runs"] if settings.resume else []
 
 def run(settings, cm=None):
     """The whole job → results; every finished method is written at once. cm: your own CM, with
@@ -946,16 +928,13 @@ def run(settings, cm=None):
     runs = earlier_runs(settings, data, set(itertools.product(methods, seeds)))
     done = [(entry["method"], entry["seed"]) for entry in runs]
     out = Path(settings.out)
-    results = results_of(runs, data, settings)
     for seed in seeds:
-        prepared = None
-        for method in methods:
-            if (method, seed) in done:
-                continue
-            prepared = prepared or prepare(seed, data, settings, cm)
+        todo = [method for method in methods if (method, seed) not in done]
+        prepared = prepare(seed, data, settings, cm) if todo else None
+        for method in todo:
             runs.append(run_method(method, seed, prepared, data, settings))
-            results = results_of(runs, data, settings)
-            write_json(out / "results.json", results)
+            write_json(out / "results.json", results_of(runs, data, settings))
+    results = results_of(runs, data, settings)
     show_first_user(runs, data)
     table = table_of(results)
     (out / "results.md").write_text(table + "\n", encoding="utf-8")
@@ -964,37 +943,6 @@ def run(settings, cm=None):
     error = 1.96 * math.sqrt(0.1 * 0.9 / len(data.train))
     print(f"With {len(data.train)} users, a share of .1 is known to ± {error:.3f}.")
     return results
-
-def run_oracle(settings):
-    """Train with one loss on four contexts, from random weights: does P reach R/Z, known here?"""
-    _, seeds = check_settings(settings)
-    data = load_data(settings.data)
-    check(len(data.titles) <= 2000, "--oracle scores every item at once: at most 2,000 items")
-    _, ids, reward = prepare(seeds[0], data, settings)
-    data = replace(data, train=data.train[:4], histories=data.histories[:4])
-    last = [len(history) - 1 for history in data.train]         # one context a user
-    rows = [Row(user, max(0, i - settings.window), i, i + 1) for user, i in enumerate(last)]
-    known = known_of(contexts_of(rows), data, reward)
-    histories = known.histories
-    target = (known.r / known.r.sum(1, keepdim=True)).cpu()     # P* = R/Z
-    torch.manual_seed(seeds[0])
-    policy = Policy(ids, settings.window, settings.width, settings.layers, dropout=0.0)
-    policy.to(settings.device)
-    recipe = RECIPES[settings.oracle]                           # its loss, towards the sum, no L_GR
-    recipe = Recipe(recipe.loss, sampler="even", trajectories=64, exact=recipe.exact)
-    many = replace(settings, batch=4, epochs=15)
-    before = distribution(policy, histories)
-    print("training on four contexts alone; their validation says nothing")
-    train(settings.oracle, recipe, policy, reward, data, rows * 100, rate=2e-3, seed=seeds[0],
-          settings=many)
-    learned = distribution(policy, histories)
-    start, end = ((p - target).abs().sum(1).mean() for p in (before, learned))
-    path = Path(settings.out) / "oracle.png"
-    print(f"mean L1 distance of P from R/Z: {start:.4f} before, {end:.4f} after; picture: {path}")
-    flow = flow_of(policy, histories[0], target[0], data, "R/Z of unseen items",
-                   f"P of unseen items, learned by {settings.oracle}")
-    write_json(path.with_suffix(".json"), flow)
-    figures.plot_flows(path, flow)
 
 def show_first_user(runs, data):
     """For the first user: the history, and what each method recommends, by title."""
@@ -1008,13 +956,42 @@ def show_first_user(runs, data):
             print(f"  {run['method']:>13}  " + ", ".join(listed))
     print("  * liked, but never shown" if hidden else "")
 
+def run_oracle(settings):
+    """Train with one loss on four contexts, from random weights: does P reach R/Z, known here?"""
+    _, (seed, *_) = check_settings(settings)
+    data = load_data(settings.data)
+    check(len(data.titles) <= 2000, "--oracle scores every item at once: at most 2,000 items")
+    _, reward = prepare(seed, data, settings)
+    data = replace(data, train=data.train[:4], histories=data.histories[:4])
+    last = [len(history) - 1 for history in data.train]         # one context a user
+    rows = [Row(user, max(0, i - settings.window), i, i + 1) for user, i in enumerate(last)]
+    known = known_of(contexts_of(rows), data, reward)
+    target = (known.r / known.r.sum(1, keepdim=True)).cpu()     # P* = R/Z
+    torch.manual_seed(seed)
+    sizes = (settings.window, settings.width, settings.layers)
+    policy = Policy(copy.deepcopy(reward.ids), *sizes, dropout=0.0).to(settings.device)
+    recipe = RECIPES[settings.oracle]                           # its loss, towards the sum, no L_GR
+    recipe = Recipe(recipe.loss, sampler="even", trajectories=64, exact=recipe.exact)
+    def distance():                                             # L1, of P from P*
+        return (distribution(policy, known.histories) - target).abs().sum(1).mean()
+    before = distance()
+    print("training on four contexts alone; their validation says nothing")
+    train(settings.oracle, recipe, policy, reward, data, rows * 100, rate=2e-3, seed=seed,
+          settings=replace(settings, batch=4, epochs=15))
+    path = Path(settings.out) / "oracle.png"
+    print(f"mean L1 distance of P from R/Z: {before:.4f} before, {distance():.4f} after;",
+          f"picture: {path}")
+    flow = flow_of(policy, known.histories[0], target[0], data, "R/Z of unseen items",
+                   f"P of unseen items, learned by {settings.oracle}")
+    write_json(path.with_suffix(".json"), flow)
+    figures.plot_flows(path, flow)
+
 def print_recommendations(settings):
     """Ten titles by a saved model, for a history of titles or ids, oldest first."""
     policy = Policy.from_pretrained(settings.model)
     titles = policy.catalogue["titles"]
     ids = policy.catalogue["item_ids"]
-    history = [find_item(name, ids, titles) for name in settings.recommend]
-    items, scores = policy.recommend([history])
+    items, scores = policy.recommend([[find_item(x, ids, titles) for x in settings.recommend]])
     for item, share in zip(items[0].tolist(), scores[0].softmax(0).tolist()):
         if item >= 0:
             print(f"{share:6.1%}  {titles[item]}")                  # of the weight of these ten

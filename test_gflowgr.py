@@ -450,10 +450,10 @@ def test_packed_paths_and_beams_against_one_path_at_a_time(K, L):
     assert policy.recommend(HISTORIES[:3], 1, 1)[0].tolist() == [[17]] * 3
 
 def test_a_policy_moves_without_the_ids_of_the_others(tiny):
-    settings, data, *shared = prepared(*tiny, "--width=16")
+    settings, data, features, ids, job = prepared(*tiny, "--width=16")
     settings.device = "meta"
-    moved = gflowgr.start_of("sft", 0, 0.1, shared, data, settings).semantic_ids.codes
-    assert moved.is_meta and not shared[1].codes.is_meta
+    moved = gflowgr.policy_of("new", 0, 0.1, (features, job), data, settings).semantic_ids.codes
+    assert moved.is_meta and not ids.codes.is_meta
 
 def test_embeddings_begin_as_the_features_and_their_means():
     policy = made()
@@ -493,7 +493,8 @@ def prepared(*flags, shift=0):                # shift changes the validation and
     settings = gflowgr.parse(list(flags))
     data = load_data(settings.data)
     data.histories = [h[:-2] + [(item + shift) % 48 for item in h[-2:]] for h in data.histories]
-    return settings, data, *gflowgr.prepare(0, data, settings)
+    features, job = gflowgr.prepare(0, data, settings)
+    return settings, data, features, job.ids, job
 
 def test_samplers_draw_from_where_they_say():
     policy, positives = made().train(), torch.tensor([4, 8, 2])
