@@ -677,13 +677,11 @@ def evaluate(recommend, data):
     counts = torch.tensor(entries(data.train)[1]).bincount(minlength=len(data.titles)).float()
     rows = []
     for user, (*history, target) in enumerate(data.histories):
-        lists = ranked[user:user + 1]
-        target = torch.tensor([target])
-        rows.append({"recall@5": recall_at(lists, target, 5), "ndcg@5": ndcg_at(lists, target, 5),
-                     "recall@10": recall_at(lists, target, 10),
-                     "ndcg@10": ndcg_at(lists, target, 10)})
+        found = (ranked[user:user + 1], torch.tensor([target]))
+        rows.append({"recall@5": recall_at(*found, 5), "ndcg@5": ndcg_at(*found, 5),
+                     "recall@10": recall_at(*found, 10), "ndcg@10": ndcg_at(*found, 10)})
         if data.truth:
-            listed = lists[lists >= 0].tolist()
+            listed = ranked[user][ranked[user] >= 0].tolist()
             truth = [data.truth[name][user] for name in ("liked", "shown")]
             rows[user] |= exposure_bias(listed, *truth, history, counts)
     return {name: [round(float(row[name]), 6) for row in rows] for name in rows[0]}, ranked
@@ -697,6 +695,9 @@ def write_json(path, value):
 
 def prepare(seed, data, settings, cm=None):
     """Item features and the Reward, with IDs and CM, of one seed, from training items only."""
+    weights = [float(weight) for weight in settings.weights.split(",")]
+    fine = len(weights) == 3 and min(weights) >= 0 and sum(weights) < math.inf
+    check(fine, f"--weights {settings.weights}: give three numbers, none negative")
     kind = settings.ids if settings.ids in ("content", "mixed") else "mixed"
     features = item_features(kind, data.texts, data.train, seed)
     n = len(data.titles)
@@ -708,9 +709,8 @@ def prepare(seed, data, settings, cm=None):
         ids = SemanticIDs(codes, max(map(max, codes)) + 1)
     print(f"seed {seed}: {ids.health()}", flush=True)
     cm = cm or CollaborativeModel.fit(data.train, n, debias=settings.debias)
-    reward = Reward(ids, cm, [float(weight) for weight in settings.weights.split(",")])
     # On mps the reward stays on the CPU, where torch has sparse matrices
-    return features, reward.to("cuda" if settings.device == "cuda" else "cpu")
+    return features, Reward(ids, cm, weights).to("cuda" if settings.device == "cuda" else "cpu")
 
 def policy_of(name, seed, dropout, prepared, data, settings):
     """A policy to go on with: a new one (name "new"), or the saved one of a method."""
@@ -726,8 +726,7 @@ def policy_of(name, seed, dropout, prepared, data, settings):
         folder = settings.sft if settings.sft and name == "sft" else settings.out
         source = Path(folder) / f"{name}-{seed}"
         policy = Policy.from_pretrained(source, dropout)
-        config = policy.lm.config
-        found = (policy.window, config.n_embd, config.n_layer)
+        found = (policy.window, policy.lm.config.n_embd, policy.lm.config.n_layer)
         check(found == sizes, f"{source} has window, width, layers {found}, not {sizes}")
         fits = policy.semantic_ids.codes.equal(ids.codes)
         check(fits, f"the semantic IDs of {source} do not fit the data")
@@ -741,14 +740,12 @@ def trained(method, seed, prepared, data, settings):
     flags = {name: getattr(settings, name, None) for name in vars(recipe)}
     recipe = replace(recipe, **{name: flag for name, flag in flags.items() if flag is not None})
     is_sft = method == "sft"
-    start = "new" if is_sft else "sft"
     peak = settings.rate if is_sft else settings.fine_rate
-    same = is_sft or recipe.fine_dropout is None
-    dropout = settings.dropout if same else recipe.fine_dropout
+    dropout = settings.dropout if is_sft or recipe.fine_dropout is None else recipe.fine_dropout
     rows = training_rows(data.train, settings.window)
     best = []
     for share in recipe.rates:
-        policy = policy_of(start, seed, dropout, prepared, data, settings)
+        policy = policy_of("new" if is_sft else "sft", seed, dropout, prepared, data, settings)
         curve = train(method, recipe, policy, prepared[1], data, rows, peak * share, seed, settings)
         if not best or curve[-1]["ndcg@10"] > best[-1]["ndcg@10"]:
             best = curve
@@ -766,19 +763,16 @@ def run_method(method, seed, prepared, data, settings):
     elif method == "cm":
         cm.debias = 0.0
     elif method != "cm-debiased":
-        name = method.removesuffix("+cm")
         if method in RECIPES and not (method == "sft" and settings.sft):
             curve = trained(method, seed, prepared, data, settings)
-        policy = policy_of(name, seed, 0.0, prepared, data, settings)
-        if name != method:                                      # guided
-            policy.cm = cm
-            policy.save_pretrained(Path(settings.out) / f"{method}-{seed}")
-    def recommend(histories):
-        if policy:
-            return policy.recommend(histories)
+        policy = policy_of(method.removesuffix("+cm"), seed, 0.0, prepared, data, settings)
+    if method.endswith("+cm"):
+        policy.cm = cm
+        policy.save_pretrained(Path(settings.out) / f"{method}-{seed}")
+    def by_cm(histories):
         return best_unseen(cm.scores(histories), histories)
     middle = time.time()
-    by_user, ranked = evaluate(recommend, data)
+    by_user, ranked = evaluate(policy.recommend if policy else by_cm, data)
     metrics = {name: float(np.mean(numbers)) for name, numbers in by_user.items()}
     metrics["coverage@10"] = len(ranked[ranked >= 0].unique()) / len(data.titles)
     epochs = len(curve[1:]) * len(RECIPES.get(method, Recipe()).rates)
@@ -874,8 +868,8 @@ def check_settings(settings):
     Sets the threads, and settings.device if it is "auto"."""
     torch.set_num_threads(settings.threads)
     known = ["pop", "cm", "cm-debiased", *RECIPES, *[f"{method}+cm" for method in RECIPES]]
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    devices = [*[device for device in there if there[device]], "cpu"]
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
+    devices = [device for device in there if there[device]]
     if settings.device == "auto":
         settings.device = devices[0]
     losses = [name for name, recipe in RECIPES.items() if recipe.loss and not recipe.reference]
@@ -887,37 +881,34 @@ def check_settings(settings):
             least = 0 if name in zero else 1e-9
             most = 1 if "dropout" in name else 1e9
             check(least <= value < most, f"--{name.replace('_', '-')} {value} is out of range")
-        for choice in value.split(",") if name in choices and value is not None else []:
+        elif name in choices and value is not None:
+            wrong = ",".join(set(value.split(",")) - set(choices[name]))
             there = ", ".join(choices[name])
-            check(choice in choices[name], f"--{name} {choice} is not available; choose of {there}")
-    weights = [float(weight) for weight in settings.weights.split(",")]
-    fine = len(weights) == 3 and min(weights) >= 0 and sum(weights) < math.inf
-    check(fine, f"--weights {settings.weights}: give three numbers, none negative")
+            check(not wrong, f"--{name} {wrong} is not available; choose of {there}")
     seeds = [int(seed) for seed in dict.fromkeys(settings.seeds.split(","))]
     for seed in seeds if settings.sft else []:
-        there = (Path(settings.sft) / f"sft-{seed}" / "config.json").exists()
-        check(there, f"--sft: {settings.sft} holds no saved model sft-{seed}")
+        Policy.from_pretrained(Path(settings.sft) / f"sft-{seed}")      # InputError if not there
     needed = {*settings.methods.split(","), *settings.methods.replace("+cm", "").split(",")}
     if needed & RECIPES.keys() and not settings.sft:
         needed.add("sft")                                       # all the others start from it
     return [method for method in known if method in needed], seeds
 
 def earlier_runs(settings, data, asked):
-    """The runs in OUT/results.json, for --resume. InputError if its settings or data are others, or
-    if, without --resume, writing the pairs (method, seed) `asked` for would lose some of it."""
+    """With --resume, {(method, seed): run} of OUT/results.json. InputError if its settings or data
+    are others, or if, without --resume, a run would be lost since it is not `asked` for."""
     path = Path(settings.out) / "results.json"
     if not path.exists():
-        return []
+        return {}
     old = json.loads(path.read_text(encoding="utf-8"))
     free = ("data", "methods", "seeds", "out", "device", "threads", "resume")
     for name, was in old["settings"].items():
         fine = name in free or was == getattr(settings, name, None)
-        check(fine, f"{path.parent} holds a run with {name} {was}; choose another --out")
-    fine = old["data"] == data.sizes
-    check(fine, f"{path.parent} holds a run of other data; choose another --out")
-    lost = {(run["method"], run["seed"]) for run in old["runs"]} - asked
-    check(settings.resume or not lost, f"{path.parent} holds more methods or seeds; add --resume")
-    return old["runs"] if settings.resume else []
+        check(fine, f"{path} holds a run with {name} {was}; choose another --out")
+    check(old["data"] == data.sizes, f"{path} is of a run of other data; choose another --out")
+    runs = {(run["method"], run["seed"]): run for run in old["runs"]}
+    fine = settings.resume or runs.keys() <= asked
+    check(fine, f"{path} holds more methods or seeds; add --resume")
+    return runs if settings.resume else {}
 
 def run(settings, cm=None):
     """The whole job → results; every finished method is written at once. cm: your own CM, with
@@ -926,16 +917,15 @@ def run(settings, cm=None):
     check(cm is None or not settings.debias, "--debias is of the built-in CM: pass --debias 0")
     data = load_data(settings.data)
     runs = earlier_runs(settings, data, set(itertools.product(methods, seeds)))
-    done = [(entry["method"], entry["seed"]) for entry in runs]
     out = Path(settings.out)
     for seed in seeds:
-        todo = [method for method in methods if (method, seed) not in done]
+        todo = [method for method in methods if (method, seed) not in runs]
         prepared = prepare(seed, data, settings, cm) if todo else None
         for method in todo:
-            runs.append(run_method(method, seed, prepared, data, settings))
-            write_json(out / "results.json", results_of(runs, data, settings))
-    results = results_of(runs, data, settings)
-    show_first_user(runs, data)
+            runs[method, seed] = run_method(method, seed, prepared, data, settings)
+            write_json(out / "results.json", results_of(list(runs.values()), data, settings))
+    results = results_of(list(runs.values()), data, settings)
+    show_first_user(results["runs"], data)
     table = table_of(results)
     (out / "results.md").write_text(table + "\n", encoding="utf-8")
     print("", table, "", *figures.draw_run(out, data, results), sep="\n")
@@ -948,8 +938,7 @@ def show_first_user(runs, data):
     """For the first user: the history, and what each method recommends, by title."""
     hidden = data.truth["liked"][0] - data.truth["shown"][0] if data.truth else set()
     names = [title + "*" * (item in hidden) for item, title in enumerate(data.titles)]
-    history = [data.titles[item] for item in data.histories[0][:-1]]
-    print(f"user {data.user_ids[0]}: " + ", ".join(history[-8:]))
+    print(f"user {data.user_ids[0]}:", ", ".join(data.titles[i] for i in data.histories[0][-9:-1]))
     for run in runs:
         if run["seed"] == runs[0]["seed"]:
             listed = [names[item] for item in run["lists"][0][:5] if item >= 0]
