@@ -646,9 +646,8 @@ def ndcg_at(ranked, target, k):
     return (hits / torch.log2(torch.arange(2, hits.shape[1] + 2, device=hits.device))).sum(1).mean()
 
 def exposure_bias(listed, liked, shown, history, counts):
-    """Of one user's list, where the truth is known. hidden@10: share of the liked, never shown
-    items that are listed; liked@10: share of the list that is liked and new; lift@10: mean count
-    in training of the list over that of liked and new."""
+    """Of one user's list. hidden@10: share of the liked, never shown items that is in it; liked@10:
+    share of it that is liked and new; lift@10: its mean count in training over that of these."""
     hidden = liked - shown
     new = liked - set(history)
     fair = counts[list(new)].mean().item() if new else 1.0
@@ -736,6 +735,7 @@ def policy_of(name, seed, dropout, prepared, data, settings):
 
 def trained(method, seed, prepared, data, settings):
     """Train a method at its rates, save the best policy in OUT/METHOD-SEED → its curve."""
+    _, reward = prepared
     recipe = RECIPES[method]
     flags = {name: getattr(settings, name, None) for name in vars(recipe)}
     recipe = replace(recipe, **{name: flag for name, flag in flags.items() if flag is not None})
@@ -746,7 +746,7 @@ def trained(method, seed, prepared, data, settings):
     best = []
     for share in recipe.rates:
         policy = policy_of("new" if is_sft else "sft", seed, dropout, prepared, data, settings)
-        curve = train(method, recipe, policy, prepared[1], data, rows, peak * share, seed, settings)
+        curve = train(method, recipe, policy, reward, data, rows, peak * share, seed, settings)
         if not best or curve[-1]["ndcg@10"] > best[-1]["ndcg@10"]:
             best = curve
             policy.save_pretrained(Path(settings.out) / f"{method}-{seed}")
@@ -755,7 +755,8 @@ def trained(method, seed, prepared, data, settings):
 def run_method(method, seed, prepared, data, settings):
     """Train and test one method with one seed → its entry of results.json["runs"]."""
     started = time.time()
-    cm = copy.copy(prepared[1].cm)
+    _, reward = prepared
+    cm = copy.copy(reward.cm)                                   # a copy, to set its debias
     policy = None
     curve = []
     if method == "pop":
@@ -810,8 +811,8 @@ def bootstrap(users):
     return np.array([np.bincount(sample, minlength=users) for sample in draws])
 
 def paired_gains(runs, base):
-    """{metric: {"gain", "low", "high"}} of runs (seeds) over base runs, 95 % bootstrap over users.
-    The interval covers the choice of users, not the random seed of training."""
+    """{metric: {"gain", "low", "high"}} of runs over base runs (their seeds are the same ones).
+    The 95 % interval covers the choice of users (bootstrap), not the random seed of training."""
     own = [list(run["by_user"].values()) for run in runs]                    # (seeds, metrics, B)
     other = [list(run["by_user"].values()) for run in base]
     gains = np.mean(own, 0) - np.mean(other, 0)                                     # (metrics, B)
@@ -821,12 +822,13 @@ def paired_gains(runs, base):
     return {metric: {"gain": gain, "low": a, "high": b} for metric, gain, a, b in rows}
 
 def results_of(runs, data, settings):
-    """results.json: sizes, settings, versions, every run, mean and std over seeds, paired gains."""
+    """results.json of runs {(method, seed): run}: with mean and std over seeds, and paired gains."""
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-    results = {"data": data.sizes, "settings": asdict(settings), "versions": versions, "runs": runs,
-               "summary": {}, "paired": {}, "paired_continued": {}, "flow": None}
+    results = {"data": data.sizes, "settings": asdict(settings), "versions": versions,
+               "runs": list(runs.values()), "summary": {}, "paired": {}, "paired_continued": {},
+               "flow": None}
     runs_of = {}
-    for run in sorted(runs, key=lambda run: run["seed"]):
+    for run in sorted(runs.values(), key=lambda run: run["seed"]):
         runs_of.setdefault(run["method"], []).append(run)
         results["flow"] = run.get("flow", results["flow"])      # the last one
     for method, own in runs_of.items():
@@ -845,12 +847,11 @@ def table_of(results):
     """The Markdown table: means (± std over seeds), gains in % of the base with 95 % intervals."""
     summary = results["summary"]
     form = "{mean:.4f} ± {std:.4f}" if len(results["runs"]) > len(summary) else "{mean:.4f}"
+    shown = ("recall@10", "ndcg@10", "coverage@10", "hidden@10", "liked@10", "lift@10")
     rows = []
     for method, numbers in summary.items():
         row = {"method": method}
-        for metric in ("recall@10", "ndcg@10", "coverage@10", "hidden@10", "liked@10", "lift@10"):
-            if metric in numbers:
-                row[metric] = form.format(**numbers[metric])
+        row |= {name: form.format(**numbers[name]) for name in shown if name in numbers}
         for metric, (key, base) in itertools.product(("ndcg@10", "hidden@10"), BASES.items()):
             if metric in numbers:
                 gain = results[key].get(method, {metric: {}})[metric]
@@ -864,8 +865,7 @@ def table_of(results):
 
 # --- Command line ---------------------------------------------------------------------------------
 def check_settings(settings):
-    """Methods, in the table's order, and seeds; InputError or ValueError for what cannot be.
-    Sets the threads, and settings.device if it is "auto"."""
+    """Check all settings; set threads and device → methods, in the table's order, and seeds."""
     torch.set_num_threads(settings.threads)
     known = ["pop", "cm", "cm-debiased", *RECIPES, *[f"{method}+cm" for method in RECIPES]]
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
@@ -882,20 +882,20 @@ def check_settings(settings):
             most = 1 if "dropout" in name else 1e9
             check(least <= value < most, f"--{name.replace('_', '-')} {value} is out of range")
         elif name in choices and value is not None:
-            wrong = ",".join(set(value.split(",")) - set(choices[name]))
-            there = ", ".join(choices[name])
-            check(not wrong, f"--{name} {wrong} is not available; choose of {there}")
+            wrong = sorted(set(value.split(",")).difference(choices[name]))
+            message = f"--{name} {','.join(wrong)} is not available; choose of "
+            check(not wrong, message + ", ".join(choices[name]))
     seeds = [int(seed) for seed in dict.fromkeys(settings.seeds.split(","))]
-    for seed in seeds if settings.sft else []:
-        Policy.from_pretrained(Path(settings.sft) / f"sft-{seed}")      # InputError if not there
+    for seed in seeds if settings.sft else []:                  # an InputError, before others start
+        Policy.from_pretrained(Path(settings.sft) / f"sft-{seed}")
     needed = {*settings.methods.split(","), *settings.methods.replace("+cm", "").split(",")}
     if needed & RECIPES.keys() and not settings.sft:
         needed.add("sft")                                       # all the others start from it
     return [method for method in known if method in needed], seeds
 
 def earlier_runs(settings, data, asked):
-    """With --resume, {(method, seed): run} of OUT/results.json. InputError if its settings or data
-    are others, or if, without --resume, a run would be lost since it is not `asked` for."""
+    """{(method, seed): run} of OUT, for --resume. InputError if its settings or data are others, or
+    if, without --resume, a run would be lost: one that is not among the pairs asked for."""
     path = Path(settings.out) / "results.json"
     if not path.exists():
         return {}
@@ -923,9 +923,17 @@ def run(settings, cm=None):
         prepared = prepare(seed, data, settings, cm) if todo else None
         for method in todo:
             runs[method, seed] = run_method(method, seed, prepared, data, settings)
-            write_json(out / "results.json", results_of(list(runs.values()), data, settings))
-    results = results_of(list(runs.values()), data, settings)
-    show_first_user(results["runs"], data)
+            write_json(out / "results.json", results_of(runs, data, settings))
+    results = results_of(runs, data, settings)
+    # For the first user: the history, and what each method recommends, by title
+    hidden = data.truth["liked"][0] - data.truth["shown"][0] if data.truth else set()
+    names = [title + "*" * (item in hidden) for item, title in enumerate(data.titles)]
+    print(f"user {data.user_ids[0]}:", ", ".join(data.titles[i] for i in data.histories[0][-9:-1]))
+    for (method, seed), entry in runs.items():
+        if seed == seeds[0]:
+            listed = [names[item] for item in entry["lists"][0][:5] if item >= 0]
+            print(f"  {method:>13} ", ", ".join(listed))
+    print("  * liked, but never shown" if hidden else "")
     table = table_of(results)
     (out / "results.md").write_text(table + "\n", encoding="utf-8")
     print("", table, "", *figures.draw_run(out, data, results), sep="\n")
@@ -934,22 +942,12 @@ def run(settings, cm=None):
     print(f"With {len(data.train)} users, a share of .1 is known to ± {error:.3f}.")
     return results
 
-def show_first_user(runs, data):
-    """For the first user: the history, and what each method recommends, by title."""
-    hidden = data.truth["liked"][0] - data.truth["shown"][0] if data.truth else set()
-    names = [title + "*" * (item in hidden) for item, title in enumerate(data.titles)]
-    print(f"user {data.user_ids[0]}:", ", ".join(data.titles[i] for i in data.histories[0][-9:-1]))
-    for run in runs:
-        if run["seed"] == runs[0]["seed"]:
-            listed = [names[item] for item in run["lists"][0][:5] if item >= 0]
-            print(f"  {run['method']:>13}  " + ", ".join(listed))
-    print("  * liked, but never shown" if hidden else "")
-
 def run_oracle(settings):
     """Train with one loss on four contexts, from random weights: does P reach R/Z, known here?"""
-    _, (seed, *_) = check_settings(settings)
+    _, seeds = check_settings(settings)
     data = load_data(settings.data)
     check(len(data.titles) <= 2000, "--oracle scores every item at once: at most 2,000 items")
+    seed = seeds[0]
     _, reward = prepare(seed, data, settings)
     data = replace(data, train=data.train[:4], histories=data.histories[:4])
     last = [len(history) - 1 for history in data.train]         # one context a user
@@ -987,13 +985,11 @@ def print_recommendations(settings):
 
 def main(settings):
     """Do what the settings ask for → exit status; an error is one line on stderr."""
+    job = run_oracle if settings.oracle else run
+    if settings.recommend:
+        job = print_recommendations
     try:
-        if settings.recommend:
-            print_recommendations(settings)
-        elif settings.oracle:
-            run_oracle(settings)
-        else:
-            run(settings)
+        job(settings)
         return 0
     except (ValueError, OSError, FloatingPointError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
