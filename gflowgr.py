@@ -822,7 +822,7 @@ def paired_gains(runs, base):
     return {metric: {"gain": gain, "low": a, "high": b} for metric, gain, a, b in rows}
 
 def results_of(runs, data, settings):
-    """results.json of runs {(method, seed): run}: with mean and std over seeds, and paired gains."""
+    """results.json of runs {(method, seed): run}, with mean and std over seeds and paired gains."""
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     results = {"data": data.sizes, "settings": asdict(settings), "versions": versions,
                "runs": list(runs.values()), "summary": {}, "paired": {}, "paired_continued": {},
