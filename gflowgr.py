@@ -27,8 +27,9 @@ from types import SimpleNamespace
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from data import InputError, check, find_item, load_data, read_ids
-# load_data → a Dataset (described there) of B users and n items. An item is an index, 0 … n−1.
-# Its train has B lists of items, oldest first: histories without the last two (validation, test).
+# load_data → a Dataset of B users and n items; an item is an index, 0 … n−1. histories: B lists of
+# items, oldest first; train: the same without the last two (validation, test); liked: bools, one
+# for each item of histories; truth: of the toy: "liked" and "shown", B sets of items each; else {}.
 
 PRESETS = {         # ml-100k: 50 beams, since many end at items that are in the history already
     "toy": dict(methods="pop,cm,cm-debiased,sft,sft-continued,tb,fm,fm+cm", width=64, layers=2,
@@ -119,8 +120,8 @@ def pad(lists, value):
 Row = namedtuple("Row", "user start first stop")    # read: start … stop-2; targets: first … stop-1
 
 def training_rows(histories, window):
-    """Rows that have every item as a target once, after window // 2 to `window` items (all if there
-    are fewer). Window 4, ten items: targets 0–4, read 0–3; 5–6, 2–5; 7–8, 4–7; 9, 5–8."""
+    """Rows that have every item as a target once, after more than window / 2 and at most `window`
+    items (or all). Window 4, ten items: targets 0–4, read 0–3; 5–6, 2–5; 7–8, 4–7; 9, 5–8."""
     rows = []
     for user, history in enumerate(histories):
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
@@ -203,8 +204,8 @@ class Policy(torch.nn.Module):
 
     @torch.no_grad()
     def start_from(self, features):
-        """Token embeddings from features (n, ...): an item's are its features, projected at random;
-        a code's the mean, over its items, of what their earlier codes have left of theirs."""
+        """Token embeddings from item features (n, f). That of an item is its features, projected at
+        random. That of a code is the mean of its items' residuals: less their earlier codes'."""
         K = self.semantic_ids.num_codes
         wte = self.lm.transformer.wte.weight
         vector = torch.as_tensor(features, dtype=torch.float32)
@@ -216,10 +217,10 @@ class Policy(torch.nn.Module):
             mean = wte[level * K:(level + 1) * K].zero_()                           # (K, d), a view
             mean.scatter_reduce_(0, code[:, None].expand_as(vector), vector, "mean",
                                  include_self=False)
-            vector = vector - mean[code]                        # what is left for the next level
+            vector = vector - mean[code]                        # residual, for the next level
 
     def tokens(self, histories):
-        """Tokens (B, H) of the last `window` items, <user> first, padded right; counts (B, 1)."""
+        """Tokens (B, H): <user>, the last `window` items, padding; counts (B, 1) of the items."""
         rows = [[-1, *history[-self.window:]] for history in histories]     # −1 becomes <user>
         return pad(rows, -1) + self.user_token + 1, torch.tensor([[len(row) - 1] for row in rows])
 
@@ -267,7 +268,7 @@ class Policy(torch.nn.Module):
 
         Beam search over legal codes: the score of a prefix is Σ log P_F of its codes, and the best
         max(beams or self.beams, k) of a user go on to the next level: exact with enough beams. With
-        self.cm (9), log F of CM^γ is added: the score of an item is log P_F + γ · log CM.
+        self.cm (9), log Σ CM^γ over the items below is added: an item has log P_F + γ · log CM.
         """
         ids = self.semantic_ids
         K = ids.num_codes
@@ -286,7 +287,7 @@ class Policy(torch.nn.Module):
         for level in range(ids.num_levels):
             head = self.lm.transformer.wte.weight[level * K:(level + 1) * K]        # (K, d)
             child = ids.next_node[node]                         # (B, W, K), −1 where illegal
-            # masked_fill_, add_: in place, since (B, W, K) is as large as a block of the model
+            # masked_fill_, add_: in place: a pass over (B, W, K) costs a block's time
             total = (hidden @ head.T).masked_fill_(child < 0, NEVER).log_softmax(-1)
             total = total.add_(score[..., None]).flatten(1)                         # (B, W·K)
             child = child.flatten(1)
@@ -441,8 +442,8 @@ def curriculum(scores, logged, count, progress):
     """N = count unobserved items a context (C, N): low CM scores early in training, high ones late.
     scores (C, n) of the CM, logged C lists, progress in [0, 1]. Draw 2N−1 items, item i with
     P ∝ scores[i]/2 + 1/(2n), unlogged ones alone; sort them from low to high score; keep N
-    neighbours from place round(progress · (N−1)) on. The term 1/(2n) is ours (6): if log R − log P
-    is alike for all drawn items, log Z alone can fit it, and P does not learn."""
+    neighbours from place round(progress · (N−1)) on. 1/(2n) is ours (6), to draw low scores too: if
+    log R − log P is alike for all drawn items, log Z alone fits it, and P does not learn."""
     weight = 0.5 * scores + 0.5 / scores.shape[1]
     weight[entries(logged)] = 1e-12                             # not 0: all items may be logged
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -497,15 +498,15 @@ def product_of(policy, rows, data, reward):
 
 # --- Training -------------------------------------------------------------------------------------
 def loss_of(recipe, policy, reference, batch, reward, data, progress):
-    """L = gr · L_GR(U, v) + λ · L_GFN, L_GFN a mean over trajectories. Without a loss: L_GR alone.
+    """L = gr · L_GR(U, v) + λ · L_GFN, means over contexts, and trajectories. No loss: L_GR alone.
     reference: the frozen SFT policy, for S-DPO; progress: the share of training that is done."""
     if not recipe.loss:
         logged = torch.tensor([[data.train[user][place]] for user, place in batch.contexts])
         return -policy(batch.tokens, batch.ends, logged).log_pf.sum(-1).mean()
     known = known_of(batch.contexts, data, reward, recipe.reward)
     items = augmented(recipe, known, policy, progress)                              # (C, N)
-    # The logged path τ_1 goes first if L_GR or S-DPO needs it, and with all samplers but "reward",
-    # which draws it often (7).
+    # The logged path τ_1 goes first if L_GR or S-DPO needs it, if N = 0, and with all samplers but
+    # "reward", which draws it often (7).
     if recipe.gr or recipe.reference or recipe.sampler != "reward" or recipe.trajectories == 0:
         items = torch.cat([known.positives[:, None], items], 1)                     # (C, J)
     # The paths come from a sampler, not from the policy: GFlowNet losses are off-policy. log Z(U)
@@ -576,46 +577,43 @@ def ndcg_at(ranked, target, k):
     return (hits / torch.log2(torch.arange(2, hits.shape[1] + 2, device=hits.device))).sum(1).mean()
 
 def exposure_bias(listed, liked, shown, history, counts):
-    """Exposure bias of one user's list, where the truth is known: three numbers.
-
-    hidden@10: share of the liked, never shown items that are listed; liked@10: share of the list
-    that is liked and new; lift@10: mean count in training of the list over that of liked and new.
-    """
+    """Of one user's list. hidden@10: share of the liked, never shown items that is in it; liked@10:
+    share of it that is liked and new; lift@10: its mean count in training over that of these."""
     hidden = liked - shown
     new = liked - set(history)
     fair = counts[list(new)].mean().item() if new else 1.0
-    return {"hidden@10": len(hidden & set(listed)) / max(1, len(hidden)),
-            "liked@10": len(new & set(listed)) / max(1, len(listed)),
-            "lift@10": counts[listed].sum().item() / max(1, len(listed)) / max(1.0, fair)}
+    size = max(1, len(listed))
+    return {"hidden@10": len(hidden.intersection(listed)) / max(1, len(hidden)),
+            "liked@10": len(new.intersection(listed)) / size,
+            "lift@10": counts[listed].sum().item() / size / max(1.0, fair)}
 
-def rank_all(recommend, histories, size=256):
+def rank_all(recommend, histories):
     """The ten best items (B, 10) by recommend(histories); users of similar length together."""
-    order = sorted(range(len(histories)), key=lambda u: len(histories[u]))
+    order = torch.tensor([len(history) for history in histories]).argsort(stable=True)
     ranked = torch.full((len(histories), 10), -1)
-    for i in range(0, len(order), size):
-        users = order[i:i + size]
-        ranked[users] = recommend([histories[u] for u in users])[0].cpu()
+    for users in order.split(256):
+        ranked[users] = recommend([histories[user] for user in users])[0].cpu()
     return ranked
 
 def validate(policy, data):
     """NDCG@10 on the validation items of at most 2,000 users, evenly spread over all."""
-    policy.eval()
-    users = range(0, len(data.train), math.ceil(len(data.train) / 2000))
-    ranked = rank_all(policy.recommend, [data.train[u] for u in users])
-    return ndcg_at(ranked, torch.tensor([data.histories[u][-2] for u in users]), 10).item()
+    step = math.ceil(len(data.train) / 2000)
+    target = torch.tensor([history[-2] for history in data.histories[::step]])
+    return ndcg_at(rank_all(policy.eval().recommend, data.train[::step]), target, 10).item()
 
-def evaluate(recommend, data, counts):
+def evaluate(recommend, data):
     """Test: {metric: list of one number a user}, and the lists (B, 10)."""
     ranked = rank_all(recommend, [history[:-1] for history in data.histories])
+    counts = torch.tensor(entries(data.train)[1]).bincount(minlength=len(data.titles)).float()
     rows = []
-    for b, history in enumerate(data.histories):
-        found = (ranked[b:b + 1], torch.tensor(history[-1:]))   # list and target of one user
+    for user, (*history, target) in enumerate(data.histories):
+        found = (ranked[user:user + 1], torch.tensor([target]))
         rows.append({"recall@5": recall_at(*found, 5), "ndcg@5": ndcg_at(*found, 5),
                      "recall@10": recall_at(*found, 10), "ndcg@10": ndcg_at(*found, 10)})
         if data.truth:
-            listed = ranked[b][ranked[b] >= 0].tolist()
-            liked, shown = (data.truth[name][b] for name in ("liked", "shown"))
-            rows[b] |= exposure_bias(listed, liked, shown, history[:-1], counts)
+            listed = ranked[user][ranked[user] >= 0].tolist()
+            truth = [data.truth[name][user] for name in ("liked", "shown")]
+            rows[user] |= exposure_bias(listed, *truth, history, counts)
     return {name: [round(float(row[name]), 6) for row in rows] for name in rows[0]}, ranked
 
 # --- The experiment: data → IDs, CM → SFT → fine-tuned policies → table ---------------------------
@@ -626,37 +624,39 @@ def write_json(path, value):
     os.replace(f"{path}.part", path)
 
 def prepare(seed, data, settings, cm=None):
-    """Features, SemanticIDs and Reward (with its CM) of one seed, from training items only."""
-    from_file = settings.ids not in ("content", "mixed")
-    features = item_features("mixed" if from_file else settings.ids, data.texts, data.train, seed)
-    n = len(data.item_ids)
-    if from_file:
-        codes = np.array(read_ids(settings.ids, data.item_ids))
-        ids = SemanticIDs(codes, codes.max() + 1)
-    else:
+    """Item features and the Reward, with IDs and CM, of one seed, from training items only."""
+    weights = [float(weight) for weight in settings.weights.split(",")]
+    fine = len(weights) == 3 and min(weights) >= 0 and sum(weights) < math.inf
+    check(fine, f"--weights {settings.weights}: give three numbers, none negative")
+    kind = settings.ids if settings.ids in ("content", "mixed") else "mixed"
+    features = item_features(kind, data.texts, data.train, seed)
+    n = len(data.titles)
+    if settings.ids == kind:
         K = settings.codes or 2 ** math.ceil(math.log2(max(2, n / 24, n ** (1 / settings.levels))))
         ids = SemanticIDs.fit(features, K, settings.levels, seed)
-    cm = cm or CollaborativeModel.fit(data.train, n, debias=settings.debias)
-    weights = [float(weight) for weight in settings.weights.split(",")]
-    # A copy of the IDs: on mps the reward stays on the CPU, where torch has sparse matrices
-    reward = Reward(copy.deepcopy(ids), cm, weights)
+    else:
+        codes = read_ids(settings.ids, data.item_ids)
+        ids = SemanticIDs(codes, max(map(max, codes)) + 1)
     print(f"seed {seed}: {ids.health()}", flush=True)
-    return features, ids, reward.to("cuda" if settings.device == "cuda" else "cpu")
+    cm = cm or CollaborativeModel.fit(data.train, n, debias=settings.debias)
+    # On mps the reward stays on the CPU, where torch has sparse matrices
+    return features, Reward(ids, cm, weights).to("cuda" if settings.device == "cuda" else "cpu")
 
-def start_of(method, seed, dropout, prepared, data, settings):
-    """The policy that training starts from: a new one for SFT, else the SFT model (of --sft)."""
-    features, ids, _ = prepared
+def policy_of(name, seed, dropout, prepared, data, settings):
+    """A policy to go on with: a new one (name "new"), or the saved one of a method."""
+    features, reward = prepared
+    ids = copy.deepcopy(reward.ids).cpu()                       # a copy: .to moves it
     sizes = (settings.window, settings.width, settings.layers)
-    if method == "sft" and not settings.sft:
+    if name == "new":
         torch.manual_seed(seed)
-        policy = Policy(copy.deepcopy(ids), *sizes, dropout)    # a copy: .to moves it
+        policy = Policy(ids, *sizes, dropout)
         policy.start_from(features)
         policy.catalogue = {"item_ids": data.item_ids, "titles": data.titles}
     else:
-        source = Path(settings.sft or settings.out) / f"sft-{seed}"
+        folder = settings.sft if settings.sft and name == "sft" else settings.out
+        source = Path(folder) / f"{name}-{seed}"
         policy = Policy.from_pretrained(source, dropout)
-        config = policy.lm.config
-        found = (policy.window, config.n_embd, config.n_layer)
+        found = (policy.window, policy.lm.config.n_embd, policy.lm.config.n_layer)
         check(found == sizes, f"{source} has window, width, layers {found}, not {sizes}")
         fits = policy.semantic_ids.codes.equal(ids.codes)
         check(fits, f"the semantic IDs of {source} do not fit the data")
@@ -665,79 +665,49 @@ def start_of(method, seed, dropout, prepared, data, settings):
     return policy.to(settings.device)
 
 def trained(method, seed, prepared, data, settings):
-    """Train a method at its rates → (policy of the best rate, saved in OUT/METHOD-SEED; curve)."""
-    if method == "sft" and settings.sft:                        # is trained already
-        return start_of(method, seed, 0.0, prepared, data, settings), []
+    """Train a method at its rates, save the best policy in OUT/METHOD-SEED → its curve."""
+    _, reward = prepared
     recipe = RECIPES[method]
-    if method != "sft":
-        for name in ("gr", "lam", "sampler", "trajectories", "fine_dropout", "reward"):
-            if getattr(settings, name) is not None:
-                recipe = replace(recipe, **{name: getattr(settings, name)})
-    _, _, reward = prepared
+    flags = {name: getattr(settings, name, None) for name in vars(recipe)}
+    recipe = replace(recipe, **{name: flag for name, flag in flags.items() if flag is not None})
+    is_sft = method == "sft"
+    peak = settings.rate if is_sft else settings.fine_rate
+    dropout = settings.dropout if is_sft or recipe.fine_dropout is None else recipe.fine_dropout
     rows = training_rows(data.train, settings.window)
-    best_curve = None
-    dropout = settings.dropout if recipe.fine_dropout is None else recipe.fine_dropout
+    best = []
     for share in recipe.rates:
-        policy = start_of(method, seed, dropout, prepared, data, settings)
-        rate = settings.rate if method == "sft" else settings.fine_rate * share
-        curve = train(method, recipe, policy, reward, data, rows, rate, seed, settings)
-        if best_curve is None or curve[-1]["ndcg@10"] > best_curve[-1]["ndcg@10"]:
-            best_policy, best_curve = policy.eval(), curve
-    best_policy.save_pretrained(Path(settings.out) / f"{method}-{seed}")
-    return best_policy, best_curve
-
-def guided(method, seed, cm, settings):
-    """The trained policy of NAME, with its beam guided by the CM, saved as NAME+cm → policy."""
-    name = method.removesuffix("+cm")
-    source = settings.sft if settings.sft and name == "sft" else settings.out
-    policy = Policy.from_pretrained(Path(source) / f"{name}-{seed}").to(settings.device)
-    policy.cm = cm
-    policy.gamma = settings.gamma
-    policy.beams = settings.beams
-    policy.save_pretrained(Path(settings.out) / f"{method}-{seed}")
-    return policy
-
-def distribution(policy, histories):
-    """P(v | U) of every item (B, n)."""
-    items = torch.arange(len(policy.semantic_ids.codes)).expand(len(histories), -1)
-    with torch.no_grad():
-        return policy.eval().path_log_probs(histories, items).sum(-1).exp().cpu()
-
-def flow_of(policy, history, teacher, data, teacher_name, learned_name):
-    """What figures.plot_flows draws: P of the teacher over the n items, and what was learned."""
-    both = torch.stack([teacher, distribution(policy, [history])[0]])               # (2, n)
-    both[:, history] = 0                                        # never recommended
-    teacher, learned = (both / both.sum(1, keepdim=True)).tolist()
-    return {"codes": policy.semantic_ids.codes.tolist(), "titles": data.titles,
-            "history": [data.titles[item] for item in history], "teacher": teacher,
-            "learned": learned, "teacher_name": teacher_name, "learned_name": learned_name}
+        policy = policy_of("new" if is_sft else "sft", seed, dropout, prepared, data, settings)
+        curve = train(method, recipe, policy, reward, data, rows, peak * share, seed, settings)
+        if not best or curve[-1]["ndcg@10"] > best[-1]["ndcg@10"]:
+            best = curve
+            policy.save_pretrained(Path(settings.out) / f"{method}-{seed}")
+    return best
 
 def run_method(method, seed, prepared, data, settings):
     """Train and test one method with one seed → its entry of results.json["runs"]."""
     started = time.time()
-    _, _, reward = prepared
-    cm = copy.copy(reward.cm)                                   # so that "cm" may set its debias
-    n = len(data.item_ids)
-    counts = torch.bincount(torch.tensor(entries(data.train)[1]), minlength=n).float()
+    _, reward = prepared
+    cm = copy.copy(reward.cm)                                   # a copy, to set its debias
     policy = None
     curve = []
-    epochs = 0
-    if method in RECIPES:
-        policy, curve = trained(method, seed, prepared, data, settings)
-        epochs = len(curve[1:]) * len(RECIPES[method].rates)
-    elif method.endswith("+cm"):
-        policy = guided(method, seed, cm, settings)
+    if method == "pop":
+        cm = CollaborativeModel.fit(data.train, len(data.titles), popularity=1.0)
     elif method == "cm":
         cm.debias = 0.0
-    def recommend(histories):
-        if policy:
-            return policy.recommend(histories)
-        scores = counts.expand(len(histories), -1) if method == "pop" else cm.scores(histories)
-        return best_unseen(scores, histories)
+    elif method != "cm-debiased":                               # that is the CM as it is
+        if method in RECIPES and not (method == "sft" and settings.sft):
+            curve = trained(method, seed, prepared, data, settings)
+        policy = policy_of(method.removesuffix("+cm"), seed, 0.0, prepared, data, settings)
+    if method.endswith("+cm"):
+        policy.cm = cm
+        policy.save_pretrained(Path(settings.out) / f"{method}-{seed}")
+    def by_cm(histories):
+        return best_unseen(cm.scores(histories), histories)
     middle = time.time()
-    by_user, ranked = evaluate(recommend, data, counts)
+    by_user, ranked = evaluate(policy.recommend if policy else by_cm, data)
     metrics = {name: float(np.mean(numbers)) for name, numbers in by_user.items()}
-    metrics["coverage@10"] = len(ranked[ranked >= 0].unique()) / n
+    metrics["coverage@10"] = len(ranked[ranked >= 0].unique()) / len(data.titles)
+    epochs = len(curve[1:]) * len(RECIPES.get(method, Recipe()).rates)
     entry = {"method": method, "seed": seed, "metrics": metrics, "curve": curve, "by_user": by_user,
              "seconds": {"train": middle - started, "eval": time.time() - middle},
              "train_examples": epochs * sum(map(len, data.train)),
@@ -748,17 +718,33 @@ def run_method(method, seed, prepared, data, settings):
         entry["flow"] = flow_of(policy, history, teacher, data, "scores of the CM", method)
     return entry
 
+@torch.no_grad()
+def distribution(policy, histories):
+    """P(v | U) of every item (B, n)."""
+    items = torch.arange(len(policy.semantic_ids.codes)).expand(len(histories), -1)
+    return policy.eval().path_log_probs(histories, items).sum(-1).exp().cpu()
+
+def flow_of(policy, history, teacher, data, teacher_name, learned_name):
+    """What figures.plot_flows draws: P of the teacher (n,), and what was learned."""
+    both = torch.stack([teacher, distribution(policy, [history])[0]])               # (2, n)
+    both[:, history] = 0                                        # never recommended
+    teacher, learned = (both / both.sum(1, keepdim=True)).tolist()
+    return {"codes": policy.semantic_ids.codes.tolist(), "titles": data.titles,
+            "history": [data.titles[item] for item in history], "teacher": teacher,
+            "learned": learned, "teacher_name": teacher_name, "learned_name": learned_name}
+
+BASES = {"paired": "sft", "paired_continued": "sft-continued"}
+
 @lru_cache(maxsize=1)
-def bootstrap(users, samples=1000):
-    """How often each user is drawn in each sample (samples, users): the same for all methods."""
-    rng = np.random.default_rng(0)
-    draws = [np.bincount(rng.integers(users, size=users), minlength=users) for _ in range(samples)]
-    return np.array(draws)
+def bootstrap(users):
+    """How often each user is drawn in 1,000 samples (1000, users): the same for all methods."""
+    draws = np.random.default_rng(0).integers(users, size=(1000, users))
+    return np.array([np.bincount(sample, minlength=users) for sample in draws])
 
 def paired_gains(runs, base):
-    """{metric: {"gain", "low", "high"}} of runs (seeds) over base runs, 95 % bootstrap over users.
-    The interval covers the choice of users, not the random seed of training."""
-    own = [list(run["by_user"].values()) for run in runs]
+    """{metric: {"gain", "low", "high"}} of runs over base runs (their seeds are the same ones).
+    The 95 % interval covers the choice of users (bootstrap), not the random seed of training."""
+    own = [list(run["by_user"].values()) for run in runs]                    # (seeds, metrics, B)
     other = [list(run["by_user"].values()) for run in base]
     gains = np.mean(own, 0) - np.mean(other, 0)                                     # (metrics, B)
     users = gains.shape[1]
@@ -766,24 +752,22 @@ def paired_gains(runs, base):
     rows = zip(runs[0]["by_user"], gains.mean(1), low, high)
     return {metric: {"gain": gain, "low": a, "high": b} for metric, gain, a, b in rows}
 
-BASES = {"paired": "sft", "paired_continued": "sft-continued"}
-
 def results_of(runs, data, settings):
-    """results.json: sizes, settings, versions, every run, mean and std over seeds, paired gains."""
+    """results.json of runs {(method, seed): run}, with mean and std over seeds and paired gains."""
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-    flows = [run["flow"] for run in runs if "flow" in run]
     results = {"data": data.sizes, "settings": asdict(settings), "versions": versions,
-               "runs": runs, "summary": {}, "paired": {}, "paired_continued": {},
-               "flow": flows[-1] if flows else None}
+               "runs": list(runs.values()), "summary": {}, "paired": {}, "paired_continued": {},
+               "flow": None}
     runs_of = {}
-    for run in sorted(runs, key=lambda run: run["seed"]):
+    for run in sorted(runs.values(), key=lambda run: run["seed"]):
         runs_of.setdefault(run["method"], []).append(run)
+        results["flow"] = run.get("flow", results["flow"])      # the last one
     for method, own in runs_of.items():
         summary = results["summary"][method] = {}
         for metric in own[0]["metrics"]:
             values = [run["metrics"][metric] for run in own]
-            spread = np.std(values, ddof=1) if len(own) > 1 else 0.0
-            summary[metric] = {"mean": np.mean(values), "std": spread}
+            std = np.std(values, ddof=1) if len(own) > 1 else 0.0
+            summary[metric] = {"mean": np.mean(values), "std": std}
         for key, base in BASES.items():
             others = runs_of.get(base, [])
             if method != base and [run["seed"] for run in own] == [run["seed"] for run in others]:
@@ -793,100 +777,94 @@ def results_of(runs, data, settings):
 def table_of(results):
     """The Markdown table: means (± std over seeds), gains in % of the base with 95 % intervals."""
     summary = results["summary"]
-    shown = ["recall@10", "ndcg@10", "coverage@10", "hidden@10", "liked@10", "lift@10"]
-    shown = [metric for metric in shown if metric in results["runs"][0]["metrics"]]
-    gains = list(itertools.product([m for m in ("ndcg@10", "hidden@10") if m in shown], BASES))
-    several = len(results["runs"]) > len(summary)
-    lines = [["method", *shown, *[f"{metric} over {BASES[key]}, %" for metric, key in gains]]]
-    lines.append(["---"] * len(lines[0]))
+    form = "{mean:.4f} ± {std:.4f}" if len(results["runs"]) > len(summary) else "{mean:.4f}"
+    shown = ("recall@10", "ndcg@10", "coverage@10", "hidden@10", "liked@10", "lift@10")
+    rows = []
     for method, numbers in summary.items():
-        cells = [method]
-        for metric in shown:
-            spread = f" ± {numbers[metric]['std']:.4f}" if several else ""
-            cells.append(f"{numbers[metric]['mean']:.4f}{spread}")
-        for metric, key in gains:
-            gain = results[key].get(method, {}).get(metric, {})
-            base = summary.get(BASES[key], numbers)[metric]["mean"] or math.nan
-            percent = [100 * x / base for x in gain.values()]
-            cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*percent) if gain else "")
-        lines.append(cells)
+        row = {"method": method}
+        row |= {name: form.format(**numbers[name]) for name in shown if name in numbers}
+        for metric, (key, base) in itertools.product(("ndcg@10", "hidden@10"), BASES.items()):
+            if metric in numbers:
+                gain = results[key].get(method, {metric: {}})[metric]
+                mean = summary.get(base, numbers)[metric]["mean"] or math.nan
+                percent = [100 * x / mean for x in gain.values()]
+                cell = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*percent) if gain else ""
+                row[f"{metric} over {base}, %"] = cell
+        rows.append(row.values())
+    lines = [row, ["---"] * len(row), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 # --- Command line ---------------------------------------------------------------------------------
 def check_settings(settings):
-    """Methods, in the table's order, and seeds; InputError or ValueError for what cannot be.
-    Sets the threads, and settings.device if it is "auto"."""
+    """Check all settings; set threads and device → methods, in the table's order, and seeds."""
     torch.set_num_threads(settings.threads)
     known = ["pop", "cm", "cm-debiased", *RECIPES, *[f"{method}+cm" for method in RECIPES]]
-    asked = settings.methods.split(",")
-    for method in asked:
-        check(method in known, f"unknown method {method!r}; choose of {', '.join(known)}")
-    needed = {*asked, *[method.removesuffix("+cm") for method in asked]}
-    if needed - {"pop", "cm", "cm-debiased"} and not settings.sft:
-        needed.add("sft")                                       # all the others start from it
-    devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    devices.append("cpu")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
+    devices = [device for device in there if there[device]]
     if settings.device == "auto":
         settings.device = devices[0]
     losses = [name for name, recipe in RECIPES.items() if recipe.loss and not recipe.reference]
-    choices = {"sampler": SAMPLERS, "device": devices, "oracle": losses,
+    choices = {"methods": known, "sampler": SAMPLERS, "device": devices, "oracle": losses,
                "reward": ["sum", "product"]}
-    for name, allowed in choices.items():
-        value = getattr(settings, name)
-        message = f"--{name} {value} is not available; choose of {', '.join(allowed)}"
-        check(value in (None, *allowed), message)
     zero = ("dropout", "fine_dropout", "debias", "gr", "lam", "codes", "trajectories")
-    for name, value in asdict(settings).items():
-        least = 0 if name in zero else 1e-9
-        most = 1 if name in ("dropout", "fine_dropout") else 1e9
-        fine = type(value) not in (int, float) or least <= value < most
-        check(fine, f"--{name.replace('_', '-')} {value} is out of range")
-    weights = [float(weight) for weight in settings.weights.split(",")]
-    fine = len(weights) == 3 and min(weights) >= 0 and sum(weights) < math.inf
-    check(fine, f"--weights {settings.weights}: give three numbers, none negative")
+    for name, value in vars(settings).items():
+        if type(value) in (int, float):
+            least = 0 if name in zero else 1e-9
+            most = 1 if "dropout" in name else 1e9
+            check(least <= value < most, f"--{name.replace('_', '-')} {value} is out of range")
+        elif name in choices and value is not None:
+            wrong = sorted(set(value.split(",")).difference(choices[name]))
+            message = f"--{name} {','.join(wrong)} is not available; choose of "
+            check(not wrong, message + ", ".join(choices[name]))
     seeds = [int(seed) for seed in dict.fromkeys(settings.seeds.split(","))]
-    for seed in seeds if settings.sft else []:
-        there = (Path(settings.sft) / f"sft-{seed}" / "config.json").exists()
-        check(there, f"--sft: {settings.sft} holds no saved model sft-{seed}")
+    for seed in seeds if settings.sft else []:                  # an InputError, before others start
+        Policy.from_pretrained(Path(settings.sft) / f"sft-{seed}")
+    needed = {*settings.methods.split(","), *settings.methods.replace("+cm", "").split(",")}
+    if needed & RECIPES.keys() and not settings.sft:
+        needed.add("sft")                                       # all the others start from it
     return [method for method in known if method in needed], seeds
 
-FREE = ("data", "methods", "seeds", "out", "device", "threads", "resume")      # may differ
-
 def earlier_runs(settings, data, asked):
-    """The runs in OUT/results.json, for --resume. InputError if its settings or data are others, or
-    if, without --resume, writing the pairs (method, seed) `asked` for would lose some of it."""
+    """{(method, seed): run} of OUT, for --resume. InputError if its settings or data are others, or
+    if, without --resume, a run would be lost: one that is not among the pairs asked for."""
     path = Path(settings.out) / "results.json"
-    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for name, was in old.get("settings", {}).items():
-        fine = name in FREE or was == getattr(settings, name, None)
-        check(fine, f"{path.parent} holds a run with {name} {was}; choose another --out")
-    fine = old.get("data", data.sizes) == data.sizes
-    check(fine, f"{path.parent} holds a run of other data; choose another --out")
-    runs = old.get("runs", [])
-    lost = {(run["method"], run["seed"]) for run in runs} - asked
-    check(settings.resume or not lost, f"{path.parent} holds more methods or seeds; add --resume")
-    return runs if settings.resume else []
+    if not path.exists():
+        return {}
+    old = json.loads(path.read_text(encoding="utf-8"))
+    free = ("data", "methods", "seeds", "out", "device", "threads", "resume")
+    for name, was in old["settings"].items():
+        fine = name in free or was == getattr(settings, name, None)
+        check(fine, f"{path} holds a run with {name} {was}; choose another --out")
+    check(old["data"] == data.sizes, f"{path} is of a run of other data; choose another --out")
+    runs = {(run["method"], run["seed"]): run for run in old["runs"]}
+    fine = settings.resume or runs.keys() <= asked
+    check(fine, f"{path} holds more methods or seeds; add --resume")
+    return runs if settings.resume else {}
 
 def run(settings, cm=None):
-    """The whole job → results; every finished method is written at once. cm: your own CM, with
+    """The whole job → results; each method is written when it is finished. cm: your own CM, with
     scores(histories, following) as CollaborativeModel has; it is not saved with guided models."""
     methods, seeds = check_settings(settings)
     check(cm is None or not settings.debias, "--debias is of the built-in CM: pass --debias 0")
     data = load_data(settings.data)
     runs = earlier_runs(settings, data, set(itertools.product(methods, seeds)))
-    done = [(entry["method"], entry["seed"]) for entry in runs]
     out = Path(settings.out)
-    results = results_of(runs, data, settings)
     for seed in seeds:
-        prepared = None
-        for method in methods:
-            if (method, seed) in done:
-                continue
-            prepared = prepared or prepare(seed, data, settings, cm)
-            runs.append(run_method(method, seed, prepared, data, settings))
-            results = results_of(runs, data, settings)
-            write_json(out / "results.json", results)
-    show_first_user(runs, data)
+        todo = [method for method in methods if (method, seed) not in runs]
+        prepared = prepare(seed, data, settings, cm) if todo else None
+        for method in todo:
+            runs[method, seed] = run_method(method, seed, prepared, data, settings)
+            write_json(out / "results.json", results_of(runs, data, settings))
+    results = results_of(runs, data, settings)
+    # For the first user: the history, and what each method recommends, by title
+    hidden = data.truth["liked"][0] - data.truth["shown"][0] if data.truth else set()
+    names = [title + "*" * (item in hidden) for item, title in enumerate(data.titles)]
+    print(f"user {data.user_ids[0]}:", ", ".join(data.titles[i] for i in data.histories[0][-9:-1]))
+    for (method, seed), entry in runs.items():
+        if seed == seeds[0]:
+            listed = [names[item] for item in entry["lists"][0][:5] if item >= 0]
+            print(f"  {method:>13} ", ", ".join(listed))
+    print("  * liked, but never shown" if hidden else "")
     table = table_of(results)
     (out / "results.md").write_text(table + "\n", encoding="utf-8")
     print("", table, "", *figures.draw_run(out, data, results), sep="\n")
@@ -900,64 +878,49 @@ def run_oracle(settings):
     _, seeds = check_settings(settings)
     data = load_data(settings.data)
     check(len(data.titles) <= 2000, "--oracle scores every item at once: at most 2,000 items")
-    _, ids, reward = prepare(seeds[0], data, settings)
+    seed = seeds[0]
+    _, reward = prepare(seed, data, settings)
     data = replace(data, train=data.train[:4], histories=data.histories[:4])
     last = [len(history) - 1 for history in data.train]         # one context a user
     rows = [Row(user, max(0, i - settings.window), i, i + 1) for user, i in enumerate(last)]
     known = known_of(contexts_of(rows), data, reward)
-    histories = known.histories
     target = (known.r / known.r.sum(1, keepdim=True)).cpu()     # P* = R/Z
-    torch.manual_seed(seeds[0])
-    policy = Policy(ids, settings.window, settings.width, settings.layers, dropout=0.0)
-    policy.to(settings.device)
+    torch.manual_seed(seed)
+    sizes = (settings.window, settings.width, settings.layers)
+    policy = Policy(copy.deepcopy(reward.ids), *sizes, dropout=0.0).to(settings.device)
     recipe = RECIPES[settings.oracle]                           # its loss, towards the sum, no L_GR
     recipe = Recipe(recipe.loss, sampler="even", trajectories=64, exact=recipe.exact)
-    many = replace(settings, batch=4, epochs=15)
-    before = distribution(policy, histories)
+    def distance():                                             # L1, of P from P*
+        return (distribution(policy, known.histories) - target).abs().sum(1).mean()
+    before = distance()
     print("training on four contexts alone; their validation says nothing")
-    train(settings.oracle, recipe, policy, reward, data, rows * 100, rate=2e-3, seed=seeds[0],
-          settings=many)
-    learned = distribution(policy, histories)
-    start, end = ((p - target).abs().sum(1).mean() for p in (before, learned))
+    train(settings.oracle, recipe, policy, reward, data, rows * 100, rate=2e-3, seed=seed,
+          settings=replace(settings, batch=4, epochs=15))       # 100 steps an epoch
     path = Path(settings.out) / "oracle.png"
-    print(f"mean L1 distance of P from R/Z: {start:.4f} before, {end:.4f} after; picture: {path}")
-    flow = flow_of(policy, histories[0], target[0], data, "R/Z of unseen items",
+    print(f"mean L1 distance of P from R/Z: {before:.4f} before, {distance():.4f} after;",
+          f"picture: {path}")
+    flow = flow_of(policy, known.histories[0], target[0], data, "R/Z of unseen items",
                    f"P of unseen items, learned by {settings.oracle}")
     write_json(path.with_suffix(".json"), flow)
     figures.plot_flows(path, flow)
-
-def show_first_user(runs, data):
-    """For the first user: the history, and what each method recommends, by title."""
-    hidden = data.truth["liked"][0] - data.truth["shown"][0] if data.truth else set()
-    names = [title + "*" * (item in hidden) for item, title in enumerate(data.titles)]
-    history = [data.titles[item] for item in data.histories[0][:-1]]
-    print(f"user {data.user_ids[0]}: " + ", ".join(history[-8:]))
-    for run in runs:
-        if run["seed"] == runs[0]["seed"]:
-            listed = [names[item] for item in run["lists"][0][:5] if item >= 0]
-            print(f"  {run['method']:>13}  " + ", ".join(listed))
-    print("  * liked, but never shown" if hidden else "")
 
 def print_recommendations(settings):
     """Ten titles by a saved model, for a history of titles or ids, oldest first."""
     policy = Policy.from_pretrained(settings.model)
     titles = policy.catalogue["titles"]
     ids = policy.catalogue["item_ids"]
-    history = [find_item(name, ids, titles) for name in settings.recommend]
-    items, scores = policy.recommend([history])
+    items, scores = policy.recommend([[find_item(x, ids, titles) for x in settings.recommend]])
     for item, share in zip(items[0].tolist(), scores[0].softmax(0).tolist()):
         if item >= 0:
             print(f"{share:6.1%}  {titles[item]}")                  # of the weight of these ten
 
 def main(settings):
     """Do what the settings ask for → exit status; an error is one line on stderr."""
+    job = run_oracle if settings.oracle else run
+    if settings.recommend:
+        job = print_recommendations
     try:
-        if settings.recommend:
-            print_recommendations(settings)
-        elif settings.oracle:
-            run_oracle(settings)
-        else:
-            run(settings)
+        job(settings)
         return 0
     except (ValueError, OSError, FloatingPointError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)

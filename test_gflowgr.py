@@ -37,6 +37,7 @@ from reward import CollaborativeModel, Reward
 from tokenizer import SemanticIDs
 
 ROOT = Path(gflowgr.__file__).parent
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR")    # of torch: it calls them "beta"
 MINE = os.environ.get("MINE")                                   # a student's file
 EXERCISES = {}                                                  # name: what `exercise` enters
 close = functools.partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4, check_dtype=False)
@@ -450,8 +451,8 @@ def test_packed_paths_and_beams_against_one_path_at_a_time(K, L):
 def test_a_policy_moves_without_the_ids_of_the_others(tiny):
     settings, data, *shared = prepared(*tiny, "--width=16")
     settings.device = "meta"
-    moved = gflowgr.start_of("sft", 0, 0.1, shared, data, settings).semantic_ids.codes
-    assert moved.is_meta and not shared[1].codes.is_meta
+    moved = gflowgr.policy_of("new", 0, 0.1, shared, data, settings).semantic_ids.codes
+    assert moved.is_meta and not shared[1].ids.codes.is_meta
 
 def test_embeddings_begin_as_the_features_and_their_means():
     policy = made()
@@ -533,17 +534,17 @@ def reward_by_hand(job, reference, past, after):
     ("db", {}, 8, 3), ("tb", {}, 3, 5), ("tb", {}, 48, 1), ("fm", {}, 2, 6)], ids=str)
 def test_the_whole_loss_against_one_path_at_a_time(method, change, K, L, tiny, monkeypatch):
     flags = ["--weights=.4,.4,.2", "--debias=.5", f"--codes={K}", f"--levels={L}"]
-    _, data, _, ids, job = prepared(*tiny, *flags)
+    _, data, _, job = prepared(*tiny, *flags)
     recipe = replace(RECIPES[method], **{"reward": "sum", **change})
     data.liked = [[item % 3 > 0 for item in history] for history in data.histories]
-    policy, reference = (made(ids=ids, seed=seed) for seed in (0, 1))
+    policy, reference = (made(ids=job.ids, seed=seed) for seed in (0, 1))
     rows, drawn, augmented = gflowgr.training_rows(data.train, 4), [], gflowgr.augmented
     batch = next(gflowgr.batches(rows, data.train, 5, policy, np.random.default_rng(0)))
     monkeypatch.setattr(gflowgr, "augmented", lambda *x: drawn.append(augmented(*x)) or drawn[0])
     job.product = gflowgr.product_of(reference, rows, data, job) if "reward" in change else {}
     found = gflowgr.loss_of(recipe, policy, reference, batch, job, data, 0.5)
     begin = {(user, i): start for user, start, *targets in rows for i in range(*targets)}
-    L_GR, L_GFN, codes = 0, 0, ids.codes.tolist()
+    L_GR, L_GFN, codes = 0, 0, job.ids.codes.tolist()
     for c, (user, place) in enumerate(batch.contexts):
         past, after = data.train[user][:place], data.train[user][place:]
         log_pf, log_flow = one_by_one(policy, past[begin[user, place]:])
@@ -575,11 +576,11 @@ def test_the_whole_loss_against_one_path_at_a_time(method, change, K, L, tiny, m
     close(found.detach(), total / len(batch.contexts))
 
 def trained(flags, name="sft", own=None, shift=0, rows=None):
-    settings, data, features, ids, job = prepared(*flags, shift=shift)
+    settings, data, features, job = prepared(*flags, shift=shift)
     torch.manual_seed(0)
-    policy, rows = Policy(ids, 8, 32, 1, 0.1), gflowgr.training_rows(data.train, 8)[:rows]
+    policy, rows = Policy(job.ids, 8, 32, 1, 0.1), gflowgr.training_rows(data.train, 8)[:rows]
     curve = gflowgr.train(name, own or RECIPES[name], policy, job, data, rows, 5e-3, 0, settings)
-    return curve, [torch.tensor(features), ids.codes, *job.cm.buffers(), *policy.parameters()]
+    return curve, [torch.tensor(features), job.ids.codes, *job.cm.buffers(), *policy.parameters()]
 
 @pytest.mark.parametrize("method", RECIPES)
 def test_training_lowers_its_loss(method, tiny, capsys):
@@ -623,9 +624,8 @@ def test_the_better_rate_is_saved_after_its_last_epoch(finished, tmp_path, monke
     assert cli()[::2] == (130, "stopped; --resume keeps the finished methods of a run\n")
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_users(tiny):
-    bad = gflowgr.Recipe(lambda paths: torch.tensor(math.nan))
     with pytest.raises(FloatingPointError, match=r"tb: loss nan at step 0; users 0$"):
-        trained(tiny, "tb", bad, rows=2)
+        trained(tiny, "tb", gflowgr.Recipe(lambda paths: torch.tensor(math.nan)), rows=2)
 
 @pytest.mark.parametrize("method", ["tb", "tb-paper"])         # log Z is exact, or learned
 def test_trajectory_balance_reaches_the_reward(method, tmp_path, monkeypatch):
