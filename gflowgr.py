@@ -813,9 +813,9 @@ def check_settings(settings):
             most = 1 if "dropout" in name else 1e9
             check(least <= value < most, f"--{name.replace('_', '-')} {value} is out of range")
         elif name in choices and value is not None:
-            wrong = sorted(set(value.split(",")).difference(choices[name]))
-            message = f"--{name} {','.join(wrong)} is not available; choose of "
-            check(not wrong, message + ", ".join(choices[name]))
+            message = f"is not available; choose of {', '.join(choices[name])}"
+            for asked in value.split(",") if name == "methods" else [value]:
+                check(asked in choices[name], f"--{name} {asked} {message}")
     seeds = [int(seed) for seed in dict.fromkeys(settings.seeds.split(","))]
     for seed in seeds if settings.sft else []:                  # an InputError, before others start
         Policy.from_pretrained(Path(settings.sft) / f"sft-{seed}")

@@ -786,8 +786,8 @@ def test_examples_in_the_readme(monkeypatch):
 # --- Bad input: one line on stderr, exit status 2, nothing written --------------------------------
 BAD = [  # (flags, HERE is the folder; what the line must say; files that are changed)
     ("--data nowhere", "no folder nowhere"), ("--codes 2 --levels 1", "do not fit into 2^1"),
-    ("--sft nowhere --methods tb", "no saved model"), ("--recommend x", "go together"),
-    ("--recommend x --model nowhere", "no saved model"), ("--oracle sdpo", "not available"),
+    ("--recommend x", "go together"), ("--oracle sdpo", "sdpo is"), ("--oracle tb,fm", "fm is not"),
+    *[(f"{x} nowhere", "no saved model") for x in ("--methods tb --sft", "--recommend x --model")],
     *[(f"--{name} nonsense", "nonsense") for name in (
         "methods sampler oracle device seeds lam weights ids batch reward nonsense".split())],
     *[(f"--{setting}", "out of range") for setting in (
