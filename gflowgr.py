@@ -120,8 +120,9 @@ def pad(lists, value):
 Row = namedtuple("Row", "user start first stop")    # read: start … stop-2; targets: first … stop-1
 
 def training_rows(histories, window):
-    """Rows that have every item as a target once, after more than window / 2 and at most `window`
-    items (or all). Window 4, ten items: targets 0–4, read 0–3; 5–6, 2–5; 7–8, 4–7; 9, 5–8."""
+    """Rows in which every item is a target once, after all earlier items, or after the last ones:
+    `window` of them, or at least half as many. For example ten items, window 4, read → targets:
+    0–3 → 0–4, 2–5 → 5–6, 4–7 → 7–8, 5–8 → 9."""
     rows = []
     for user, history in enumerate(histories):
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
@@ -204,8 +205,8 @@ class Policy(torch.nn.Module):
 
     @torch.no_grad()
     def start_from(self, features):
-        """Token embeddings from item features (n, f). That of an item is its features, projected at
-        random. That of a code is the mean of its items' residuals: less their earlier codes'."""
+        """Token embeddings from item features (n, f). An item's: its features, projected at random.
+        A code's: the mean of its items' embeddings, minus those of their earlier codes."""
         K = self.semantic_ids.num_codes
         wte = self.lm.transformer.wte.weight
         vector = torch.as_tensor(features, dtype=torch.float32)
@@ -225,9 +226,9 @@ class Policy(torch.nn.Module):
         return pad(rows, -1) + self.user_token + 1, torch.tensor([[len(row) - 1] for row in rows])
 
     def forward(self, tokens, ends, items):
-        """J paths at each of C contexts → log_pf (C, J, L), log_probs (C, J, L, K), NEVER where a
-        code is illegal, and log_flow (C, J, L): see tb_loss. tokens (B, H), ends (B, T): those of
-        `batches`; items (C, J), where the paths lead, row by row for each end ≥ 0."""
+        """J paths at each of C contexts → log_pf (C, J, L) of the codes taken; log_probs
+        (C, J, L, K) of all, NEVER where illegal; log_flow (C, J, L) of s_0 … s_{L-1}, by the head.
+        tokens (B, H), ends (B, T): as in `batches`; items (C, J): where the paths lead."""
         ids = self.semantic_ids
         tokens, ends, items = (x.to(ids.codes.device) for x in (tokens, ends, items))
         H = tokens.shape[1]
@@ -287,7 +288,7 @@ class Policy(torch.nn.Module):
         for level in range(ids.num_levels):
             head = self.lm.transformer.wte.weight[level * K:(level + 1) * K]        # (K, d)
             child = ids.next_node[node]                         # (B, W, K), −1 where illegal
-            # masked_fill_, add_: in place: a pass over (B, W, K) costs a block's time
+            # Work in place: a pass over (B, W, K) takes as long as a transformer block.
             total = (hidden @ head.T).masked_fill_(child < 0, NEVER).log_softmax(-1)
             total = total.add_(score[..., None]).flatten(1)                         # (B, W·K)
             child = child.flatten(1)
@@ -316,7 +317,7 @@ class Policy(torch.nn.Module):
         path = Path(folder) / "semantic_ids.json"               # written last: the sign of success
         path.unlink(missing_ok=True)
         self.lm.save_pretrained(folder)
-        guide = self.cm and "an own CM is not saved"
+        guide = self.cm and "not saved"                         # an own CM: the model will not load
         if type(self.cm) is CollaborativeModel:
             guide = self.cm.options
             save_file(self.cm.state_dict(), Path(folder) / "cm.safetensors")
@@ -377,7 +378,7 @@ class Recipe:
     sampler: str = "reward"         # one of SAMPLERS: where the N augmented trajectories come from
     trajectories: int = 1           # N
     exact: bool = False             # with the exact flows of R, in place of the learned log F
-    rates: tuple = (1.0,)           # peak rates to try, times --fine-rate; validation chooses
+    rates: tuple = (1.0,)           # peak rates to try, times --fine-rate (SFT: --rate)
     fine_dropout: float | None = 0.0    # None: that of SFT
     reference: bool = False         # with log P_F of the frozen SFT policy
     reward: str = "sum"             # r_ŷ is the CM's score; "product": see product_of (10)
@@ -403,9 +404,9 @@ def sdpo_loss(paths):               # the first path is the positive, the others
     reference = paths.reference.sum(-1)
     return sdpo(policy[:, 0], policy[:, 1:], reference[:, 0], reference[:, 1:], beta=0.1)
 
-# The paper's recipe is L_GR + λ · L_GFN: tb-paper, with λ = .1, since squared log-ratios are large
-# beside L_GR. tb, db and fm need no L_GR (7): r_a in R teaches the logged item. A flag or PRESETS
-# overrides an entry: in the toy world PRESETS makes reward "sum" for all.
+# tb-paper is the paper's L_GR + λ · L_GFN, but λ is .1 here (paper: about 1), since squared
+# log-ratios are large beside L_GR. tb, db, fm need no L_GR (7): r_a in R teaches the logged item. A
+# flag or PRESETS overrides an entry: in the toy world PRESETS makes reward "sum" for all.
 PAPER = dict(gr=1, sampler="curriculum", trajectories=3, fine_dropout=None, rates=(0.3,))
 RECIPES = {
     "sft": Recipe(fine_dropout=None),
@@ -577,8 +578,9 @@ def ndcg_at(ranked, target, k):
     return (hits / torch.log2(torch.arange(2, hits.shape[1] + 2, device=hits.device))).sum(1).mean()
 
 def exposure_bias(listed, liked, shown, history, counts):
-    """Of one user's list. hidden@10: share of the liked, never shown items that is in it; liked@10:
-    share of it that is liked and new; lift@10: its mean count in training over that of these."""
+    """Of one user's list. hidden@10: share of the liked, never shown items that it has; liked@10:
+    share of the list that is liked and new (not in the history); lift@10: mean count in training of
+    the list / that of all liked, new items."""
     hidden = liked - shown
     new = liked - set(history)
     fair = counts[list(new)].mean().item() if new else 1.0
@@ -668,7 +670,7 @@ def trained(method, seed, prepared, data, settings):
     """Train a method at its rates, save the best policy in OUT/METHOD-SEED → its curve."""
     _, reward = prepared
     recipe = RECIPES[method]
-    flags = {name: getattr(settings, name, None) for name in vars(recipe)}
+    flags = {name: getattr(settings, name, None) for name in vars(recipe)}      # gr, lam, reward …
     recipe = replace(recipe, **{name: flag for name, flag in flags.items() if flag is not None})
     is_sft = method == "sft"
     peak = settings.rate if is_sft else settings.fine_rate
@@ -694,7 +696,7 @@ def run_method(method, seed, prepared, data, settings):
         cm = CollaborativeModel.fit(data.train, len(data.titles), popularity=1.0)
     elif method == "cm":
         cm.debias = 0.0
-    elif method != "cm-debiased":                               # that is the CM as it is
+    elif method != "cm-debiased":                               # for which cm is right as it is
         if method in RECIPES and not (method == "sft" and settings.sft):
             curve = trained(method, seed, prepared, data, settings)
         policy = policy_of(method.removesuffix("+cm"), seed, 0.0, prepared, data, settings)
@@ -733,7 +735,7 @@ def flow_of(policy, history, teacher, data, teacher_name, learned_name):
             "history": [data.titles[item] for item in history], "teacher": teacher,
             "learned": learned, "teacher_name": teacher_name, "learned_name": learned_name}
 
-BASES = {"paired": "sft", "paired_continued": "sft-continued"}
+BASES = {"paired": "sft", "paired_continued": "sft-continued"}  # in results.json: gains over …
 
 @lru_cache(maxsize=1)
 def bootstrap(users):
@@ -791,7 +793,7 @@ def table_of(results):
                 cell = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*percent) if gain else ""
                 row[f"{metric} over {base}, %"] = cell
         rows.append(row.values())
-    lines = [row, ["---"] * len(row), *rows]
+    lines = [row, ["---"] * len(row), *rows]                    # row's keys are the header
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -843,7 +845,7 @@ def earlier_runs(settings, data, asked):
 
 def run(settings, cm=None):
     """The whole job → results; each method is written when it is finished. cm: your own CM, with
-    scores(histories, following) as CollaborativeModel has; it is not saved with guided models."""
+    scores(histories, following=None) as CollaborativeModel has; it is not saved with a model."""
     methods, seeds = check_settings(settings)
     check(cm is None or not settings.debias, "--debias is of the built-in CM: pass --debias 0")
     data = load_data(settings.data)
