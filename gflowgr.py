@@ -67,7 +67,7 @@ class Settings:
     trajectories: int | None = HfArg(default=None, help="N, augmented trajectories a context")
     gr: float | None = HfArg(default=None, help="weight of L_GR beside L_GFN (default: RECIPES)")
     lam: float | None = HfArg(default=None, help="lambda, weight of L_GFN (default: RECIPES)")
-    reward: str | None = HfArg(default=None, help="r_y is the CM's (sum), or SFT x CM (product)")
+    reward: str | None = HfArg(default=None, help="r_y: sum: CM, product: SFT x CM^gamma")
     weights: str = HfArg(default="0.3,0.65,0.05", help="w_a,w_y,w_s of R: the CM weighs most")
     debias: float = HfArg(default=0.0, help="delta: divide CM scores by popularity^delta")
     gamma: float = HfArg(default=2.0, help="power of the CM, in the product and in NAME+cm")
@@ -120,9 +120,9 @@ def pad(lists, value):
 Row = namedtuple("Row", "user start first stop")    # read: start … stop-2; targets: first … stop-1
 
 def training_rows(histories, window):
-    """Rows in which every item is a target once, after all earlier items, or after the last ones:
-    `window` of them, or at least half as many. For example ten items, window 4, read → targets:
-    0–3 → 0–4, 2–5 → 5–6, 4–7 → 7–8, 5–8 → 9."""
+    """Rows in which every item is a target once. The last target of a row comes after the `window`
+    items before it (or all, if there are fewer), the first after at least half as many. Ten items,
+    window 4, read → targets: 0–3 → 0–4, 2–5 → 5–6, 4–7 → 7–8, 5–8 → 9."""
     rows = []
     for user, history in enumerate(histories):
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
@@ -158,7 +158,7 @@ def tree_mask(ends, H, L):
 
     A row is H tokens of history, <user> first, then E branches of L−1 codes: S = H + E·(L−1). A
     place of the history sees itself and all before it. A code sees its own branch up to itself, and
-    the places 0 … ends[b, e] of the history (ends (B, E)), which branch e of row b continues.
+    the history up to place ends[b, e], after which branch e of row b begins; ends (B, E).
     <user> a b, with branch c d after a, and e f after b:
     >>> for place, row in zip("uabcdef", tree_mask(torch.tensor([[1, 2]]), H=3, L=3)[0]):
     ...     print(place, *["1" if x == 0 else "." for x in row])
@@ -180,8 +180,8 @@ class Policy(torch.nn.Module):
     """A small GPT-2 that reads a history and writes a semantic ID, plus the table of IDs.
 
     Tokens: code c of level l is l·K + c; L·K is <user>, which opens every row; L·K + 1 + i is
-    catalogue item i in a history, one token (2). A row is a packed tree: the history once, then
-    branches, the first L−1 codes of paths. One pass scores all: the last code is no input.
+    catalogue item i in a history, one token (2). A row is a packed tree: the history once, then a
+    branch for each path, its first L−1 codes (the last is predicted, never read). <user> also pads.
     """
 
     def __init__(self, semantic_ids, window=20, width=128, layers=3, dropout=0.2, lm=None):
@@ -236,8 +236,8 @@ class Policy(torch.nn.Module):
         K = ids.num_codes
         J = items.shape[1]
         valid = ends >= 0
-        packed = items.new_zeros(*ends.shape, J).masked_scatter(valid[..., None], items)
-        packed = packed.flatten(1)                              # (B, E = T·J) the item of a branch
+        packed = items.new_zeros(*ends.shape, J)                # (B, T, J), C contexts are valid
+        packed = packed.masked_scatter(valid[..., None], items).flatten(1)          # (B, E = T·J)
         ends = ends.clamp(min=0).repeat_interleave(J, 1)                            # (B, E)
         codes = ids.codes[packed] + K * torch.arange(L, device=items.device)        # (B, E, L)
         mask = tree_mask(ends, H, L)
@@ -314,10 +314,10 @@ class Policy(torch.nn.Module):
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors (plain GPT-2), and IDs, titles, CM beside it."""
-        path = Path(folder) / "semantic_ids.json"               # written last: the sign of success
-        path.unlink(missing_ok=True)
+        path = Path(folder) / "semantic_ids.json"
+        path.unlink(missing_ok=True)                            # is written last: then all is there
         self.lm.save_pretrained(folder)
-        guide = self.cm and "not saved"                         # an own CM: the model will not load
+        guide = "not saved" if self.cm else None                # an own CM: the model will not load
         if type(self.cm) is CollaborativeModel:
             guide = self.cm.options
             save_file(self.cm.state_dict(), Path(folder) / "cm.safetensors")
@@ -443,8 +443,8 @@ def curriculum(scores, logged, count, progress):
     """N = count unobserved items a context (C, N): low CM scores early in training, high ones late.
     scores (C, n) of the CM, logged C lists, progress in [0, 1]. Draw 2N−1 items, item i with
     P ∝ scores[i]/2 + 1/(2n), unlogged ones alone; sort them from low to high score; keep N
-    neighbours from place round(progress · (N−1)) on. 1/(2n) is ours (6), to draw low scores too: if
-    log R − log P is alike for all drawn items, log Z alone fits it, and P does not learn."""
+    neighbours from place round(progress · (N−1)) on. 1/(2n) is ours (6): it draws low scores too. Of
+    high ones alone, log R − log P is nearly the same: log Z takes it up, and P learns nothing."""
     weight = 0.5 * scores + 0.5 / scores.shape[1]
     weight[entries(logged)] = 1e-12                             # not 0: all items may be logged
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -499,7 +499,7 @@ def product_of(policy, rows, data, reward):
 
 # --- Training -------------------------------------------------------------------------------------
 def loss_of(recipe, policy, reference, batch, reward, data, progress):
-    """L = gr · L_GR(U, v) + λ · L_GFN, means over contexts, and trajectories. No loss: L_GR alone.
+    """L = gr · L_GR(U, v) + λ · L_GFN, the means over the batch. L_GR alone without recipe.loss.
     reference: the frozen SFT policy, for S-DPO; progress: the share of training that is done."""
     if not recipe.loss:
         logged = torch.tensor([[data.train[user][place]] for user, place in batch.contexts])
@@ -578,9 +578,11 @@ def ndcg_at(ranked, target, k):
     return (hits / torch.log2(torch.arange(2, hits.shape[1] + 2, device=hits.device))).sum(1).mean()
 
 def exposure_bias(listed, liked, shown, history, counts):
-    """Of one user's list. hidden@10: share of the liked, never shown items that it has; liked@10:
-    share of the list that is liked and new (not in the history); lift@10: mean count in training of
-    the list / that of all liked, new items."""
+    """Three numbers of one user's list; new is what is not in the history.
+    hidden@10: share of the liked, never shown items that are listed
+    liked@10: share of the listed items that are liked and new
+    lift@10: mean count in training of the listed items / of all liked, new items
+    """
     hidden = liked - shown
     new = liked - set(history)
     fair = counts[list(new)].mean().item() if new else 1.0
@@ -670,7 +672,7 @@ def trained(method, seed, prepared, data, settings):
     """Train a method at its rates, save the best policy in OUT/METHOD-SEED → its curve."""
     _, reward = prepared
     recipe = RECIPES[method]
-    flags = {name: getattr(settings, name, None) for name in vars(recipe)}      # gr, lam, reward …
+    flags = {name: getattr(settings, name, None) for name in vars(recipe)}      # of the same name
     recipe = replace(recipe, **{name: flag for name, flag in flags.items() if flag is not None})
     is_sft = method == "sft"
     peak = settings.rate if is_sft else settings.fine_rate
@@ -798,7 +800,7 @@ def table_of(results):
 
 # --- Command line ---------------------------------------------------------------------------------
 def check_settings(settings):
-    """Check all settings; set threads and device → methods, in the table's order, and seeds."""
+    """Check the settings; set threads and device → methods, in the table's order, and seeds."""
     torch.set_num_threads(settings.threads)
     known = ["pop", "cm", "cm-debiased", *RECIPES, *[f"{method}+cm" for method in RECIPES]]
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
@@ -884,7 +886,8 @@ def run_oracle(settings):
     _, reward = prepare(seed, data, settings)
     data = replace(data, train=data.train[:4], histories=data.histories[:4])
     last = [len(history) - 1 for history in data.train]         # one context a user
-    rows = [Row(user, max(0, i - settings.window), i, i + 1) for user, i in enumerate(last)]
+    rows = [Row(user, start=max(0, i - settings.window), first=i, stop=i + 1)
+            for user, i in enumerate(last)]
     known = known_of(contexts_of(rows), data, reward)
     target = (known.r / known.r.sum(1, keepdim=True)).cpu()     # P* = R/Z
     torch.manual_seed(seed)
@@ -897,7 +900,7 @@ def run_oracle(settings):
     before = distance()
     print("training on four contexts alone; their validation says nothing")
     train(settings.oracle, recipe, policy, reward, data, rows * 100, rate=2e-3, seed=seed,
-          settings=replace(settings, batch=4, epochs=15))       # 100 steps an epoch
+          settings=replace(settings, batch=4, epochs=15))       # 400 rows: 100 steps an epoch
     path = Path(settings.out) / "oracle.png"
     print(f"mean L1 distance of P from R/Z: {before:.4f} before, {distance():.4f} after;",
           f"picture: {path}")

@@ -40,7 +40,7 @@ class CollaborativeModel(torch.nn.Module):
     def fit(cls, histories, num_items, window=5, nearness=0.8, backward=0.25, power=0.5,
             length=10, decay=0.6, popularity=0.05, debias=0.0):
         """Count transitions in training histories: lists of items, oldest first, no repeats."""
-        # w: how often b stands near a; times `backward` where b comes first
+        # w = forward(a, b) + backward · forward(b, a), of T[j = a, v = b]
         a, b, w = cooccurrence(histories, num_items, window, nearness, backward)
         count = np.bincount(entries(histories)[1], minlength=num_items)
         scale = 1 / np.maximum(count, 1) ** power               # (n,)
@@ -60,8 +60,8 @@ class CollaborativeModel(torch.nn.Module):
         """CM(U, ·) of B histories (lists of items, oldest first) → (B, n) ≥ 0, rows sum to 1.
 
         score(v) = Σ_j decay^age(j) · T[j, v] over the last `length` items j, age 0 for the newest;
-        popular(v) = count(v) + 1. Both are 0 at items of the history, and divided by their sums.
-        Result: (1 − s)·score + s·popular, s = self.popularity; s = 1 where no score is left.
+        popular(v) = count(v) + 1. At items of the history both are set to 0; then both are divided
+        by their sums. Result: (1 − s)·score + s·popular, s = self.popularity, 1 if all scores are 0.
         following: B lists, what came next in the same training histories. For each v in it, d ≤
         window places after j, `fit` had added nearness^(d−1) · self.scale[j] to T[j, v]. That is
         subtracted, else the CM would know the answer (leave one user out). Item counts stay.
