@@ -443,7 +443,7 @@ def curriculum(scores, logged, count, progress):
     """N = count unobserved items a context (C, N): low CM scores early in training, high ones late.
     scores (C, n) of the CM, logged C lists, progress in [0, 1]. Draw 2N−1 items, item i with
     P ∝ scores[i]/2 + 1/(2n), unlogged ones alone; sort them from low to high score; keep N
-    neighbours from place round(progress · (N−1)) on. 1/(2n) is ours (6): it draws low scores too. Of
+    neighbours from place round(progress · (N−1)) on. 1/(2n) is ours (6): it adds low scores. Of the
     high ones alone, log R − log P is nearly the same: log Z takes it up, and P learns nothing."""
     weight = 0.5 * scores + 0.5 / scores.shape[1]
     weight[entries(logged)] = 1e-12                             # not 0: all items may be logged

@@ -61,7 +61,7 @@ class CollaborativeModel(torch.nn.Module):
 
         score(v) = Σ_j decay^age(j) · T[j, v] over the last `length` items j, age 0 for the newest;
         popular(v) = count(v) + 1. At items of the history both are set to 0; then both are divided
-        by their sums. Result: (1 − s)·score + s·popular, s = self.popularity, 1 if all scores are 0.
+        by their sums. Result: (1 − s)·score + s·popular, s = self.popularity, or 1 if all score 0.
         following: B lists, what came next in the same training histories. For each v in it, d ≤
         window places after j, `fit` had added nearness^(d−1) · self.scale[j] to T[j, v]. That is
         subtracted, else the CM would know the answer (leave one user out). Item counts stay.
