@@ -67,7 +67,7 @@ class Settings:
     trajectories: int | None = HfArg(default=None, help="N, augmented trajectories a context")
     gr: float | None = HfArg(default=None, help="weight of L_GR beside L_GFN (default: RECIPES)")
     lam: float | None = HfArg(default=None, help="lambda, weight of L_GFN (default: RECIPES)")
-    reward: str | None = HfArg(default=None, help="r_y: sum: CM, product: SFT x CM^gamma")
+    reward: str | None = HfArg(default=None, help="sum or product: r_y is CM, or SFT x CM^gamma")
     weights: str = HfArg(default="0.3,0.65,0.05", help="w_a,w_y,w_s of R: the CM weighs most")
     debias: float = HfArg(default=0.0, help="delta: divide CM scores by popularity^delta")
     gamma: float = HfArg(default=2.0, help="power of the CM, in the product and in NAME+cm")
@@ -120,9 +120,9 @@ def pad(lists, value):
 Row = namedtuple("Row", "user start first stop")    # read: start … stop-2; targets: first … stop-1
 
 def training_rows(histories, window):
-    """Rows in which every item is a target once. The last target of a row comes after the `window`
-    items before it (or all, if there are fewer), the first after at least half as many. Ten items,
-    window 4, read → targets: 0–3 → 0–4, 2–5 → 5–6, 4–7 → 7–8, 5–8 → 9."""
+    """Rows in which every item is a target once. A row's last target sees the `window` items before
+    it (or all, if there are fewer), its first at least half of `window`. Ten items, window 4, read
+    → targets: 0–3 → 0–4, 2–5 → 5–6, 4–7 → 7–8, 5–8 → 9."""
     rows = []
     for user, history in enumerate(histories):
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
@@ -236,7 +236,7 @@ class Policy(torch.nn.Module):
         K = ids.num_codes
         J = items.shape[1]
         valid = ends >= 0
-        packed = items.new_zeros(*ends.shape, J)                # (B, T, J), C contexts are valid
+        packed = items.new_zeros(*ends.shape, J)                # (B, T, J); (C, J) at the valid ends
         packed = packed.masked_scatter(valid[..., None], items).flatten(1)          # (B, E = T·J)
         ends = ends.clamp(min=0).repeat_interleave(J, 1)                            # (B, E)
         codes = ids.codes[packed] + K * torch.arange(L, device=items.device)        # (B, E, L)
@@ -302,8 +302,8 @@ class Policy(torch.nn.Module):
             best = value.topk(min(beams, value.shape[1]), 1).indices                # (B, W)
             score = total.gather(1, best)
             node = child.gather(1, best)
-            # Usual beam search copies the cache of the parents that go on. Here all old beams stay
-            # in the cache. A beam takes the mask row of its parent, and a new column for itself.
+            # Usual beam search copies the cache of the parents that go on. Here the cache keeps all
+            # beams, one mask column each. A beam sees what its parent saw, and its own new column.
             W = best.shape[1]
             seen = mask.take_along_dim((best // K)[..., None], 1)
             itself = torch.full((W, W), NEVER, device=mask.device).fill_diagonal_(0)
@@ -423,7 +423,7 @@ def known_of(contexts, data, reward, kind="sum"):
     """What is known at C training contexts (user, place): logged, C lists of the user's training
     items; histories, C lists of those before the place; positives (C,), the targets; scores (C, n)
     of the CM, less what this user's later items have added; r (C, n), R of this kind: r_ŷ is the
-    scores, or with "product" what product_of has found."""
+    scores, or with "product" the items and shares of product_of (below)."""
     logged = [data.train[user] for user, _ in contexts]
     histories = [data.train[user][:place] for user, place in contexts]
     following = [data.train[user][place:] for user, place in contexts]
@@ -443,8 +443,8 @@ def curriculum(scores, logged, count, progress):
     """N = count unobserved items a context (C, N): low CM scores early in training, high ones late.
     scores (C, n) of the CM, logged C lists, progress in [0, 1]. Draw 2N−1 items, item i with
     P ∝ scores[i]/2 + 1/(2n), unlogged ones alone; sort them from low to high score; keep N
-    neighbours from place round(progress · (N−1)) on. 1/(2n) is ours (6): it adds low scores. Of the
-    high ones alone, log R − log P is nearly the same: log Z takes it up, and P learns nothing."""
+    neighbours from place round(progress · (N−1)) on. 1/(2n) is ours (6): it adds low scores. With
+    high ones alone, log R − log P is nearly a constant: log Z absorbs it, and P learns nothing."""
     weight = 0.5 * scores + 0.5 / scores.shape[1]
     weight[entries(logged)] = 1e-12                             # not 0: all items may be logged
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -481,17 +481,17 @@ def augmented(recipe, known, policy, progress):
     return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
 
 def product_of(policy, rows, data, reward):
-    """Ours (10): r_ŷ ∝ P_SFT(v | U) · CM(U, v)^γ at the W items that the SFT policy's beam finds if
-    the CM guides it, else 0. For all contexts of rows: {context: (items (W,), shares (W,))}; shares
-    sum to 1, or to 0 if the beam found no new item."""
+    """Ours (10): r_ŷ ∝ P_SFT(v | U) · CM(U, v)^γ at the W items that the SFT policy's beam, guided
+    by the CM, finds; 0 at all others → {context: (items (W,), shares (W,))} for all contexts of
+    rows; shares sum to 1, or to 0 if the beam found no new item."""
     contexts = sorted(contexts_of(rows), key=lambda context: context[1])  # by length: less padding
-    print(f"  product: the beam at {len(contexts)} contexts, once for all methods", flush=True)
+    print(f"  product: the beam at {len(contexts)} contexts, once a seed", flush=True)
     policy = copy.copy(policy)                                  # the original is not guided
     product = {}
     for i in tqdm(range(0, len(contexts), 256), "product", leave=False, disable=None):
         chunk = contexts[i:i + 256]
         known = known_of(chunk, data, reward)
-        policy.cm = SimpleNamespace(scores=lambda histories: known.scores)
+        policy.cm = SimpleNamespace(scores=lambda histories: known.scores)  # without what follows
         items, score = policy.recommend(known.histories, k=policy.beams)    # log P_SFT + γ · log CM
         shares = score.softmax(1).nan_to_num()                  # nan if no item was found
         product.update(zip(chunk, zip(items.clamp(min=0), shares)))
@@ -537,7 +537,7 @@ def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
     schedule = transformers.get_cosine_schedule_with_warmup(    # up to the peak rate, down to 0
         optimizer, min(200, steps // 10 + 1), steps)
     reference = copy.deepcopy(policy).eval()                    # frozen; in fine-tuning it is SFT
-    if recipe.loss and recipe.reward == "product":              # kept: made once for all methods
+    if recipe.loss and recipe.reward == "product":              # made once a seed, for all methods
         reward.product = reward.product or product_of(reference, rows, data, reward)
     curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, data)}]
     losses = []
@@ -584,11 +584,11 @@ def exposure_bias(listed, liked, shown, history, counts):
     lift@10: mean count in training of the listed items / of all liked, new items
     """
     hidden = liked - shown
-    new = liked - set(history)
-    fair = counts[list(new)].mean().item() if new else 1.0
+    liked_new = liked - set(history)
+    fair = counts[list(liked_new)].mean().item() if liked_new else 1.0
     size = max(1, len(listed))
     return {"hidden@10": len(hidden.intersection(listed)) / max(1, len(hidden)),
-            "liked@10": len(new.intersection(listed)) / size,
+            "liked@10": len(liked_new.intersection(listed)) / size,
             "lift@10": counts[listed].sum().item() / size / max(1.0, fair)}
 
 def rank_all(recommend, histories):
@@ -672,7 +672,7 @@ def trained(method, seed, prepared, data, settings):
     """Train a method at its rates, save the best policy in OUT/METHOD-SEED → its curve."""
     _, reward = prepared
     recipe = RECIPES[method]
-    flags = {name: getattr(settings, name, None) for name in vars(recipe)}      # of the same name
+    flags = {name: getattr(settings, name, None) for name in vars(recipe)}      # gr, lam, …
     recipe = replace(recipe, **{name: flag for name, flag in flags.items() if flag is not None})
     is_sft = method == "sft"
     peak = settings.rate if is_sft else settings.fine_rate
@@ -698,7 +698,7 @@ def run_method(method, seed, prepared, data, settings):
         cm = CollaborativeModel.fit(data.train, len(data.titles), popularity=1.0)
     elif method == "cm":
         cm.debias = 0.0
-    elif method != "cm-debiased":                               # for which cm is right as it is
+    elif method != "cm-debiased":                               # a policy; there cm stays as it is
         if method in RECIPES and not (method == "sft" and settings.sft):
             curve = trained(method, seed, prepared, data, settings)
         policy = policy_of(method.removesuffix("+cm"), seed, 0.0, prepared, data, settings)
@@ -789,7 +789,7 @@ def table_of(results):
         row |= {name: form.format(**numbers[name]) for name in shown if name in numbers}
         for metric, (key, base) in itertools.product(("ndcg@10", "hidden@10"), BASES.items()):
             if metric in numbers:
-                gain = results[key].get(method, {metric: {}})[metric]
+                gain = results[key].get(method, {}).get(metric, {})     # {}: an empty cell
                 mean = summary.get(base, numbers)[metric]["mean"] or math.nan
                 percent = [100 * x / mean for x in gain.values()]
                 cell = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*percent) if gain else ""

@@ -137,7 +137,7 @@ class Reward(torch.nn.Module):
 
     def similarity(self, positives):
         """r_s (B, n), rows sum to 1: codes that an ID shares with that of the positive (B,)."""
-        # r_s(v) = m(v) / Σ_u m(u), m(v) = Σ_l 1[t_l = t'_l], each level alone
+        # r_s(v') = m(v') / Σ m; m(v') = Σ_l 1[t_l = t'_l], t of v and t' of v', each level alone
         shared = sum((column[positives, None] == column).byte() for column in self.ids.codes.T)
         return shared / shared.sum(1, keepdim=True)
 
