@@ -6,10 +6,10 @@ like: exposure bias. GFlowGR reads an ID as a path down a tree and trains a GFlo
 probability of an item shall be proportional to its reward R. R mixes the logged action, the score
 of a collaborative model (CM) and the similarity of IDs. Numbers (1) … (10) are those of README.
 
-Letters in shapes: B rows of a batch (a row is of one user), H tokens of a row's history, T targets
-in a row, C contexts (a target and the history before it), N augmented and J all trajectories of a
-context, E branches and S places in a row, L levels, K codes a level, n items, P prefixes, W beams,
-d width.
+Letters in shapes: B users, or rows of a batch (each of one user), H tokens of a row's history, T
+targets in a row, C contexts (a target and the history before it), N augmented and J all
+trajectories of a context, E branches and S places in a row, L levels, K codes a level, n items, P
+prefixes, W beams, d width.
 """
 import copy
 import itertools
@@ -236,7 +236,7 @@ class Policy(torch.nn.Module):
         K = ids.num_codes
         J = items.shape[1]
         valid = ends >= 0
-        packed = items.new_zeros(*ends.shape, J)                # (B, T, J); (C, J) at the valid ends
+        packed = items.new_zeros(*ends.shape, J)                # (B, T, J), (C, J) if valid
         packed = packed.masked_scatter(valid[..., None], items).flatten(1)          # (B, E = T·J)
         ends = ends.clamp(min=0).repeat_interleave(J, 1)                            # (B, E)
         codes = ids.codes[packed] + K * torch.arange(L, device=items.device)        # (B, E, L)
