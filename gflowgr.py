@@ -236,8 +236,9 @@ class Policy(torch.nn.Module):
         K = ids.num_codes
         J = items.shape[1]
         valid = ends >= 0
-        packed = items.new_zeros(*ends.shape, J)                # (B, T, J), (C, J) if valid
-        packed = packed.masked_scatter(valid[..., None], items).flatten(1)          # (B, E = T·J)
+        # The C rows of items go to the C valid ends
+        packed = items.new_zeros(*ends.shape, J).masked_scatter(valid[..., None], items)
+        packed = packed.flatten(1)                                                  # (B, E = T·J)
         ends = ends.clamp(min=0).repeat_interleave(J, 1)                            # (B, E)
         codes = ids.codes[packed] + K * torch.arange(L, device=items.device)        # (B, E, L)
         mask = tree_mask(ends, H, L)
