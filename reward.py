@@ -121,7 +121,7 @@ class Reward(torch.nn.Module):
     item: over thousands of items the similarity would outweigh the one logged item.
     """
 
-    def __init__(self, ids, cm, weights=(0.3, 0.65, 0.05), epsilon=1e-3):
+    def __init__(self, ids, cm, weights, epsilon=1e-3):
         """ids: SemanticIDs; cm: has scores(histories, following); weights w_a, w_ŷ, w_s."""
         super().__init__()
         self.ids = ids

@@ -26,6 +26,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from pytest import approx
 from transformers import GPT2LMHeadModel
 
 import gflowgr
@@ -459,7 +460,7 @@ def test_embeddings_begin_as_the_features_and_their_means():
     policy.start_from(points(24, 7))
     wte = policy.lm.transformer.wte.weight.detach()
     left = wte[-24:].clone()
-    assert left.std().item() == pytest.approx(0.02)
+    assert left.std().item() == approx(0.02) and left.mean(0).abs().max() < 1e-7
     assert torch.linalg.matrix_rank(left, tol=1e-4) == 7        # linear in the features
     for level, code in enumerate(IDS.codes.T):
         means = torch.stack([left[code == c].mean(0) for c in range(4)]).nan_to_num()
@@ -619,7 +620,7 @@ def test_the_better_rate_is_saved_after_its_last_epoch(finished, tmp_path, monke
     monkeypatch.setattr(gflowgr, "train", train)
     assert cli(*finished[1], *flags)[0] == 0
     saved = Policy.from_pretrained(tmp_path / "sft-continued-1").lm.transformer.ln_f.bias.tolist()
-    assert saved == pytest.approx([0.005 * min(RECIPES["sft-continued"].rates)] * 32)
+    assert saved == approx([0.005 * min(RECIPES["sft-continued"].rates)] * 32)
     monkeypatch.setattr(gflowgr, "run", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli()[::2] == (130, "stopped; --resume keeps the finished methods of a run\n")
 
@@ -642,11 +643,10 @@ def test_trajectory_balance_reaches_the_reward(method, tmp_path, monkeypatch):
 
 def test_exposure_bias_of_one_user():
     counts = torch.tensor([4.0, 1.0, 2.0, 5.0, 3.0])            # item 0 is the history
-    for listed, liked, shown, wanted in (
+    for row, liked, shown, wanted in (
             ([1, 4], {0, 1, 2}, {0}, [1 / 2, 1 / 2, 2 / 1.5]), ([1, 4], {0}, {0}, [0, 0, 2]),
             ([2], {0, 2}, {0}, [1, 1, 1]), ([], {1}, set(), [0, 0, 0])):
-        found = gflowgr.exposure_bias(listed, liked, shown, [0], counts)
-        assert [*found.values()] == pytest.approx(wanted)
+        assert [*gflowgr.exposure_bias(row, liked, shown, [0], counts).values()] == approx(wanted)
 
 def test_an_own_cm(tiny, tmp_path):
     mine = SimpleNamespace(scores=lambda rows, following=None: torch.eye(48)[[7] * len(rows)])
@@ -663,7 +663,7 @@ def test_paired_gains():
     assert gflowgr.paired_gains(old, old) == {"ndcg@10": {"gain": 0, "low": 0, "high": 0}}
     found, gain = gflowgr.paired_gains(new, old)["ndcg@10"], gains.mean()
     half = 1.96 * gains.mean(0).std() / math.sqrt(500)          # of the mean over users
-    assert [*found.values()] == pytest.approx([gain, gain - half, gain + half], abs=half / 10)
+    assert [*found.values()] == approx([gain, gain - half, gain + half], abs=half / 10)
 
 def folder_of(path, items=ITEMS, events=EVENTS, ids=None):
     path.mkdir(exist_ok=True)
@@ -705,18 +705,20 @@ def test_a_run_leaves_results_table_pictures_and_models(finished):
         ranks = [(row + [h[-1]]).index(h[-1]) + 1 for h, row in zip(data.histories, run["lists"])]
         for k in (5, 10):
             gains = [1 / math.log2(rank + 1) if rank <= k else 0 for rank in ranks]
-            assert run["metrics"][f"ndcg@{k}"] == pytest.approx(np.mean(gains), abs=1e-6)
+            assert run["metrics"][f"ndcg@{k}"] == approx(np.mean(gains), abs=1e-6)
     for history, row in zip(past, results["runs"][0]["lists"]):      # pop
         rest = sorted([counts[v] for v in range(48) if v not in history], reverse=True)
         assert counts[row].tolist() == rest[:10] and not set(row) & set(history)
     guided, summary = Policy.from_pretrained(out / "tb+cm-2"), results["summary"]
     assert guided.recommend(past)[0].tolist() == results["runs"][-1]["lists"]
     assert results["flow"]["history"] == (first := [data.titles[item] for item in past[0]])
-    assert f"user {data.user_ids[0]}: {', '.join(first[-8:])}\n" in printed
+    hidden, row = data.truth["liked"][0] - data.truth["shown"][0], results["runs"][0]["lists"][0]
+    five = ", ".join(data.titles[v] + "*" * (v in hidden) for v in row[:5])
+    assert f"user {data.user_ids[0]}: {', '.join(first[-8:])}\n            pop  {five}\n" in printed
     for method in methods:
         a, b = [run["metrics"]["ndcg@10"] for run in results["runs"] if run["method"] == method]
         own, line = summary[method]["ndcg@10"], printed.split(f"| {method} |")[1][:200]
-        assert own == pytest.approx({"mean": (a + b) / 2, "std": abs(a - b) / math.sqrt(2)})
+        assert own == approx({"mean": (a + b) / 2, "std": abs(a - b) / math.sqrt(2)})
         assert f"{own['mean']:.4f} ± {own['std']:.4f}" in line
         gain = own["mean"] / summary["sft"]["ndcg@10"]["mean"] - 1
         assert method == "sft" or f"| {100 * gain:+.1f} [" in line
