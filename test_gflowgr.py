@@ -330,8 +330,7 @@ def test_exercise(name, tmp_path):
     assert f"{name} raised NotImplementedError" in verdict(name, str(tmp_path / "mine.py"))
 
 def test_what_a_student_reads(tmp_path, capfd, monkeypatch):
-    mine = tmp_path / "mine.py"
-    mine.write_text("def recall_at(ranked, target, k):\n    return ranked[99]")
+    (mine := tmp_path / "mine.py").write_text("def recall_at(ranked, target, k):\n  ranked[99]")
     assert "recall_at raised IndexError in line 2: " in verdict("recall_at", str(mine))
     monkeypatch.setattr(sys, "argv", ["pytest", "-k", "nonsense"])
     pytest.main(["-q", "-p", "no:cacheprovider", "-k", "test_exercise and recall_at", __file__])
@@ -772,8 +771,7 @@ def test_fifty_users_and_fifty_items_work_as_they_are(tmp_path):
 
 def test_help_does_without_torch():                             # so it is fast
     rc, out = subprocess.getstatusoutput(f"'{sys.executable}' -X importtime '{ROOT}/gflowgr.py' -h")
-    assert rc == 0 and "--recommend" in out
-    assert " torch\n" not in out or gflowgr.transformers.__version__ < "5"  # 4 imports it
+    assert rc == 0 and (" torch\n" not in out or gflowgr.transformers.__version__ < "5")   # 4 does
 
 @pytest.mark.parametrize("module", [gflowgr, reward, tokenizer], ids=lambda module: module.__name__)
 def test_examples_in_docstrings(module):
