@@ -821,7 +821,9 @@ def check_settings(settings):
             message = f"is not available; choose of {', '.join(choices[name])}"
             for asked in value.split(",") if name == "methods" else [value]:
                 check(asked in choices[name], f"--{name} {asked} {message}")
-    seeds = [int(seed) for seed in dict.fromkeys(settings.seeds.split(","))]
+    seeds = list(dict.fromkeys(settings.seeds.split(",")))
+    check(all(map(str.isdecimal, seeds)), f"--seeds {settings.seeds}: give whole numbers from 0 on")
+    seeds = [int(seed) for seed in seeds]
     for seed in seeds if settings.sft else []:                  # an InputError, before others start
         Policy.from_pretrained(Path(settings.sft) / f"sft-{seed}")
     needed = {*settings.methods.split(","), *settings.methods.replace("+cm", "").split(",")}
@@ -916,9 +918,10 @@ def print_recommendations(settings):
     titles = policy.catalogue["titles"]
     ids = policy.catalogue["item_ids"]
     items, scores = policy.recommend([[find_item(x, ids, titles) for x in settings.recommend]])
+    print(" share  of the weight of these ten; title")
     for item, share in zip(items[0].tolist(), scores[0].softmax(0).tolist()):
         if item >= 0:
-            print(f"{share:6.1%}  {titles[item]}")                  # of the weight of these ten
+            print(f"{share:6.1%}  {titles[item]}")
 
 def main(settings):
     """Do what the settings ask for → exit status; an error is one line on stderr."""

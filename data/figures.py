@@ -69,7 +69,7 @@ def plot_flows(path, flow):
         axes[0].text(0, -0.09, textwrap.fill(text, int(22 * width)), va="top")
 
 def plot_curves(path, results):
-    """Validation NDCG@10 of every method after each epoch, the mean over seeds."""
+    """Validation NDCG@10 of every method that was trained, after each epoch, mean over seeds."""
     with picture(path, 1, 1, (8, 4)) as [axis]:
         for method in results["summary"]:
             curves = [run["curve"] for run in results["runs"] if run["method"] == method]
