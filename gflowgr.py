@@ -391,16 +391,20 @@ class Recipe:
 #   log_flow (C, J, L)       log F of s_0 … s_{L-1}: from the head, or exact=True: log F* of R
 #   child_flow (C, J, L, K)  exact=True: F* of all that follow on s_0 … s_{L-1}
 #   reference (C, J, L)      reference=True: log_pf of the frozen SFT policy
-def tb_loss(paths):                 # log Z(U) is log F of s_0
+def tb_loss(paths):
+    """TB: log Z(U) is log F of s_0."""
     return trajectory_balance(paths.log_flow[:, 0, 0], paths.log_pf.sum(-1), paths.log_r)
 
-def db_loss(paths):                 # log R is log F of s_L
+def db_loss(paths):
+    """DB: log R is log F of s_L."""
     return detailed_balance(torch.cat([paths.log_flow, paths.log_r[..., None]], -1), paths.log_pf)
 
 def fm_loss(paths):
+    """FM: P_F against the exact flows, at every step of the paths."""
     return flow_matching(paths.child_flow, paths.log_probs)
 
-def sdpo_loss(paths):               # the first path is the positive, the others are negatives
+def sdpo_loss(paths):
+    """S-DPO: the first path is the positive, the others are negatives."""
     policy = paths.log_pf.sum(-1)
     reference = paths.reference.sum(-1)
     return sdpo(policy[:, 0], policy[:, 1:], reference[:, 0], reference[:, 1:], beta=0.1)
