@@ -318,10 +318,12 @@ class Policy(torch.nn.Module):
         path = Path(folder) / "semantic_ids.json"
         path.unlink(missing_ok=True)                            # is written last: then all is there
         self.lm.save_pretrained(folder)
-        guide = "not saved" if self.cm else None                # an own CM: the model will not load
+        tables = Path(folder) / "cm.safetensors"
+        tables.unlink(missing_ok=True)
+        guide = None if self.cm is None else "not saved"        # an own CM: the model will not load
         if type(self.cm) is CollaborativeModel:
             guide = self.cm.options
-            save_file(self.cm.state_dict(), Path(folder) / "cm.safetensors")
+            save_file(self.cm.state_dict(), tables)
         ids = self.semantic_ids
         write_json(path, {"num_codes": ids.num_codes, "codes": ids.codes.tolist(), "cm": guide,
                           "gamma": self.gamma, "beams": self.beams, "catalogue": self.catalogue})
@@ -347,8 +349,12 @@ class Policy(torch.nn.Module):
 
 # --- Losses: pure functions of tensors, natural logs ----------------------------------------------
 def trajectory_balance(log_z, log_pf, log_r):
-    """TB of J paths a user: log Z(U) (B,), Σ_l log P_F (B, J), log R (B, J) → scalar. One user,
-    Z = 1, P_F = 1/2 and 1/4, R = 1/2 and 1/2: (0² + (log 1/2)²) / 2 = .2402."""
+    """TB of J paths a user: log Z(U) (B,), Σ_l log P_F (B, J), log R (B, J) → scalar.
+
+    >>> log_pf, log_r = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    >>> round(trajectory_balance(torch.zeros(1), log_pf, log_r).item(), 4)   # (0 + (log 1/2)²) / 2
+    0.2402
+    """
     # mean of (log Z(U) + Σ_l log P_F(s_{l+1} | s_l) − log R(s_L))²; P_B is 1 on a tree
     return (log_z[:, None] + log_pf - log_r).square().mean()
 
@@ -825,9 +831,9 @@ def check_settings(settings):
             message = f"is not available; choose of {', '.join(choices[name])}"
             for asked in value.split(",") if name == "methods" else [value]:
                 check(asked in choices[name], f"--{name} {asked} {message}")
-    seeds = list(dict.fromkeys(settings.seeds.split(",")))
-    check(all(map(str.isdecimal, seeds)), f"--seeds {settings.seeds}: give whole numbers from 0 on")
-    seeds = [int(seed) for seed in seeds]
+    fine = all(seed.strip().isdecimal() for seed in settings.seeds.split(","))
+    check(fine, f"--seeds {settings.seeds}: give whole numbers from 0 on")
+    seeds = list(dict.fromkeys(map(int, settings.seeds.split(","))))
     for seed in seeds if settings.sft else []:                  # an InputError, before others start
         Policy.from_pretrained(Path(settings.sft) / f"sft-{seed}")
     needed = {*settings.methods.split(","), *settings.methods.replace("+cm", "").split(",")}
