@@ -848,6 +848,8 @@ def earlier_runs(settings, data, asked):
     if not path.exists():
         return {}
     old = json.loads(path.read_text(encoding="utf-8"))
+    ours = {"data", "settings", "runs"} <= {*old}
+    check(ours, f"{path} is of another program; choose another --out")
     free = ("data", "methods", "seeds", "out", "device", "threads", "resume")
     for name, was in old["settings"].items():
         fine = name in free or was == getattr(settings, name, None)

@@ -663,9 +663,9 @@ def test_paired_gains():
     half = 1.96 * gains.mean(0).std() / math.sqrt(500)          # of the mean over users
     assert [*found.values()] == approx([gain, gain - half, gain + half], abs=half / 10)
 
-def folder_of(path, items=ITEMS, events=EVENTS, ids=None):
+def folder_of(path, items=ITEMS, events=EVENTS, **more):
     path.mkdir(exist_ok=True)
-    for name, text in (("items.csv", items), ("interactions.csv", events), ("ids.csv", ids)):
+    for name, text in {"items.csv": items, "interactions.csv": events, **more}.items():
         if text is not None:
             (path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
@@ -737,10 +737,10 @@ def test_resume_other_settings_and_an_own_sft_model(finished, tiny, tmp_path):
     again = [run["metrics"] for run in results_in(tmp_path)["runs"]]
     assert again == [before["runs"][i]["metrics"] for i in (2, 4)]
     other = [f"--data={folder_of(tmp_path / 'd')}", f"--out={tmp_path / 'o'}"]
-    for arguments, message in (([*flags, "--lam=7"], "holds a run with lam"),
-                               ([*flags, other[0]], "a run of other data"),
-                               ([*tiny, *start, *other], "do not fit the data"),
-                               ([*start[:3], other[1]], "has window")):
+    for arguments, message in (
+            ([*flags, "--lam=7"], "a run with lam"), ([*flags, other[0]], "a run of other data"),
+            ([*tiny, *start, *other], "not fit the data"), ([*start[:3], other[1]], "has window"),
+            (["--out", folder_of(tmp_path / "x", **{"results.json": "{}"})], "another program")):
         status, _, err = cli(*arguments)
         assert status == 2 and message in err and err.count("\n") == 1
 
@@ -804,7 +804,7 @@ BAD = [  # (flags, HERE is the folder; what the line must say; files that are ch
         *[(EVENTS + line, "line 8") for line in (
             "w,a\n", "w,a,1,1\n", "w,x,0\n", "w,a,one\n", "w,a,nan\n", "w,a,1e999\n", "w,a,\n")],
         *[("user_id,item_id,position,rating\nu,a,0," + word, "line 2") for word in ("x", "inf")])],
-    *[("--ids HERE/ids.csv", message, dict(ids="item_id,x\na,1\nb,2\nc,3\n" + line))
+    *[("--ids HERE/ids.csv", message, {"ids.csv": "item_id,x\na,1\nb,2\nc,3\n" + line})
       for line, message in (("", "1 items of items.csv have no line"), *[
           (line, "line 5") for line in ("z,2\n", "a,2\n", "d,1.5\n", "d,-1\n", "d,x\n")])]]
 
@@ -823,8 +823,8 @@ def side_by_side(*jobs):
 
 def random_policy(n, window=20, K=256, **options):
     number = np.random.default_rng(0).choice(K ** 3, n, replace=False)
-    codes = np.stack([number // K ** 2, number // K % K, number % K], 1)
-    policy = Policy(SemanticIDs(codes, K), window, **options)
+    ids = SemanticIDs(np.stack(np.unravel_index(number, (K, K, K)), 1), K)
+    policy = Policy(ids, window, **options)
     policy.optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
     return policy
 

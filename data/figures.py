@@ -65,11 +65,11 @@ def plot_flows(path, flow):
             axis.axis("off")
         code = tuple(flow["codes"][chosen].tolist())
         text = (f"The user's last items: {', '.join(flow['history'][-8:])}. Height: share. Orange: "
-                f"{flow['titles'][chosen]}, ID {code}.")
+                f"the teacher's first, {flow['titles'][chosen]}, ID {code}.")
         axes[0].text(0, -0.09, textwrap.fill(text, int(22 * width)), va="top")
 
 def plot_curves(path, results):
-    """Validation NDCG@10 of every method that was trained, after each epoch, mean over seeds."""
+    """Validation NDCG@10 after each epoch, mean over seeds; at the best of a method's rates."""
     with picture(path, 1, 1, (8, 4)) as [axis]:
         for method in results["summary"]:
             curves = [run["curve"] for run in results["runs"] if run["method"] == method]
