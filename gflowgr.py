@@ -39,7 +39,7 @@ PRESETS = {         # ml-100k: 50 beams, since many end at items that are in the
 
 @dataclass
 class Settings:
-    """All settings: each field is a flag, with what it means and its default, PRESETS aside."""
+    """All settings, each a command-line flag. PRESETS changes some of the defaults with --data."""
     data: str = HfArg(default="toy", help="toy, ml-100k (see PRESETS), or a folder of two CSVs")
     methods: str = HfArg(default="pop,cm,sft,sft-continued,tb,fm,fm+cm", help="comma-separated: "
                          "pop, cm, cm-debiased, one of RECIPES, or NAME+cm: guided by the CM")
@@ -64,7 +64,7 @@ class Settings:
     fine_dropout: float | None = HfArg(default=None, help="of fine-tuning (default: RECIPES)")
     epochs: int = HfArg(default=7, help="epochs of fine-tuning: the last ones bring the gain")
     sampler: str | None = HfArg(default=None, help="one of SAMPLERS (default: see RECIPES)")
-    trajectories: int | None = HfArg(default=None, help="N, augmented trajectories a context")
+    trajectories: int | None = HfArg(default=None, help="N, augmented paths (default: RECIPES)")
     gr: float | None = HfArg(default=None, help="weight of L_GR beside L_GFN (default: RECIPES)")
     lam: float | None = HfArg(default=None, help="lambda, weight of L_GFN (default: RECIPES)")
     reward: str | None = HfArg(default=None, help="sum or product: r_y is CM, or SFT x CM^gamma")
@@ -120,9 +120,9 @@ def pad(lists, value):
 Row = namedtuple("Row", "user start first stop")    # read: start … stop-2; targets: first … stop-1
 
 def training_rows(histories, window):
-    """Rows in which every item is a target once. A row's last target sees the `window` items before
-    it (or all, if there are fewer), its first at least half of `window`. Ten items, window 4, read
-    → targets: 0–3 → 0–4, 2–5 → 5–6, 4–7 → 7–8, 5–8 → 9."""
+    """Rows in which every item is a target once. The last target of a row sees the `window` items
+    before it (or all, if fewer), the first of a user's later rows at least half as many. Ten items,
+    window 4, read → targets: 0–3 → 0–4, 2–5 → 5–6, 4–7 → 7–8, 5–8 → 9."""
     rows = []
     for user, history in enumerate(histories):
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
@@ -132,10 +132,7 @@ def training_rows(histories, window):
 
 def contexts_of(rows):
     """The contexts of rows: a pair (user, place) for every target, in order."""
-    contexts = []
-    for row in rows:
-        contexts += [(row.user, place) for place in range(row.first, row.stop)]
-    return contexts
+    return [(row.user, place) for row in rows for place in range(row.first, row.stop)]
 
 def batches(rows, histories, size, policy, rng):
     """One epoch of batches in random order; rows of similar length together, for less padding.
@@ -195,7 +192,8 @@ class Policy(torch.nn.Module):
         self.catalogue = {}                                     # item_ids and titles, for saving
         self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch (1)
             vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
-            n_head=max(1, width // 32), n_positions=window + semantic_ids.num_levels,
+            n_head=math.gcd(width, max(1, width // 32)),        # of 32 numbers, if that divides
+            n_positions=window + semantic_ids.num_levels,
             resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,   # 0: else twice the time
             bos_token_id=self.user_token, eos_token_id=self.user_token,
             activation_function="gelu_pytorch_tanh"))           # gelu_new's values, faster on CPU
@@ -236,13 +234,12 @@ class Policy(torch.nn.Module):
         K = ids.num_codes
         J = items.shape[1]
         valid = ends >= 0
-        # The C rows of items go to the C valid ends
-        packed = items.new_zeros(*ends.shape, J).masked_scatter(valid[..., None], items)
-        packed = packed.flatten(1)                                                  # (B, E = T·J)
+        # The C rows of items go to the C valid ends → (B, E = T·J)
+        packed = items.new_zeros(*ends.shape, J).masked_scatter(valid[..., None], items).flatten(1)
         ends = ends.clamp(min=0).repeat_interleave(J, 1)                            # (B, E)
         codes = ids.codes[packed] + K * torch.arange(L, device=items.device)        # (B, E, L)
         mask = tree_mask(ends, H, L)
-        hidden = self.lm.transformer(                           # position: places seen, less 1
+        hidden = self.lm.transformer(                           # position: how many it sees, less 1
             torch.cat([tokens, codes[..., :-1].flatten(1)], 1), attention_mask=mask[:, None],
             position_ids=(mask == 0).sum(-1) - 1, use_cache=False).last_hidden_state    # (B, S, d)
         root = hidden.take_along_dim(ends[..., None], 1)                            # (B, E, d)
@@ -304,7 +301,7 @@ class Policy(torch.nn.Module):
             score = total.gather(1, best)
             node = child.gather(1, best)
             # Usual beam search copies the cache of the parents that go on. Here the cache keeps all
-            # beams, one mask column each. A beam sees what its parent saw, and its own new column.
+            # beams: a beam takes its parent's row of the mask, and gets a new column for itself.
             W = best.shape[1]
             seen = mask.take_along_dim((best // K)[..., None], 1)
             itself = torch.full((W, W), NEVER, device=mask.device).fill_diagonal_(0)
@@ -316,11 +313,11 @@ class Policy(torch.nn.Module):
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors (plain GPT-2), and IDs, titles, CM beside it."""
         path = Path(folder) / "semantic_ids.json"
-        path.unlink(missing_ok=True)                            # is written last: then all is there
+        path.unlink(missing_ok=True)                            # written last: marks a whole model
         self.lm.save_pretrained(folder)
         tables = Path(folder) / "cm.safetensors"
         tables.unlink(missing_ok=True)
-        guide = None if self.cm is None else "not saved"        # an own CM: the model will not load
+        guide = None if self.cm is None else "not saved"        # a user's CM: loading will fail
         if type(self.cm) is CollaborativeModel:
             guide = self.cm.options
             save_file(self.cm.state_dict(), tables)
@@ -359,7 +356,7 @@ def trajectory_balance(log_z, log_pf, log_r):
     return (log_z[:, None] + log_pf - log_r).square().mean()
 
 def detailed_balance(log_flow, log_pf):
-    """DB: log F(s_0) … log F(s_L) = log R (B, J, L+1), log P_F of each step (B, J, L) → scalar."""
+    """DB: log F(s_0) … log F(s_L) (B, J, L+1), the last is log R; log P_F (B, J, L) → scalar."""
     # Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))², mean over paths
     return (log_flow[..., :-1] + log_pf - log_flow[..., 1:]).square().sum(-1).mean()
 
@@ -395,7 +392,7 @@ class Recipe:
 #   log_probs (C, J, L, K)   log P_F of all codes
 #   log_r (C, J)             log R
 #   log_flow (C, J, L)       log F of s_0 … s_{L-1}: from the head, or exact=True: log F* of R
-#   child_flow (C, J, L, K)  exact=True: F* of all that follow on s_0 … s_{L-1}
+#   child_flow (C, J, L, K)  exact=True: F* of all children of s_0 … s_{L-1}
 #   reference (C, J, L)      reference=True: log_pf of the frozen SFT policy
 def tb_loss(paths):
     """TB: log Z(U) is log F of s_0."""
@@ -434,7 +431,7 @@ def known_of(contexts, data, reward, kind="sum"):
     """What is known at C training contexts (user, place): logged, C lists of the user's training
     items; histories, C lists of those before the place; positives (C,), the targets; scores (C, n)
     of the CM, less what this user's later items have added; r (C, n), R of this kind: r_ŷ is the
-    scores, or with "product" the items and shares of product_of (below)."""
+    scores, or with "product" the shares of product_of (below), 0 at all other items."""
     logged = [data.train[user] for user, _ in contexts]
     histories = [data.train[user][:place] for user, place in contexts]
     following = [data.train[user][place:] for user, place in contexts]
@@ -454,8 +451,8 @@ def curriculum(scores, logged, count, progress):
     """N = count unobserved items a context (C, N): low CM scores early in training, high ones late.
     scores (C, n) of the CM, logged C lists, progress in [0, 1]. Draw 2N−1 items, item i with
     P ∝ scores[i]/2 + 1/(2n), unlogged ones alone; sort them from low to high score; keep N
-    neighbours from place round(progress · (N−1)) on. 1/(2n) is ours (6): it adds low scores. With
-    high ones alone, log R − log P is nearly a constant: log Z absorbs it, and P learns nothing."""
+    neighbours from place round(progress · (N−1)) on. 1/(2n) is ours (6): it adds low scores. If all
+    are high, log R − log P is alike on all paths: log Z absorbs it, and P learns nothing."""
     weight = 0.5 * scores + 0.5 / scores.shape[1]
     weight[entries(logged)] = 1e-12                             # not 0: all items may be logged
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -488,7 +485,7 @@ def augmented(recipe, known, policy, progress):
         weight = torch.zeros_like(weight)
         weight[entries(known.logged)] = 1
         weight.scatter_(1, positives, 1e-6)                     # the positive if there is no other
-    # Draw at least two: torch is slower for one
+    # torch.multinomial is slower for one draw than for two
     return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
 
 def product_of(policy, rows, data, reward):
@@ -502,7 +499,7 @@ def product_of(policy, rows, data, reward):
     for i in tqdm(range(0, len(contexts), 256), "product", leave=False, disable=None):
         chunk = contexts[i:i + 256]
         known = known_of(chunk, data, reward)
-        policy.cm = SimpleNamespace(scores=lambda histories: known.scores)  # without what follows
+        policy.cm = SimpleNamespace(scores=lambda histories: known.scores)  # CM, less the answer
         items, score = policy.recommend(known.histories, k=policy.beams)    # log P_SFT + γ · log CM
         shares = score.softmax(1).nan_to_num()                  # nan if no item was found
         product.update(zip(chunk, zip(items.clamp(min=0), shares)))
@@ -517,8 +514,8 @@ def loss_of(recipe, policy, reference, batch, reward, data, progress):
         return -policy(batch.tokens, batch.ends, logged).log_pf.sum(-1).mean()
     known = known_of(batch.contexts, data, reward, recipe.reward)
     items = augmented(recipe, known, policy, progress)                              # (C, N)
-    # The logged path τ_1 goes first if L_GR or S-DPO needs it, if N = 0, and with all samplers but
-    # "reward", which draws it often (7).
+    # The logged path τ_1 is put first, but not with the sampler "reward", which draws it often (7),
+    # unless L_GR or S-DPO needs it, or N = 0.
     if recipe.gr or recipe.reference or recipe.sampler != "reward" or recipe.trajectories == 0:
         items = torch.cat([known.positives[:, None], items], 1)                     # (C, J)
     # The paths come from a sampler, not from the policy: GFlowNet losses are off-policy. log Z(U)
@@ -539,7 +536,7 @@ def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
     """The one training loop → the curve, a list of {"epoch", "loss", "ndcg@10"}, 0 being the start.
     The last epoch counts: there the rate has come down to 0."""
     epochs = settings.sft_epochs if method == "sft" else settings.epochs
-    size = min(settings.batch, math.ceil(len(rows) / 20))       # small data: ~20 steps an epoch
+    size = min(settings.batch, math.ceil(len(rows) / 20))       # small data: about 20 steps
     per_epoch = math.ceil(len(rows) / size)
     steps = epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
@@ -554,7 +551,7 @@ def train(method, recipe, policy, reward, data, rows, rate, seed, settings):
     losses = []
     for epoch in range(1, epochs + 1):
         policy.train()
-        # One seed for dropout and samplers, and for the order of the rows
+        # The same seed twice: for dropout and samplers (torch), and for the order of rows (numpy)
         torch.manual_seed(int(np.random.default_rng((seed, epoch)).integers(2 ** 63)))
         everything = batches(rows, data.train, size, policy, np.random.default_rng((seed, epoch)))
         for batch in tqdm(everything, method, per_epoch, leave=False, disable=None):
@@ -709,7 +706,7 @@ def run_method(method, seed, prepared, data, settings):
         cm = CollaborativeModel.fit(data.train, len(data.titles), popularity=1.0)
     elif method == "cm":
         cm.debias = 0.0
-    elif method != "cm-debiased":                               # a policy; there cm stays as it is
+    elif method != "cm-debiased":                               # a policy; cm as it is, for +cm
         if method in RECIPES and not (method == "sft" and settings.sft):
             curve = trained(method, seed, prepared, data, settings)
         policy = policy_of(method.removesuffix("+cm"), seed, 0.0, prepared, data, settings)
@@ -730,7 +727,7 @@ def run_method(method, seed, prepared, data, settings):
     if method in ("tb", "fm") and len(data.titles) <= 2000:     # flow_of: a branch for every item
         history = data.histories[0][:-1]
         teacher = cm.scores([history])[0].cpu()
-        entry["flow"] = flow_of(policy, history, teacher, data, "scores of the CM", method)
+        entry["flow"] = flow_of(policy, history, teacher, data, "CM, as in the reward", method)
     return entry
 
 @torch.no_grad()
@@ -811,8 +808,9 @@ def table_of(results):
 
 # --- Command line ---------------------------------------------------------------------------------
 def check_settings(settings):
-    """Check the settings; set threads and device → methods, in the table's order, and seeds."""
+    """Check the settings, set threads and device → (methods in the table's order, seeds)."""
     torch.set_num_threads(settings.threads)
+    settings.methods = settings.methods.replace(" ", "")        # "sft, fm" is right, too
     known = ["pop", "cm", "cm-debiased", *RECIPES, *[f"{method}+cm" for method in RECIPES]]
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     devices = [device for device in there if there[device]]
@@ -828,13 +826,13 @@ def check_settings(settings):
             most = 1 if "dropout" in name else 1e9
             check(least <= value < most, f"--{name.replace('_', '-')} {value} is out of range")
         elif name in choices and value is not None:
-            message = f"is not available; choose of {', '.join(choices[name])}"
+            message = f"is not available; choose from {', '.join(choices[name])}"
             for asked in value.split(",") if name == "methods" else [value]:
                 check(asked in choices[name], f"--{name} {asked} {message}")
     fine = all(seed.strip().isdecimal() for seed in settings.seeds.split(","))
     check(fine, f"--seeds {settings.seeds}: give whole numbers from 0 on")
     seeds = list(dict.fromkeys(map(int, settings.seeds.split(","))))
-    for seed in seeds if settings.sft else []:                  # an InputError, before others start
+    for seed in seeds if settings.sft else []:                  # fail now, not after hours
         Policy.from_pretrained(Path(settings.sft) / f"sft-{seed}")
     needed = {*settings.methods.split(","), *settings.methods.replace("+cm", "").split(",")}
     if needed & RECIPES.keys() and not settings.sft:
@@ -893,7 +891,7 @@ def run(settings, cm=None):
     return results
 
 def run_oracle(settings):
-    """Train with one loss on four contexts, from random weights: does P reach R/Z, known here?"""
+    """Train from random weights on four contexts, where R/Z is known: does P reach it?"""
     _, seeds = check_settings(settings)
     data = load_data(settings.data)
     check(len(data.titles) <= 2000, "--oracle scores every item at once: at most 2,000 items")
@@ -901,14 +899,13 @@ def run_oracle(settings):
     _, reward = prepare(seed, data, settings)
     data = replace(data, train=data.train[:4], histories=data.histories[:4])
     last = [len(history) - 1 for history in data.train]         # one context a user
-    rows = [Row(user, start=max(0, i - settings.window), first=i, stop=i + 1)
-            for user, i in enumerate(last)]
+    rows = [Row(user, max(0, i - settings.window), i, i + 1) for user, i in enumerate(last)]
     known = known_of(contexts_of(rows), data, reward)
     target = (known.r / known.r.sum(1, keepdim=True)).cpu()     # P* = R/Z
     torch.manual_seed(seed)
     sizes = (settings.window, settings.width, settings.layers)
     policy = Policy(copy.deepcopy(reward.ids), *sizes, dropout=0.0).to(settings.device)
-    recipe = RECIPES[settings.oracle]                           # its loss, towards the sum, no L_GR
+    recipe = RECIPES[settings.oracle]                           # of it, the loss alone
     recipe = Recipe(recipe.loss, sampler="even", trajectories=64, exact=recipe.exact)
     def distance():                                             # L1, of P from P*
         return (distribution(policy, known.histories) - target).abs().sum(1).mean()
@@ -937,9 +934,7 @@ def print_recommendations(settings):
 
 def main(settings):
     """Do what the settings ask for → exit status; an error is one line on stderr."""
-    job = run_oracle if settings.oracle else run
-    if settings.recommend:
-        job = print_recommendations
+    job = print_recommendations if settings.recommend else run_oracle if settings.oracle else run
     try:
         job(settings)
         return 0

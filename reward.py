@@ -31,7 +31,7 @@ class CollaborativeModel(torch.nn.Module):
     """CM(U, v) ∝ Σ_j decay^age(j) · T[j, v] over the recent items j, plus a little popularity (4).
 
     T[j, v] = (forward(j, v) + backward · forward(v, j)) / count(j)^power; forward(j, v) adds up
-    nearness^(d−1) where v stands d ≤ window places after j. debias = δ > 0 divides the score by
+    nearness^(d−1) where v stands d ≤ window places after j. debias = δ > 0 divides (8) by
     (count(v) + 1)^δ: items that were shown more are logged more. The defaults were chosen on the
     validation items of MovieLens and Beauty.
     """

@@ -20,7 +20,7 @@ def tf_idf(texts):
             places.append((row, column_of.setdefault(term, len(column_of))))
     rows, columns = np.array(places, np.int64).reshape(-1, 2).T
     count = np.bincount(columns)
-    # idf = log(n / count of the word in all texts), 0 if it stands once, or n times or more
+    # idf = log(n / count of the word in all texts), at least 0; 0 for a word that stands once
     idf = np.log(len(texts) / count).clip(0) * (count > 1)
     return rows, columns, idf[columns], (len(texts), len(count))
 
