@@ -727,7 +727,7 @@ def run_method(method, seed, prepared, data, settings):
     if method in ("tb", "fm") and len(data.titles) <= 2000:     # flow_of: a branch for every item
         history = data.histories[0][:-1]
         teacher = cm.scores([history])[0].cpu()
-        entry["flow"] = flow_of(policy, history, teacher, data, "CM, as in the reward", method)
+        entry["flow"] = flow_of(policy, history, teacher, data, "CM, with --debias", method)
     return entry
 
 @torch.no_grad()
@@ -810,7 +810,7 @@ def table_of(results):
 def check_settings(settings):
     """Check the settings, set threads and device → (methods in the table's order, seeds)."""
     torch.set_num_threads(settings.threads)
-    settings.methods = settings.methods.replace(" ", "")        # "sft, fm" is right, too
+    methods = [method.strip() for method in settings.methods.split(",")]
     known = ["pop", "cm", "cm-debiased", *RECIPES, *[f"{method}+cm" for method in RECIPES]]
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     devices = [device for device in there if there[device]]
@@ -827,14 +827,15 @@ def check_settings(settings):
             check(least <= value < most, f"--{name.replace('_', '-')} {value} is out of range")
         elif name in choices and value is not None:
             message = f"is not available; choose from {', '.join(choices[name])}"
-            for asked in value.split(",") if name == "methods" else [value]:
+            for asked in methods if name == "methods" else [value]:
                 check(asked in choices[name], f"--{name} {asked} {message}")
-    fine = all(seed.strip().isdecimal() for seed in settings.seeds.split(","))
+    seeds = [seed.strip() for seed in settings.seeds.split(",")]
+    fine = all(map(str.isdecimal, seeds))
     check(fine, f"--seeds {settings.seeds}: give whole numbers from 0 on")
-    seeds = list(dict.fromkeys(map(int, settings.seeds.split(","))))
+    seeds = list(dict.fromkeys(map(int, seeds)))
     for seed in seeds if settings.sft else []:                  # fail now, not after hours
         Policy.from_pretrained(Path(settings.sft) / f"sft-{seed}")
-    needed = {*settings.methods.split(","), *settings.methods.replace("+cm", "").split(",")}
+    needed = {*methods, *[method.removesuffix("+cm") for method in methods]}
     if needed & RECIPES.keys() and not settings.sft:
         needed.add("sft")                                       # all the others start from it
     return [method for method in known if method in needed], seeds
@@ -905,7 +906,7 @@ def run_oracle(settings):
     torch.manual_seed(seed)
     sizes = (settings.window, settings.width, settings.layers)
     policy = Policy(copy.deepcopy(reward.ids), *sizes, dropout=0.0).to(settings.device)
-    recipe = RECIPES[settings.oracle]                           # of it, the loss alone
+    recipe = RECIPES[settings.oracle]                           # its loss and exact, no more
     recipe = Recipe(recipe.loss, sampler="even", trajectories=64, exact=recipe.exact)
     def distance():                                             # L1, of P from P*
         return (distribution(policy, known.histories) - target).abs().sum(1).mean()
