@@ -201,23 +201,6 @@ class Policy(torch.nn.Module):
         for parameter in self.flow_head.parameters():
             torch.nn.init.zeros_(parameter)                     # log F = 0: R sums to about 1 (5)
 
-    @torch.no_grad()
-    def start_from(self, features):
-        """Token embeddings from item features (n, f). An item's: its features, projected at random.
-        A code's: the mean of its items' embeddings, minus those of their earlier codes."""
-        K = self.semantic_ids.num_codes
-        wte = self.lm.transformer.wte.weight
-        vector = torch.as_tensor(features, dtype=torch.float32)
-        mixing = torch.randn(features.shape[1], wte.shape[1])   # a random projection keeps angles
-        vector = (vector - vector.mean(0)) @ mixing                                 # (n, d)
-        vector *= self.lm.config.initializer_range / vector.std().clamp(min=1e-6)
-        wte[-len(vector):] = vector
-        for level, code in enumerate(self.semantic_ids.codes.T):
-            mean = wte[level * K:(level + 1) * K].zero_()                           # (K, d), a view
-            mean.scatter_reduce_(0, code[:, None].expand_as(vector), vector, "mean",
-                                 include_self=False)
-            vector = vector - mean[code]                        # residual, for the next level
-
     def tokens(self, histories):
         """Tokens (B, H): <user>, the last `window` items, padding; counts (B, 1) of the items."""
         rows = [[-1, *history[-self.window:]] for history in histories]     # −1 becomes <user>
@@ -636,7 +619,7 @@ def write_json(path, value):
     os.replace(f"{path}.part", path)
 
 def prepare(seed, data, settings, cm=None):
-    """Item features and the Reward, with IDs and CM, of one seed, from training items only."""
+    """The Reward, with IDs and CM, of one seed, from training items only."""
     weights = [float(weight) for weight in settings.weights.split(",")]
     fine = len(weights) == 3 and min(weights) >= 0 and sum(weights) < math.inf
     check(fine, f"--weights {settings.weights}: give three numbers, none negative")
@@ -652,17 +635,15 @@ def prepare(seed, data, settings, cm=None):
     print(f"seed {seed}: {ids.health()}", flush=True)
     cm = cm or CollaborativeModel.fit(data.train, n, debias=settings.debias)
     # On mps the reward stays on the CPU, where torch has sparse matrices
-    return features, Reward(ids, cm, weights).to("cuda" if settings.device == "cuda" else "cpu")
+    return Reward(ids, cm, weights).to("cuda" if settings.device == "cuda" else "cpu")
 
-def policy_of(name, seed, dropout, prepared, data, settings):
+def policy_of(name, seed, dropout, reward, data, settings):
     """A policy to go on with: a new one (name "new"), or the saved one of a method."""
-    features, reward = prepared
     ids = copy.deepcopy(reward.ids).cpu()                       # a copy: .to moves it
     sizes = (settings.window, settings.width, settings.layers)
     if name == "new":
         torch.manual_seed(seed)
         policy = Policy(ids, *sizes, dropout)
-        policy.start_from(features)
         policy.catalogue = {"item_ids": data.item_ids, "titles": data.titles}
     else:
         folder = settings.sft if settings.sft and name == "sft" else settings.out
@@ -676,9 +657,8 @@ def policy_of(name, seed, dropout, prepared, data, settings):
     policy.beams = settings.beams
     return policy.to(settings.device)
 
-def trained(method, seed, prepared, data, settings):
+def trained(method, seed, reward, data, settings):
     """Train a method at its rates, save the best policy in OUT/METHOD-SEED → its curve."""
-    _, reward = prepared
     recipe = RECIPES[method]
     flags = {name: getattr(settings, name, None) for name in vars(recipe)}      # gr, lam, …
     recipe = replace(recipe, **{name: flag for name, flag in flags.items() if flag is not None})
@@ -688,17 +668,16 @@ def trained(method, seed, prepared, data, settings):
     rows = training_rows(data.train, settings.window)
     best = []
     for share in recipe.rates:
-        policy = policy_of("new" if is_sft else "sft", seed, dropout, prepared, data, settings)
+        policy = policy_of("new" if is_sft else "sft", seed, dropout, reward, data, settings)
         curve = train(method, recipe, policy, reward, data, rows, peak * share, seed, settings)
         if not best or curve[-1]["ndcg@10"] > best[-1]["ndcg@10"]:
             best = curve
             policy.save_pretrained(Path(settings.out) / f"{method}-{seed}")
     return best
 
-def run_method(method, seed, prepared, data, settings):
+def run_method(method, seed, reward, data, settings):
     """Train and test one method with one seed → its entry of results.json["runs"]."""
     started = time.time()
-    _, reward = prepared
     cm = copy.copy(reward.cm)                                   # a copy, to set its debias
     policy = None
     curve = []
@@ -708,8 +687,8 @@ def run_method(method, seed, prepared, data, settings):
         cm.debias = 0.0
     elif method != "cm-debiased":                               # a policy; cm as it is, for +cm
         if method in RECIPES and not (method == "sft" and settings.sft):
-            curve = trained(method, seed, prepared, data, settings)
-        policy = policy_of(method.removesuffix("+cm"), seed, 0.0, prepared, data, settings)
+            curve = trained(method, seed, reward, data, settings)
+        policy = policy_of(method.removesuffix("+cm"), seed, 0.0, reward, data, settings)
     if method.endswith("+cm"):
         policy.cm = cm
         policy.save_pretrained(Path(settings.out) / f"{method}-{seed}")
@@ -869,9 +848,9 @@ def run(settings, cm=None):
     out = Path(settings.out)
     for seed in seeds:
         todo = [method for method in methods if (method, seed) not in runs]
-        prepared = prepare(seed, data, settings, cm) if todo else None
+        reward = prepare(seed, data, settings, cm) if todo else None
         for method in todo:
-            runs[method, seed] = run_method(method, seed, prepared, data, settings)
+            runs[method, seed] = run_method(method, seed, reward, data, settings)
             write_json(out / "results.json", results_of(runs, data, settings))
     results = results_of(runs, data, settings)
     # For the first user: the history, and what each method recommends, by title
@@ -897,7 +876,7 @@ def run_oracle(settings):
     data = load_data(settings.data)
     check(len(data.titles) <= 2000, "--oracle scores every item at once: at most 2,000 items")
     seed = seeds[0]
-    _, reward = prepare(seed, data, settings)
+    reward = prepare(seed, data, settings)
     data = replace(data, train=data.train[:4], histories=data.histories[:4])
     last = [len(history) - 1 for history in data.train]         # one context a user
     rows = [Row(user, max(0, i - settings.window), i, i + 1) for user, i in enumerate(last)]

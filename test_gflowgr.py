@@ -449,22 +449,10 @@ def test_packed_paths_and_beams_against_one_path_at_a_time(K, L):
     assert policy.recommend(HISTORIES[:3], 1, 1)[0].tolist() == [[17]] * 3
 
 def test_a_policy_moves_without_the_ids_of_the_others(tiny):
-    settings, data, *shared = prepared(*tiny, "--width=16")
+    settings, data, job = prepared(*tiny, "--width=16")
     settings.device = "meta"
-    moved = gflowgr.policy_of("new", 0, 0.1, shared, data, settings).semantic_ids.codes
-    assert moved.is_meta and not shared[1].ids.codes.is_meta
-
-def test_embeddings_begin_as_the_features_and_their_means():
-    policy = made()
-    policy.start_from(points(24, 7))
-    wte = policy.lm.transformer.wte.weight.detach()
-    left = wte[-24:].clone()
-    assert left.std().item() == approx(0.02) and left.mean(0).abs().max() < 1e-7
-    assert torch.linalg.matrix_rank(left, tol=1e-4) == 7        # linear in the features
-    for level, code in enumerate(IDS.codes.T):
-        means = torch.stack([left[code == c].mean(0) for c in range(4)]).nan_to_num()
-        close(wte[level * 4:level * 4 + 4], means, atol=1e-7)
-        left -= means[code]
+    moved = gflowgr.policy_of("new", 0, 0.1, job, data, settings).semantic_ids.codes
+    assert moved.is_meta and not job.ids.codes.is_meta
 
 def test_a_saved_model_is_a_plain_gpt2_and_comes_back(tmp_path):
     policy = made()
@@ -492,7 +480,7 @@ def prepared(*flags, shift=0):                # shift changes the validation and
     settings = gflowgr.parse(list(flags))
     data = load_data(settings.data)
     data.histories = [h[:-2] + [(item + shift) % 48 for item in h[-2:]] for h in data.histories]
-    return settings, data, *gflowgr.prepare(0, data, settings)
+    return settings, data, gflowgr.prepare(0, data, settings)
 
 def test_samplers_draw_from_where_they_say():
     policy, positives = made().train(), torch.tensor([4, 8, 2])
@@ -534,7 +522,7 @@ def reward_by_hand(job, reference, past, after):
     ("tb", dict(sampler="random"), 7, 2), ("tb", {}, 3, 5), ("tb", {}, 48, 1)], ids=str)
 def test_the_whole_loss_against_one_path_at_a_time(method, change, K, L, tiny, monkeypatch):
     flags = ["--weights=.4,.4,.2", "--debias=.5", f"--codes={K}", f"--levels={L}"]
-    _, data, _, job = prepared(*tiny, *flags)
+    _, data, job = prepared(*tiny, *flags)
     recipe = replace(RECIPES[method], **{"reward": "sum", **change})
     data.liked = [[item % 3 > 0 for item in history] for history in data.histories]
     policy, reference = (made(ids=job.ids, seed=seed) for seed in (0, 1))
@@ -575,11 +563,11 @@ def test_the_whole_loss_against_one_path_at_a_time(method, change, K, L, tiny, m
     close(found.detach(), (recipe.gr * L_GR + recipe.lam * L_GFN) / len(batch.contexts))
 
 def trained(flags, name="sft", own=None, shift=0, rows=None):
-    settings, data, features, job = prepared(*flags, shift=shift)
+    settings, data, job = prepared(*flags, shift=shift)
     torch.manual_seed(0)
     policy, rows = Policy(job.ids, 8, 32, 1, 0.1), gflowgr.training_rows(data.train, 8)[:rows]
     curve = gflowgr.train(name, own or RECIPES[name], policy, job, data, rows, 5e-3, 0, settings)
-    return curve, [torch.tensor(features), job.ids.codes, *job.cm.buffers(), *policy.parameters()]
+    return curve, [job.ids.codes, *job.cm.buffers(), *policy.parameters()]
 
 @pytest.mark.parametrize("method", RECIPES)
 def test_training_lowers_its_loss(method, tiny, capsys):
