@@ -1,8 +1,11 @@
-"""The collaborative model (CM), a "traditional recommender", and the comprehensive reward.
+"""The collaborative model (CM), its product with a policy, and the comprehensive reward.
 
-The CM counts which items follow which. It is fitted in a second, and hard to beat on small data.
-Letters: B users or contexts, n items.
+The CM, a "traditional recommender", counts which items follow which. It is fitted in a second, and
+hard to beat on small data. A *teacher* is what r_ŷ of the reward comes from: an object with
+scores(histories, following), as the CM has, and Guided, and maybe a CM of your own.
+Letters: B users or contexts, n items, W beams.
 """
+import copy
 import warnings
 from itertools import chain
 
@@ -28,24 +31,21 @@ def best_unseen(scores, histories, k=10):
     return items.masked_fill(value == -torch.inf, -1), value
 
 class CollaborativeModel(torch.nn.Module):
-    """CM(U, v) ∝ Σ_j decay^age(j) · T[j, v] over the recent items j, plus a little popularity (4).
-
+    """CM(U, v) ∝ Σ_j decay^age(j) · T[j, v] over the recent items j, plus a little popularity.
     T[j, v] = (forward(j, v) + backward · forward(v, j)) / count(j)^power; forward(j, v) adds up
-    nearness^(d−1) where v stands d ≤ window places after j. debias = δ > 0 divides (8) by
-    (count(v) + 1)^δ: items that were shown more are logged more. The defaults were chosen on the
-    validation items of MovieLens and Beauty.
+    nearness^(d−1) where v stands d ≤ window places after j. The paper's CM is neural. The defaults
+    were chosen on the validation items of MovieLens and Beauty.
     """
-
     @classmethod
     def fit(cls, histories, num_items, window=5, nearness=0.8, backward=0.25, power=0.5,
-            length=10, decay=0.6, popularity=0.05, debias=0.0):
+            length=10, decay=0.6, popularity=0.05):
         """Count transitions in training histories: lists of items, oldest first, no repeats."""
         # w = forward(a, b) + backward · forward(b, a), of T[j = a, v = b]
         a, b, w = cooccurrence(histories, num_items, window, nearness, backward)
         count = np.bincount(entries(histories)[1], minlength=num_items)
         scale = 1 / np.maximum(count, 1) ** power               # (n,)
         options = dict(window=window, nearness=nearness, length=length, decay=decay,
-                       popularity=popularity, debias=debias)
+                       popularity=popularity, debias=0.0)
         return cls(options, index=torch.tensor(np.stack([a, b])), value=torch.tensor(w * scale[a]),
                    count=torch.tensor(count), scale=torch.tensor(scale))
 
@@ -56,9 +56,16 @@ class CollaborativeModel(torch.nn.Module):
         for name, table in tables.items():                      # index (2, nnz), value, count, …
             self.register_buffer(name, table)
 
+    def debiased(self, delta):
+        """A copy whose scores are divided by (count(v) + 1)^delta, ours: an item that was shown
+        more is logged more. The tables are shared."""
+        other = copy.copy(self)
+        other.options = {**self.options, "debias": delta}
+        other.debias = delta
+        return other
+
     def scores(self, histories, following=None):
         """CM(U, ·) of B histories (lists of items, oldest first) → (B, n) ≥ 0, rows sum to 1.
-
         score(v) = Σ_j decay^age(j) · T[j, v] over the last `length` items j, age 0 for the newest;
         popular(v) = count(v) + 1. At items of the history both are set to 0; then both are divided
         by their sums. Result: (1 − s)·score + s·popular, s = self.popularity, or 1 if all score 0.
@@ -113,22 +120,53 @@ class CollaborativeModel(torch.nn.Module):
         counts = torch.tensor(counts, dtype=torch.float32, device=scores.device)
         scores.index_put_(tuple(places.T), -counts, accumulate=True)
 
-class Reward(torch.nn.Module):
-    """R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/n, the comprehensive reward (5).
+class Guided:
+    """A policy and the CM that guides its beam search: the best items by log P + γ · log CM, ours.
+    `recommend` serves the methods NAME+cm. `scores` is a teacher, the *product* of what supervised
+    fine-tuning (SFT) and the CM know: SFT orders the items of a session, the CM knows rare items.
+    """
+    def __init__(self, policy, cm, gamma=2.0):
+        self.policy = policy
+        self.cm = cm
+        self.gamma = gamma
+        self.catalogue = policy.catalogue
+        self.memory = {}            # context: (items (W,), shares (W,)), filled as contexts come
 
+    def recommend(self, histories, k=10, following=None):
+        """The k best items (B, k) of B histories, and log P + γ · log CM (B, k)."""
+        guide = self.cm.scores(histories, following) ** self.gamma
+        return self.policy.recommend(histories, k, guide=guide)
+
+    def scores(self, histories, following=None):
+        """(B, n) ∝ P(v | U) · CM(U, v)^γ at the W items that the guided beam finds, 0 at others.
+        Rows sum to 1, or to 0 if no new item was found. following: as in the CM's scores."""
+        following = following or [()] * len(histories)
+        keys = [(*past, -1, *after) for past, after in zip(histories, following)]
+        new = [b for b, key in enumerate(keys) if key not in self.memory]
+        new.sort(key=lambda b: len(histories[b]))               # similar lengths: less padding
+        for start in range(0, len(new), 256):
+            chunk = new[start:start + 256]
+            past = [histories[b] for b in chunk]
+            after = [following[b] for b in chunk]
+            items, score = self.recommend(past, self.policy.beams, after)   # log P + γ · log CM
+            shares = score.softmax(1).nan_to_num()              # nan if no item was found
+            self.memory.update(zip([keys[b] for b in chunk], zip(items.clamp(min=0), shares)))
+        items, shares = map(torch.stack, zip(*[self.memory[key] for key in keys]))  # (B, W)
+        table = shares.new_zeros(len(keys), len(self.policy.semantic_ids.codes))
+        return table.scatter_add_(1, items, shares)
+
+class Reward:
+    """R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/n, the comprehensive reward.
     Each signal sums to 1 over the catalogue (r_a to 1/10 where v was only clicked), so the
     heuristic weights are shares of Z. The paper's raw signals are 10, a score, and up to L for each
     item: over thousands of items the similarity would outweigh the one logged item.
     """
-
-    def __init__(self, ids, cm, weights, epsilon=1e-3):
-        """ids: SemanticIDs; cm: has scores(histories, following); weights w_a, w_ŷ, w_s."""
-        super().__init__()
+    def __init__(self, ids, teacher, weights, epsilon=1e-3):
+        """ids: SemanticIDs; teacher: has scores(histories, following); weights w_a, w_ŷ, w_s."""
         self.ids = ids
-        self.cm = cm
+        self.teacher = teacher
         self.weights = weights
         self.epsilon = epsilon
-        self.product = {}                                       # gflowgr.product_of, once made
 
     def action(self, positives, liked):
         """r_a (B, n): 1 at a liked positive, 0.1 at a clicked one (the paper's 10 : 1), else 0."""
@@ -141,10 +179,10 @@ class Reward(torch.nn.Module):
         shared = sum((column[positives, None] == column).byte() for column in self.ids.codes.T)
         return shared / shared.sum(1, keepdim=True)
 
-    def forward(self, signal, positives, liked):
-        """R (B, n) > 0 of every item: signal (B, n) is r_ŷ; positives and liked (bool) (B,)."""
+    def __call__(self, scores, positives, liked):
+        """R (B, n) > 0 of every item: r_ŷ is scores (B, n); positives and liked (bool) are (B,)."""
         # R = w_a · r_a + w_ŷ · r_ŷ + w_s · r_s + ε/n, in place
         w_a, w_y, w_s = self.weights
-        r = torch.add(self.epsilon / signal.shape[1], signal, alpha=w_y)
+        r = torch.add(self.epsilon / scores.shape[1], scores, alpha=w_y)
         r.add_(self.similarity(positives), alpha=w_s)
         return r.add_(self.action(positives, liked), alpha=w_a)

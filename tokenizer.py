@@ -1,7 +1,7 @@
 """Item tokenizer: every item becomes a semantic ID, a short path of codes down a tree.
 
     features of an item  →  residual k-means  →  (c_1, …, c_L)
-TIGER and LETTER learn IDs with an RQ-VAE; k-means on residuals (3) also gives similar items the
+TIGER and LETTER learn IDs with an RQ-VAE; k-means on residuals also gives similar items the
 same first codes. All IDs differ: a prefix of l codes has room for K^(L-l) items, the nearest ones.
 Letters: n items, L levels, K codes a level, P prefixes.
 """
@@ -9,6 +9,8 @@ from itertools import chain
 
 import numpy as np
 import torch
+
+from data import check
 
 def tf_idf(texts):
     """Sparse (n, words) tf-idf over words and word pairs: (rows, columns, values, shape)."""
@@ -115,7 +117,6 @@ def assign_with_capacity(cost, parent, capacity):
 class SemanticIDs(torch.nn.Module):
     """The table item ↔ semantic ID, and the tree of its prefixes. A Module, so that .to() moves it.
     Nodes: 0 is the root, 1 … P−1 the other prefixes, level by level, P + i is item i."""
-
     def __init__(self, codes, num_codes):
         """codes (n, L) integers in [0, num_codes), all rows different; ValueError otherwise."""
         codes = np.asarray(codes)
@@ -145,9 +146,8 @@ class SemanticIDs(torch.nn.Module):
     def fit(cls, features, num_codes, num_levels=3, seed=0):
         """Residual k-means of features (n, d); same seed, same IDs; ValueError for n > K^L."""
         residual = np.array(features, np.float64)
-        if len(residual) > num_codes ** num_levels:
-            message = f"{len(residual)} items do not fit into {num_codes}^{num_levels} IDs"
-            raise ValueError(message + "; raise --codes")
+        check(len(residual) <= num_codes ** num_levels, f"{len(residual)} items do not fit into "
+              f"{num_codes}^{num_levels} IDs; raise --codes")
         rng = np.random.default_rng(seed)
         codes = []
         parent = np.zeros(len(residual), np.int64)

@@ -69,7 +69,7 @@ def plot_flows(path, flow):
         axes[0].text(0, -0.09, textwrap.fill(text, int(22 * width)), va="top")
 
 def plot_curves(path, results):
-    """Validation NDCG@10 after each epoch, mean over seeds; at the best of a method's rates."""
+    """Validation NDCG@10 after each epoch, mean over seeds."""
     with picture(path, 1, 1, (8, 4)) as [axis]:
         for method in results["summary"]:
             curves = [run["curve"] for run in results["runs"] if run["method"] == method]
@@ -83,7 +83,7 @@ def plot_exposure(path, data, results):
     """For a typical user, what was logged, shown, and is liked, and what each method recommends.
     data has a truth; the runs hold "lists" (B, 10), −1 where empty, and one run is SFT's."""
     lists = {run["method"]: run["lists"] for run in results["runs"]}             # last seed's
-    best = "fm" if "fm" in lists else list(lists)[-1]
+    best = "distill" if "distill" in lists else list(lists)[-1]
     hidden = [liked - shown for liked, shown in zip(data.truth["liked"], data.truth["shown"])]
     change = [len(items.intersection(after)) - len(items.intersection(before))
               for items, before, after in zip(hidden, lists["sft"], lists[best])]
@@ -114,12 +114,13 @@ def plot_exposure(path, data, results):
 
 def plot_bars(path, results, metrics):
     """Gains over SFT in percent, with 95 % intervals over users: one panel a metric."""
-    methods = [method for method in reversed(results["paired"]) if method != "pop"]
+    paired = {method: gains for method, gains in results["paired"].items() if method != "pop"}
+    methods = [method for method, gains in reversed(paired.items()) if gains.keys() >= {*metrics}]
     with picture(path, 1, len(metrics), (4.5 * len(metrics), 3), sharey=True) as axes:
         for axis, metric in zip(axes, metrics):
             paired = [results["paired"][method][metric] for method in methods]
             gains = np.array([[gain["low"], gain["gain"], gain["high"]] for gain in paired])
-            low, gain, high = 100 / results["summary"]["sft"][metric]["mean"] * gains.T
+            low, gain, high = 100 * gains.T
             axis.barh(methods, gain, xerr=[gain - low, high - gain], color=BLUE)
             axis.set(title=metric, xlabel="gain over SFT in %, with 95 % interval")
 
@@ -134,8 +135,9 @@ def draw_run(out, data, results):
         jobs.append(("bars.png", plot_bars, results, metrics))
     if sft and data.truth:
         jobs.append(("exposure.png", plot_exposure, data, results))
-    if results.get("flow"):
-        jobs.append(("flow.png", plot_flows, results["flow"]))
+    flows = [run["flow"] for run in results["runs"] if "flow" in run]
+    if flows:
+        jobs.append(("flow.png", plot_flows, flows[-1]))
     for name, plot, *arguments in jobs:
         plot(Path(out) / name, *arguments)
     return [f"{name}: {plot.__doc__.splitlines()[0]}" for name, plot, *_ in jobs]
