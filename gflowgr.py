@@ -24,6 +24,7 @@ import zlib
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # models as small as these: one thread is best
@@ -61,17 +62,28 @@ def detailed_balance(log_flow, log_pf):
 
 def distillation(child_flow, log_probs):
     """KL(R/Z ‖ P), ours: flows F* of all children (C, J, L, K), log P_F (C, J, L, K) → scalar.
-    An upper bound for TB and DB: a step sees the flows of all children, not only of the one that
-    the path takes. On paths drawn from R, the steps of a path add up to the KL (chain rule)."""
+    What TB and DB could learn at most: a step sees the flows of all children, not only of the one
+    that the path takes. On paths drawn from R, the sum over steps is the KL on average (chain
+    rule)."""
     # KL: Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), mean over paths
     target = child_flow / child_flow.sum(-1, keepdim=True)
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
 
 def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
-    """S-DPO: log P of a positive (C,) and of negatives (C, J), by policy, reference → scalar."""
+    """S-DPO: log P of a positive (C,), of negatives (C, J−1), by policy, reference → scalar."""
     # mean of −log σ(−log Σ_d exp(β[Δ_d − Δ_p])), Δ = log P_policy − log P_reference
     margin = beta * ((policy_neg - ref_neg) - (policy_pos - ref_pos)[:, None])
     return -F.logsigmoid(-margin.logsumexp(1)).mean()
+
+def grpo(log_p, log_ref, log_r, beta):
+    """GRPO, a maximiser of R: of J paths drawn from the policy log P, that of the reference, log R,
+    all (C, J) → scalar. A draw serves one step, so the ratio of new to old policy is 1."""
+    # mean of −A · log P + β · KL; A = (R − mean R) / std R over a context's paths;
+    # KL(P ‖ P_ref) is estimated by x − log x − 1, x = P_ref / P
+    r = log_r.exp()
+    advantage = (r - r.mean(1, keepdim=True)) / r.std(1, keepdim=True).clamp(min=1e-8)
+    log_x = log_ref - log_p
+    return (beta * (log_x.exp() - log_x - 1) - advantage * log_p).mean()
 
 # --- Recipes: how a method is fine-tuned ----------------------------------------------------------
 @dataclass
@@ -81,35 +93,37 @@ class Recipe:
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
     given: str = ""                 # the fields of Paths that the loss is given, in its order
     gr: float = 0.0                 # weight of L_GR beside L_GFN: 0, since r_a in R teaches the log
-    lam: float = 1.0                # λ, weight of L_GFN; where gr is 0, AdamW undoes any scale
+    lam: float = 1.0                # λ, weight of L_GFN; idle without L_GR: AdamW rescales
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # the logged path τ_1 stands first: L_GR and S-DPO need it there
-    exact: bool = True              # log Z, log F are sums of R over all items, few enough to add
-                                    # up, so nothing lags behind; 0: a learned head, as in the paper
-    # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/n. Each r sums to 1 over the items: weights are shares of
-    # Z. r_a is 1 at the logged item, r_s the share of common codes, r_ŷ is of the teacher:
-    teacher: str = "product"        # "cm", or "product": P_SFT · CM^γ at the items of a guided beam
+    exact: bool = True              # Z, F are summed over all items (few enough), not learned, so
+                                    # never out of date; 0: a learned head, as in the paper
+    # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/n, weights as shares of Z: each r sums to 1 over items.
+    # r_a: the logged item (.1 if only clicked); r_s: common codes; r_ŷ: the scores of this teacher:
+    teacher: str = "product"        # "cm", or "product": SFT orders items, the CM knows rare ones,
+                                    # r_ŷ ∝ P_SFT · CM^γ at the best items of both, 0 elsewhere
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     gamma: float = 2.0              # γ
     w_a: float = 0.3
     w_y: float = 0.65               # the most: only the teacher knows of what was not shown
     w_s: float = 0.05
-    beta: float = 0.1               # S-DPO: strength of the reference
+    beta: float = 0.1               # S-DPO, GRPO: how strongly the frozen SFT policy holds
     rate: float = 1.5e-3            # peak learning rate: small models like it high
     dropout: float = 0.0            # SFT over-fits without; R is smoother than the log
     epochs: int = 7                 # the last ones bring the gain
 
-# As in the paper: L = L_GR + λ · L_GFN, curriculum, N = 3, learned log Z. Not as there: the weights
-# of R, λ = .1, and L_GR beside S-DPO as well.
 TB = "log_z log_p log_r"
+# PAPER, as there: L = L_GR + λ · L_GFN, λ = 1, curriculum, N = 3, learned log Z. Not as there: the
+# weights of R are shares of Z, and L_GR stands beside S-DPO as well.
 PAPER = dict(gr=1.0, sampler="curriculum", trajectories=3, first=True, exact=False, teacher="cm",
              rate=4.5e-4, dropout=0.2)
 RECIPES = {
     "sft": Recipe(dropout=0.2, epochs=8),
     "sft-continued": Recipe(dropout=0.2, rate=4.5e-4),          # more of the same, to compare
     "sdpo": Recipe(sdpo, "policy_pos policy_neg ref_pos ref_neg beta", **PAPER),
-    "tb-paper": Recipe(trajectory_balance, TB, lam=0.1, **PAPER),
+    "grpo": Recipe(grpo, "log_p log_ref log_r beta", sampler="drawn", trajectories=8, exact=False),
+    "tb-paper": Recipe(trajectory_balance, TB, **PAPER),
     "db": Recipe(detailed_balance, "log_flow log_pf"),
     "tb": Recipe(trajectory_balance, TB),
     "distill": Recipe(distillation, "child_flow log_probs", trajectories=1)}
@@ -118,10 +132,10 @@ RECIPES = {
 @dataclass
 class Batch:
     """B rows, each a part of a user's history, read once. Every target v in it makes a context: v
-    and the history before it. The row <user> a b with targets a, b, c has ends 0, 1, 2."""
+    and the history before it. Reading <user> a b, targets a, b, c (c is not read): ends 0, 1, 2."""
     tokens: torch.Tensor            # (B, H) <user>, the items read, padding on the right
     ends: torch.Tensor              # (B, T) how many items of the row a target sees; −1: padding
-    users: list                     # C users: contexts, row by row
+    users: list                     # C users, one a context; contexts go row by row
     histories: list                 # C lists: the user's items before the target
     following: list                 # C lists: the target and the user's later training items
     positives: torch.Tensor         # (C,) the targets v
@@ -130,8 +144,8 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """What is known at each context: the teacher's scores, and R of every item. A teacher is
-        told what follows, to leave it out of its counts. (On mps the tables stay on the CPU.)"""
+        """What is known at each context: the teacher's scores, R of every item. The teacher gets
+        the target and later items, to subtract their counts. (On mps, R is on the CPU.)"""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -146,15 +160,16 @@ class Paths:
     """J paths at each of C contexts: all that a loss may be given. A recipe names the fields."""
     log_pf: torch.Tensor            # (C, J, L) log P_F(s_{l+1} | s_l) of the codes taken
     log_probs: torch.Tensor         # (C, J, L, K) log P_F of all codes, NEVER where illegal
-    log_flow: torch.Tensor          # (C, J, L+1) log F of s_0 … s_L = log R; L by the head at first
+    log_flow: torch.Tensor          # (C, J, L) from forward; loss_of adds log F(s_L) = log R
     log_p: torch.Tensor = None      # (C, J) log P of the whole path
     log_z: torch.Tensor = None      # (C,) log Z(U)
     log_r: torch.Tensor = None      # (C, J) log R
     child_flow: torch.Tensor = None     # (C, J, L, K) exact F* of all children, if recipe.exact
     policy_pos: torch.Tensor = None     # (C,) log P of the logged path, if recipe.first
     policy_neg: torch.Tensor = None     # (C, J-1) log P of the others
-    ref_pos: torch.Tensor = None        # (C,) the same by the frozen SFT policy
-    ref_neg: torch.Tensor = None        # (C, J-1)
+    log_ref: torch.Tensor = None        # (C, J) log P by the frozen SFT policy
+    ref_pos: torch.Tensor = None        # (C,) that of the logged path
+    ref_neg: torch.Tensor = None        # (C, J-1) those of the others
     beta: float = None                  # recipe.beta
 
 # --- The policy: P_F(next code | user, codes so far) ----------------------------------------------
@@ -177,7 +192,7 @@ def tree_mask(ends, H, L):
     place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
     branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) of its branch, up to itself
-    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) history that a code sees
+    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) last place seen; history: 0
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
 def pad(lists, value):
@@ -200,7 +215,7 @@ class Policy(torch.nn.Module):
         self.catalogue = {}                                     # item_ids and titles, for saving
         self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch, not pretrained
             vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
-            n_head=math.gcd(width, max(1, width // 32)),        # of 32 numbers, if that divides
+            n_head=math.gcd(width, max(1, width // 32)),        # heads 32 wide, if 32 divides it
             n_positions=window + semantic_ids.num_levels,
             resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,   # 0: else twice the time
             bos_token_id=self.user_token, eos_token_id=self.user_token,
@@ -222,11 +237,12 @@ class Policy(torch.nn.Module):
         L = ids.num_levels
         J = items.shape[1]
         valid = ends >= 0
-        # Put the J items of each context where its target stands; padding gets item 0 and is
-        # dropped at [valid] below → (B, E = T·J)
+        # Contexts are numbered row by row: write their J items into the valid cells (b, t), 0
+        # elsewhere, which [valid] below drops → (B, E = T·J)
         packed = items.new_zeros(*ends.shape, J).masked_scatter(valid[..., None], items).flatten(1)
         ends = ends.clamp(min=0).repeat_interleave(J, 1)                            # (B, E)
-        code_tokens = ids.codes[packed] + ids.num_codes * torch.arange(L, device=ends.device) # (B, E, L)
+        levels = torch.arange(L, device=ends.device)
+        code_tokens = ids.codes[packed] + ids.num_codes * levels                    # (B, E, L)
         mask = tree_mask(ends, H, L)
         hidden = self.lm.transformer(                           # position: how many it sees, less 1
             torch.cat([tokens, code_tokens[..., :-1].flatten(1)], 1), attention_mask=mask[:, None],
@@ -250,14 +266,16 @@ class Policy(torch.nn.Module):
         tokens, counts = self.tokens(histories)                 # one context a row, at its end
         return self(tokens, counts, torch.as_tensor(items)).log_pf
 
-    def recommend(self, histories, k=10, beams=None, guide=None):
+    def recommend(self, histories, k=10, beams=None, guide=None, sample=0.0):
         """The k best items of B histories: items (B, k), best first, and their scores (B, k).
         Never an item of the history, never a duplicate; −1 and −inf where the beam holds no more.
         Beam search over legal codes: the score of a prefix is Σ log P_F of its codes, and the best
         max(beams or self.beams, k) of a user go on to the next level: exact with enough beams.
-        guide (B, n) ≥ 0 multiplies P: an item scores log P + log guide, a prefix log P_F + log Σ
-        guide over the items below it."""
-        return beam_search(self, histories, k, max(beams or self.beams, k), guide)
+        guide (B, n) ≥ 0 multiplies P: an item scores log P + log guide, a prefix Σ log P_F + log Σ
+        guide over the items below it.
+        sample > 0 draws the list instead, at this temperature: k items without replacement; a step
+        has P_F^(1/sample) · the guide's flow, normalised. Scores then hold Gumbel noise."""
+        return beam_search(self, histories, k, max(beams or self.beams, k), guide, sample)
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors (plain GPT-2), and IDs and titles beside it."""
@@ -291,7 +309,7 @@ def curriculum(batch, count, policy, progress):
     """The paper's default: unobserved items with low scores early in training, high ones late. The
     scores are the teacher's. Draw 2N−1 items, item i with P ∝ scores[i]/2 + 1/(2n), unlogged ones
     alone; sort them from low to high score; keep N neighbours from place round(progress · (N−1))
-    on. 1/(2n) is ours: where all scores are high, log Z can fit them, and P gets no gradient."""
+    on. 1/(2n), ours, adds low scores: if R is alike on all paths, log Z alone can fit them."""
     weight = 0.5 * batch.scores + 0.5 / batch.scores.shape[1]
     weight[batch.logged()] = 1e-12
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -309,6 +327,14 @@ def beam(batch, count, policy, progress):
     items = items.gather(1, order)[:, :count]
     return items.where(items >= 0, positives)                   # fewer than N found: the positive
 
+def drawn(batch, count, policy, progress):
+    """Ours: N items drawn from the policy itself, without replacement and none of the history.
+    (N independent draws from all items, the usual on-policy paths, were worse for TB and GRPO.)"""
+    policy.eval()
+    items = policy.recommend(batch.histories, count, beams=count, sample=1.0)[0].to(batch.r.device)
+    policy.train()
+    return items.where(items >= 0, batch.positives[:, None])    # fewer than N unseen: the positive
+
 def by_reward(batch, count, policy, progress):
     """Ours: P ∝ R, where the probability shall go. The logged item is often among them."""
     return draw(batch.r, count)
@@ -317,8 +343,9 @@ def even(batch, count, policy, progress):
     """For --oracle: P ∝ R/Z + 1/n, so that no item is forgotten."""
     return draw(batch.r / batch.r.sum(1, keepdim=True) + 1 / batch.r.shape[1], count)
 
+# A sampler of your own is a function (batch, N, policy, progress) → items (C, N), entered here.
 SAMPLERS = {"session": session, "random": random, "curriculum": curriculum, "policy": beam,
-            "reward": by_reward, "even": even}      # sampler(batch, N, policy, progress) → (C, N)
+            "drawn": drawn, "reward": by_reward, "even": even}
 
 # --- Training -------------------------------------------------------------------------------------
 def loss_of(recipe, policy, reference, batch, reward, progress):
@@ -342,17 +369,18 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         paths.log_flow = paths.child_flow.sum(-1).log()         # log F*(s) = log Σ R below s
     paths.log_flow = torch.cat([paths.log_flow, paths.log_r[..., None]], -1)        # (C, J, L+1)
     paths.log_z = paths.log_flow[:, 0, 0]                       # s_0, the state after the history
+    if "ref" in recipe.given:                                   # log_ref, ref_pos or ref_neg
+        with torch.no_grad():
+            paths.log_ref = reference(batch.tokens, batch.ends, items).log_pf.sum(-1)   # (C, J)
     if recipe.first:
         paths.policy_pos = paths.log_p[:, 0]
         paths.policy_neg = paths.log_p[:, 1:]
     if "ref_pos" in recipe.given:
-        with torch.no_grad():
-            log_ref = reference(batch.tokens, batch.ends, items).log_pf.sum(-1)     # (C, J)
-        paths.ref_pos = log_ref[:, 0]
-        paths.ref_neg = log_ref[:, 1:]
+        paths.ref_pos = paths.log_ref[:, 0]
+        paths.ref_neg = paths.log_ref[:, 1:]
     paths.beta = recipe.beta
-    # Off-policy: the paths come from a sampler, not from P. A GFlowNet loss is 0 on every path
-    # where P = R/Z, whoever drew it. It is a mean over J paths at C contexts.
+    # Off-policy: any sampler will do. If P = R/Z, a GFlowNet loss (TB, DB) is 0 on every path,
+    # whoever drew it. L_GFN, or what stands in its place, is a mean over C·J paths.
     L_GFN = recipe.loss(*[getattr(paths, name) for name in recipe.given.split()])
     L_GR = -paths.policy_pos.mean() if recipe.gr else 0.0       # gr > 0 sets first (recipe_of)
     return recipe.gr * L_GR + recipe.lam * L_GFN
@@ -375,7 +403,7 @@ def train(name, recipe, policy, world):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        # rng orders the rows; torch's own seed, also from (seed, epoch), serves dropout and samplers
+        # rng orders the rows; torch's seed, also from (seed, epoch), is for dropout and samplers
         rng = np.random.default_rng((world.seed, epoch))
         torch.manual_seed(int(np.random.default_rng((world.seed, epoch)).integers(2 ** 63)))
         epoch_batches = batches(rows, world.data, size, policy, rng)
@@ -399,8 +427,35 @@ def train(name, recipe, policy, world):
     return curve
 
 # --- Recommending: beam search down the tree ------------------------------------------------------
+def children_of(logits, score, noisy, below, sample):
+    """Of all children of W beams: Σ log P_F (B, W, K), and what they compete by (B, W, K): the sum;
+    with a guide, the sum + `below`, log of its flow; when sampling, the sum with Gumbel noise."""
+    log_p = (logits / sample if sample else logits).log_softmax(-1)
+    if sample and below is not None:
+        log_p = (log_p + below).log_softmax(-1)
+    log_p = log_p.add_(score[..., None])
+    if not sample:
+        return log_p, log_p if below is None else log_p + below
+    # A draw without replacement (Kool et al. 2019, Stochastic beams): every item has log P and
+    # Gumbel noise, the largest k win. A prefix has the largest value of its items, so each child
+    # gets noise of its own, shifted until the largest child has its parent's value:
+    # −log(exp(−parent) − exp(−largest) + exp(−own)), in a form that does not overflow
+    parent = noisy[..., None]
+    own = log_p - torch.empty_like(log_p).exponential_().log_()
+    largest = own.amax(-1, keepdim=True)
+    v = parent - own + torch.log1p(-(own - largest).exp())      # as in the paper's appendix
+    return log_p, parent - v.clamp(min=0) - torch.log1p((-v.abs()).exp())
+
+def grown(mask, parents):
+    """The mask (B, W', S + W') of new beams, of that of their parents (B, W, S), parents (B, W').
+    The cache keeps the beams of all levels, nothing is copied or evicted. A beam takes its parent's
+    row, which shows the history and its ancestors, and gets a column for itself."""
+    B, W = parents.shape
+    itself = torch.full((W, W), NEVER, device=mask.device).fill_diagonal_(0)
+    return torch.cat([mask.take_along_dim(parents[..., None], 1), itself.expand(B, W, W)], 2)
+
 @torch.no_grad()
-def beam_search(policy, histories, k, beams, guide=None):
+def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     """See Policy.recommend → items (B, k), scores (B, k)."""
     ids = policy.semantic_ids
     K = ids.num_codes
@@ -411,33 +466,27 @@ def beam_search(policy, histories, k, beams, guide=None):
     hidden = hidden.take_along_dim(lengths[..., None], 1)                           # (B, W = 1, d)
     place = torch.arange(tokens.shape[1], device=tokens.device)
     mask = torch.where(place > lengths[..., None], NEVER, 0.0)                      # (B, W, H + …)
-    score = torch.zeros_like(lengths, dtype=torch.float)        # (B, W) Σ log P_F of each beam
-    node = torch.zeros_like(lengths)                            # (B, W) its place in the tree
+    node = torch.zeros_like(lengths)                            # (B, W) place of a beam in the tree
+    score = node.float()                                        # (B, W) Σ log P_F of each beam
+    value = score                                               # (B, W) what beams compete by
     if guide is not None:
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
         child = ids.next_node[node]                             # (B, W, K), −1 where illegal
-        # Work in place: a pass over (B, W, K) takes as long as a transformer block.
-        total = (hidden @ head.T).masked_fill_(child < 0, NEVER).log_softmax(-1)
-        total = total.add_(score[..., None]).flatten(1)                             # (B, W·K)
-        child = child.flatten(1)
-        value = total                                           # what beams compete by
-        if guide is not None:
-            value = total + log_flow.gather(1, child.clamp(min=0))      # illegal: NEVER + root's
+        logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
+        below = None
+        if guide is not None:                                   # illegal: root's flow, log P NEVER
+            below = log_flow.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
+        score, value = children_of(logits, score, value, below, sample)
+        child, score, value = (x.flatten(1) for x in (child, score, value))         # (B, W·K)
         if level == ids.num_levels - 1:                         # children are items, node P + i
             scores = value.new_full((len(value), ids.num_prefixes + len(ids.codes)), -math.inf)
             scores.scatter_(1, child.clamp(min=0), value)       # illegal: to node 0, which is cut
             return best_unseen(scores[:, ids.num_prefixes:], histories, k)
         best = value.topk(min(beams, value.shape[1]), 1).indices                    # (B, W)
-        score = total.gather(1, best)
-        node = child.gather(1, best)
-        # Nothing is copied or evicted: the cache keeps the beams of all levels. A beam takes its
-        # parent's row of the mask, which shows its ancestors, and gets a column for itself.
-        W = best.shape[1]
-        seen = mask.take_along_dim((best // K)[..., None], 1)
-        itself = torch.full((W, W), NEVER, device=mask.device).fill_diagonal_(0)
-        mask = torch.cat([seen, itself.expand(len(seen), W, W)], 2)
+        node, score, value = (x.gather(1, best) for x in (child, score, value))
+        mask = grown(mask, parents=best // K)
         hidden = lm(level * K + best % K, cache, attention_mask=mask[:, None],
                     position_ids=(lengths + 1 + level).expand_as(best)).last_hidden_state  # (B,W,d)
 
@@ -446,8 +495,8 @@ Row = namedtuple("Row", "user start target stop")  # read: start … stop-2; tar
 
 def training_rows(histories, window):
     """Rows in which every item is a target once. The last target of a row sees the `window` items
-    before it (or all, if fewer), the first of a user's later rows at least half as many. Ten items,
-    window 4, read → targets: 0–3 → 0–4, 2–5 → 5–6, 4–7 → 7–8, 5–8 → 9."""
+    before it (or all, if fewer), the first of a user's later rows at least half as many. Ten items
+    0–9, window 4, as (read: targets): (0–3: 0–4) (2–5: 5–6) (4–7: 7–8) (5–8: 9)."""
     rows = []
     for user, history in enumerate(histories):
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
@@ -503,17 +552,20 @@ def validate(policy, data):
     ranked = rank_all(policy.eval().recommend, data.train[::step])
     return ndcg_at(ranked, target, 10).mean().item()
 
-def evaluate(recommend, data):
-    """Test: {metric: list of one number a user}, and the lists (B, 10)."""
+def evaluate(recommend, data, ids):
+    """Test items → means {metric: number}, per user {metric: list}, the lists (B, 10)."""
     ranked = rank_all(recommend, [history[:-1] for history in data.histories])
     target = torch.tensor([history[-1] for history in data.histories])
     by_user = {}
     for k in (5, 10):
         by_user[f"recall@{k}"] = recall_at(ranked, target, k).numpy()
         by_user[f"ndcg@{k}"] = ndcg_at(ranked, target, k).numpy()
+    by_user |= report.diversity(ranked.numpy(), ids.codes[:, 0].cpu().numpy())
     by_user |= report.exposure(ranked.numpy(), data)
     by_user = {name: numbers.astype(float).round(6).tolist() for name, numbers in by_user.items()}
-    return by_user, ranked
+    metrics = {name: float(np.mean(numbers)) for name, numbers in by_user.items()}
+    metrics["coverage@10"] = len(ranked[ranked >= 0].unique()) / len(data.titles)
+    return metrics, by_user, ranked
 
 # --- Saved models ---------------------------------------------------------------------------------
 def save_model(model, folder):
@@ -552,6 +604,7 @@ def load_model(folder, dropout=0.0, guided=True):
 class Settings:
     """All settings, each a command-line flag. PRESETS changes some of the defaults with --data."""
     data: str = HfArg(default="toy", help="toy, ml-100k (see PRESETS), or a folder of two CSVs")
+    preset: str = HfArg(default="", help="whose PRESETS and TUNED (default: those of --data)")
     methods: str = HfArg(default="pop,cm,sft,sft-continued,tb,distill,distill+cm", help="pop, cm, "
                          "RECIPES, NAME+cm: guided by the CM; and changes: tb:lam=2:sampler=random")
     sft: str = HfArg(default="", help="changes in the recipe of sft, like epochs=12:rate=.003")
@@ -561,7 +614,7 @@ class Settings:
     resume: bool = HfArg(default=False, help="keep the finished methods in --out and go on")
     quick: bool = HfArg(default=False, help="a smoke run in seconds: one epoch of everything")
     device: str = HfArg(default="auto", help="where to train: auto, cuda, mps or cpu")
-    ids: str = HfArg(default="mixed", help="content (text), mixed (text and log), or FILE.csv")
+    ids: str = HfArg(default="mixed", help="content (text), mixed (text, log), item, or FILE.csv")
     codes: int = HfArg(default=0, help="K, codes a level (default: a power of 2, about n / 24)")
     levels: int = HfArg(default=3, help="L, levels of an ID: as in the paper's examples")
     window: int = HfArg(default=20, help="items of the history that are read: the last say most")
@@ -569,25 +622,35 @@ class Settings:
     layers: int = HfArg(default=3, help="transformer blocks: enough to compare items")
     batch: int = HfArg(default=64, help="rows a step: on a CPU, many small steps learn more")
     beams: int = HfArg(default=20, help="beam width, saved with a model: twice the ten items")
+    temperatures: list[float] = HfArg(default_factory=list, help="test lists drawn at these, too")
     oracle: str | None = HfArg(default=None, metadata={"nargs": "?", "const": "tb"},
                                help="train four users with this method's loss: is P = R/Z?")
     recommend: list[str] = HfArg(default_factory=list, help="print ten titles for this history")
     model: str = HfArg(default="", help="the saved model for --recommend, like runs/toy/tb-42")
+    sample: float = HfArg(default=0.0, metadata={"nargs": "?", "const": 1.0},
+                          help="draw the titles of --recommend, at this temperature")
 
 PRESETS = {
     "toy": dict(methods="pop,cm,cm:debias=1,sft,sft-continued,tb,distill,distill+cm",
                 width=64, layers=2, batch=16),
     "ml-100k": dict(codes=256, width=96, beams=50)}     # many beams end at items of the history
 TUNED = {           # changes of RECIPES for a data set, chosen on validation; "*": all but sft
-    "toy": {"sft": "epochs=12:rate=.003", "sdpo": "rate=.0009", "tb-paper": "rate=.0009",
-            "*": "epochs=8:rate=.003:teacher=cm:debias=1:w_a=.2:w_y=.75"},
+    "toy": {"sft": "epochs=12:rate=.003",
+            "*": "epochs=8:rate=.003:teacher=cm:debias=1:w_a=.2:w_y=.75",
+            "sdpo": "rate=.0009:beta=1:sampler=policy:trajectories=7",
+            "grpo": "beta=.03",
+            "tb-paper": "lam=10:dropout=0",
+            "db": "sampler=policy:trajectories=8",
+            "tb": "sampler=drawn:trajectories=8",
+            "distill": "dropout=.1"},
     "ml-100k": {"sft": "rate=.003", "sft-continued": "rate=.00045", "*": "epochs=4:dropout=.2"}}
 
 def parse(argv):
     """Settings from the command line; a mistake ends in one line on stderr and status 2."""
     parser = HfArgumentParser(Settings, allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
-    parser.set_defaults(**PRESETS.get(parser.parse_args(argv).data, {}))    # first for --data
+    known = parser.parse_args(argv)                             # once for the preset, once for all
+    parser.set_defaults(**PRESETS.get(known.preset or known.data, {}))
     settings = Settings(**vars(parser.parse_args(argv)))
     if bool(settings.recommend) != bool(settings.model):
         parser.error("--recommend and --model go together")
@@ -600,12 +663,13 @@ def parse(argv):
 
 def check_numbers(where, values):
     """Raise InputError if a number of a Settings or Recipe is out of its range."""
-    zero = ("codes", "trajectories", "gr", "lam", "debias", "dropout", "w_a", "w_y", "w_s")
-    for name, value in vars(values).items():
-        if type(value) in (int, float):
-            least = 0 if name in zero else 1e-9
-            most = 1 if name == "dropout" else 1e9
-            check(least <= value < most, f"{where}{name} {value} is out of range")
+    zero = "codes trajectories gr lam debias dropout w_a w_y w_s sample".split()
+    for name, found in vars(values).items():
+        for value in found if name == "temperatures" else [found]:
+            if type(value) in (int, float):
+                least = 0 if name in zero else 1e-9
+                most = 1 if name == "dropout" else 1e9
+                check(least <= value < most, f"{where}{name} {value} is out of range")
 
 def check_choice(value, choices, what):
     """Raise InputError, which says what was chosen, if a value is not one of the choices."""
@@ -618,15 +682,15 @@ def base_of(name):
 
 def recipe_of(name, settings):
     """The Recipe of a method, or InputError: the entry of RECIPES, changed by TUNED, --sft or
-    --recipe, and the name itself. Of that of NAME+cm, debias and gamma alone matter: its guide's."""
+    --recipe, and the name itself. NAME+cm uses only debias and gamma, for its guide."""
     base = base_of(name)
-    tuned = TUNED.get(settings.data, {})
+    tuned = TUNED.get(settings.preset or settings.data, {})
     parts = [tuned.get("*", ""), tuned.get(base, ""), settings.recipe]
     if base == "sft":
         parts = [tuned.get("sft", ""), settings.sft]
     elif base in ("pop", "cm"):
         parts = []
-    parts.append(name.rpartition("+cm")[2].partition(":")[2])   # after the method's own name
+    parts.append(name.rpartition("+cm")[2].partition(":")[2])   # tb:X → X, tb:X+cm:Y → Y
     changes = [change for change in ":".join(parts).split(":") if change]
     parser = HfArgumentParser(Recipe, allow_abbrev=False, add_help=False)
     parser.set_defaults(**vars(RECIPES.get(base, Recipe())))
@@ -641,6 +705,8 @@ def recipe_of(name, settings):
     check(recipe.w_a + recipe.w_y + recipe.w_s > 0, f"{name}: w_a, w_y and w_s are all 0")
     check(recipe.first or recipe.trajectories, f"{name}: trajectories=0 needs first=1: no path")
     check(recipe.exact or "child" not in recipe.given, f"{name}: its loss needs exact=1")
+    several = "log_ref" not in recipe.given or recipe.first + recipe.trajectories > 1
+    check(several, f"{name}: it compares paths: trajectories > 1")
     pairs = recipe.first and recipe.trajectories
     check(pairs or "pos" not in recipe.given, f"{name}: its loss needs first=1, trajectories > 0")
     return recipe
@@ -648,18 +714,20 @@ def recipe_of(name, settings):
 def facts_of(name, recipe):
     """The fields of a recipe that matter for a method, as numbers and words."""
     facts = {**vars(recipe), "loss": getattr(recipe.loss, "__name__", "L_GR alone")}
-    matter = ("debias", "gamma")                                # of a CM, and what it guides
+    matter = ("debias", "gamma")                                # of pop, cm and NAME+cm
     if base_of(name) in RECIPES:
         matter = facts if recipe.loss else ("loss", "rate", "dropout", "epochs")
     return {what: facts[what] for what in matter}
 
 def check_settings(settings):
     """Check the settings and set the device → (names of methods in the table's order, seeds)."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
-    devices = [device for device in there if there[device]]
+    there = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    devices = [device for device in there if there[device].is_available()] + ["cpu"]
     settings.device = devices[0] if settings.device == "auto" else settings.device
     check_choice(settings.device, devices, f"--device {settings.device}")
     check_numbers("--", settings)
+    if settings.preset:
+        check_choice(settings.preset, PRESETS, f"--preset {settings.preset}")
     seeds = [seed.strip() for seed in settings.seeds.split(",")]
     check(all(map(str.isdecimal, seeds)), f"--seeds {settings.seeds}: not whole numbers from 0 on")
     known = ["pop", "cm", *RECIPES, *[f"{method}+cm" for method in RECIPES]]
@@ -695,6 +763,8 @@ class World:
             K = settings.codes or 2 ** math.ceil(math.log2(least))
             features = item_features(settings.ids, data.texts, data.train, seed)
             ids = SemanticIDs.fit(features, K, settings.levels, seed)
+        elif settings.ids == "item":                            # a softmax over items, no tree
+            ids = SemanticIDs(np.arange(n)[:, None], n)
         else:
             codes = read_ids(settings.ids, data.item_ids)
             ids = SemanticIDs(codes, max(map(max, codes)) + 1)
@@ -725,7 +795,7 @@ class World:
         return self.cm.debiased(recipe.debias) if recipe.debias else self.cm
 
     def teacher(self, recipe):
-        """Where r_ŷ of this recipe comes from. One product for all methods: it remembers."""
+        """Where r_ŷ of this recipe comes from. Methods share a product: its beams are costly."""
         if recipe.teacher == "cm":
             return self.cm_of(recipe)
         key = (recipe.debias, recipe.gamma)
@@ -738,11 +808,12 @@ class World:
         return Reward(self.ids, self.teacher(recipe), (recipe.w_a, recipe.w_y, recipe.w_s))
 
 def key_of(name, world):
-    """What a run depends on, beside the rest of the code: --resume keeps it if this is the same."""
+    """The inputs of a run that --resume compares; of the code, the loss and the sampler alone."""
     settings = world.settings
     key = {"data": world.data.sizes["checksum"], "CM": type(world.cm).__name__,
            "ids": zlib.crc32(world.ids.codes.cpu().numpy().tobytes())}
-    key |= {what: vars(settings)[what] for what in ("window", "width", "layers", "batch", "beams")}
+    matter = ("window", "width", "layers", "batch", "beams", "temperatures")
+    key |= {what: vars(settings)[what] for what in matter}
     for part in dict.fromkeys(("sft", name.partition("+cm")[0], name)):
         recipe = recipe_of(part, settings)
         key |= {f"{part} {what}": value for what, value in facts_of(part, recipe).items()}
@@ -752,8 +823,8 @@ def key_of(name, world):
     return key
 
 def model_of(name, recipe, world):
-    """Train a method, or put it together → its model (a CM, which has scores alone, or what has
-    recommend as well), and its curve."""
+    """Train a method, or put it together → its model and its curve. A CM has scores alone, other
+    models have recommend."""
     base = base_of(name)
     if base == "pop":
         return CollaborativeModel.fit(world.data.train, len(world.data.titles), popularity=1.0), []
@@ -780,15 +851,23 @@ def run_method(name, world):
     def by_scores(histories):
         return best_unseen(model.scores(histories), histories)
     middle = time.time()
-    by_user, ranked = evaluate(getattr(model, "recommend", by_scores), data)
-    metrics = {metric: float(np.mean(numbers)) for metric, numbers in by_user.items()}
-    metrics["coverage@10"] = len(ranked[ranked >= 0].unique()) / len(data.titles)
+    recommend = getattr(model, "recommend", by_scores)
+    metrics, by_user, ranked = evaluate(recommend, data, world.ids)
+    drawn = {}                                                  # metrics of lists that are drawn
+    for temperature in world.settings.temperatures if recommend != by_scores else ():
+        torch.manual_seed(world.seed)
+        one = partial(recommend, sample=temperature)
+        drawn[temperature] = evaluate(one, data, world.ids)[0]
     entry = {"method": name, "seed": world.seed, "recipe": facts, "metrics": metrics,
+             "drawn": drawn,
              "curve": curve, "by_user": by_user,
              "seconds": {"train": middle - started, "eval": time.time() - middle},
              "train_examples": len(curve[1:]) * sum(map(len, data.train)),
              "lists": (ranked if data.truth else ranked[:1]).tolist()}     # ranked[:1]: user 0
-    if recipe.loss and len(data.titles) <= 2000:                # a branch for every item
+    if curve and len(data.titles) <= 2000:                      # P of all n items at once
+        judge = recipe if recipe.loss else recipe_of("tb", world.settings)
+        metrics |= learned(model, world.reward(judge), data)
+    if recipe.loss and len(data.titles) <= 2000:
         history = data.histories[0][:-1]
         r = world.teacher(recipe).scores([history])[0].cpu()
         teacher = f"r_ŷ: {recipe.teacher}, debias {recipe.debias}"
@@ -801,6 +880,22 @@ def distribution(policy, histories):
     """P(v | U) of every item (B, n)."""
     items = torch.arange(len(policy.semantic_ids.codes)).expand(len(histories), -1)
     return policy.eval().path_log_probs(histories, items).sum(-1).exp().cpu()
+
+def learned(policy, reward, data):
+    """At 50 validation contexts: KL(R/Z ‖ P) and the entropy of P, in nats, and R's share in the
+    ten best."""
+    users = range(0, len(data.train), math.ceil(len(data.train) / 50))
+    histories = [data.train[user] for user in users]
+    device = reward.ids.codes.device
+    positives = torch.tensor([data.histories[user][-2] for user in users], device=device)
+    liked = torch.tensor([data.liked[user][-2] for user in users], device=device)
+    r = reward(reward.teacher.scores(histories).to(device), positives, liked).cpu()
+    target = r / r.sum(1, keepdim=True)                                             # R/Z (50, n)
+    p = torch.cat([distribution(policy, [history]) for history in histories]).clamp(min=1e-30)
+    ten = policy.recommend(histories)[0].cpu()
+    share = target.gather(1, ten.clamp(min=0)) * (ten >= 0)
+    return {"kl": F.kl_div(p.log(), target, reduction="batchmean").item(),
+            "entropy": -(p * p.log()).sum(1).mean().item(), "reward@10": share.sum(1).mean().item()}
 
 def flow_of(policy, history, teacher, data, teacher_name, learned_name):
     """What figures.plot_flows draws: P of the teacher (n,), and what was learned."""
@@ -840,7 +935,7 @@ def run_oracle(settings):
     losses = [name for name, recipe in RECIPES.items() if recipe.loss and "ref" not in recipe.given]
     check_choice(base_of(settings.oracle), losses, f"--oracle {settings.oracle}")
     changes = ":gr=0:lam=1:first=1:sampler=even:trajectories=64:teacher=cm:rate=.002:epochs=15"
-    recipe = recipe_of(f"{settings.oracle}{changes}:dropout=0", settings)   # keeps loss and exact
+    recipe = recipe_of(f"{settings.oracle}{changes}:dropout=0", settings)   # w's, debias stay
     data = load_data(settings.data)
     check(len(data.titles) <= 2000, "--oracle scores every item at once: at most 2,000 items")
     world = World.prepare(seeds[0], data, settings)
@@ -868,14 +963,16 @@ def run_oracle(settings):
 
 def print_recommendations(settings):
     """Ten titles by a saved model, for a history of titles or ids, oldest first."""
+    check_numbers("--", settings)
     model = load_model(settings.model)
     titles = model.catalogue["titles"]
     history = [find_item(name, model.catalogue["item_ids"], titles) for name in settings.recommend]
-    items, scores = model.recommend([history])
-    print(" share  of the weight of these ten; title")
-    for item, share in zip(items[0].tolist(), scores[0].softmax(0).tolist()):
+    items, scores = model.recommend([history], sample=settings.sample)
+    shares = [f"{share:6.1%}" for share in scores[0].softmax(0).tolist()]
+    print("drawn in this order" if settings.sample else " share  of the weight of these ten; title")
+    for item, share in zip(items[0].tolist(), shares):
         if item >= 0:
-            print(f"{share:6.1%}  {titles[item]}")
+            print("" if settings.sample else share, "", titles[item])
 
 def main(settings):
     """Do what the settings ask for → exit status; a user's error is one line on stderr."""

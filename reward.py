@@ -132,10 +132,10 @@ class Guided:
         self.catalogue = policy.catalogue
         self.memory = {}            # context: (items (W,), shares (W,)), filled as contexts come
 
-    def recommend(self, histories, k=10, following=None):
-        """The k best items (B, k) of B histories, and log P + γ · log CM (B, k)."""
+    def recommend(self, histories, k=10, following=None, sample=0.0):
+        """The k best items (B, k) of B histories, and log P + γ · log CM (B, k); see Policy."""
         guide = self.cm.scores(histories, following) ** self.gamma
-        return self.policy.recommend(histories, k, guide=guide)
+        return self.policy.recommend(histories, k, guide=guide, sample=sample)
 
     def scores(self, histories, following=None):
         """(B, n) ∝ P(v | U) · CM(U, v)^γ at the W items that the guided beam finds, 0 at others.

@@ -3,7 +3,6 @@ import csv
 import difflib
 import runpy
 import zlib
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,7 @@ class Dataset:
     histories: list     # B lists of items: oldest first, no repeats
     liked: list         # B lists of bool: rated at least 70 % of the highest rating
     train: list         # histories without their last two items
-    truth: dict         # toy: {"liked": B sets of items, "shown": B sets}; else empty
+    truth: dict         # toy: "liked", "shown": B sets of items; "theme": n strings; else empty
     sizes: dict         # for results.json: name, sizes, a checksum of the content
 
 def _rows(path, *columns):
@@ -68,11 +67,13 @@ def _read_users(path, index):
     return kept
 
 def load_data(name):
-    """The Dataset of "toy", a folder, or "ml-100k" (fetched the first time, or raises OSError)."""
-    folder = Path(__file__).parent / name if name in ("toy", "ml-100k") else Path(name)
+    """The Dataset of "toy", "beauty", a folder, or "ml-100k" (fetched once, or raises OSError)."""
+    folder = Path(__file__).parent / name if name in ("toy", "ml-100k", "beauty") else Path(name)
     if name == "ml-100k":
         runpy.run_path(str(folder / "prepare.py"))["fetch"]()
-    check(folder.is_dir(), f"no folder {folder}; --data takes toy, ml-100k or a folder of two CSVs")
+    if name == "beauty" and not (folder / "interactions.csv").exists():
+        raise InputError("no Beauty yet; " + runpy.run_path(str(folder / "prepare.py"))["BY_HAND"])
+    check(folder.is_dir(), f"no folder {folder}; --data takes toy, ml-100k, beauty or a folder")
     items = {}
     for place, row in _rows(folder / "items.csv", "item_id"):
         check(row["item_id"] not in items, f"{place}: item {row['item_id']!r} stands twice")
@@ -88,6 +89,7 @@ def load_data(name):
         ids = {row["user_id"]: row[column].split() for _, row in _rows(path, "user_id", column)}
         check(ids.keys() >= users.keys(), f"{path}: a user of interactions.csv has no line; add it")
         truth[column] = [set(map(index.get, ids[user])) - {None} for user in users]
+        truth["theme"] = [row.get("theme", "") for row in items.values()]
     histories = [list(liked) for liked in users.values()]
     likes = [list(liked.values()) for liked in users.values()]
     train = [history[:-2] for history in histories]
@@ -119,10 +121,9 @@ def read_ids(path, item_ids):
         found[item] = list(map(int, row.values()))
     ids = list(found.values())
     check(all(ids), f"{path}: {ids.count(None)} items of items.csv have no line; add them")
-    shared = len(ids) - len(set(map(tuple, ids)))
-    if shared:
-        print(f"{path}: {shared} items have the ID of another; all IDs get one more code")
-        seen = Counter()
+    seen = dict.fromkeys(map(tuple, ids), 0)         # ID → how many items had it so far
+    if len(seen) < len(ids):
+        print(f"{path}: {len(ids) - len(seen)} items have the ID of another; all get one more code")
         for codes in ids:
             seen[tuple(codes)] += 1
             codes.append(seen[tuple(codes)] - 1)

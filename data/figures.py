@@ -1,4 +1,6 @@
-"""Every picture. `python -m data.figures RUN_FOLDER` draws those of a run to data/pictures/."""
+"""Every picture. `python -m data.figures RUN` draws those of a run anew, into its folder; with
+`--readme` into data/pictures/, where README's are."""
+import argparse
 import contextlib
 import json
 import sys
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import load_data
+from data import check, load_data
 
 BLUE = "C0"                            # of a style that colour-blind readers can tell apart
 ORANGE = "C5"
@@ -91,7 +93,7 @@ def plot_exposure(path, data, results):
     liked = data.truth["liked"][user]
     rows = {"in the log": data.histories, "shown": data.truth["shown"],
             "truly liked": data.truth["liked"], **lists}
-    themes = [text.removeprefix(title) for text, title in zip(data.texts, data.titles)]
+    themes = data.truth["theme"]
     count = np.bincount(np.concatenate(data.train), minlength=len(themes))
     order = sorted(range(len(themes)), key=lambda item: (themes[item], -count[item]))
     kinds = [(ORANGE, hidden[user], "liked, never shown (counted on the right)"),
@@ -112,27 +114,31 @@ def plot_exposure(path, data, results):
         axis.set_xlabel(f"items by theme, most logged first; user: median gain of {best} over sft")
         axis.legend(ncols=3, loc=(0.1, 1.01))                  # without labels that begin with _
 
-def plot_bars(path, results, metrics):
-    """Gains over SFT in percent, with 95 % intervals over users: one panel a metric."""
-    paired = {method: gains for method, gains in results["paired"].items() if method != "pop"}
-    methods = [method for method, gains in reversed(paired.items()) if gains.keys() >= {*metrics}]
-    with picture(path, 1, len(metrics), (4.5 * len(metrics), 3), sharey=True) as axes:
-        for axis, metric in zip(axes, metrics):
-            paired = [results["paired"][method][metric] for method in methods]
-            gains = np.array([[gain["low"], gain["gain"], gain["high"]] for gain in paired])
-            low, gain, high = 100 * gains.T
-            axis.barh(methods, gain, xerr=[gain - low, high - gain], color=BLUE)
-            axis.set(title=metric, xlabel="gain over SFT in %, with 95 % interval")
+def plot_diversity(path, results):
+    """Lists drawn at several temperatures (dots), the best list (star): quality and diversity."""
+    quality, diversity = "recall@10", "first_codes@10"
+    runs = {run["method"]: run for run in results["runs"] if run.get("drawn")}    # last seed's
+    if all("hidden@10" in run["metrics"] for run in runs.values()):
+        quality, diversity = "hidden@10", "themes@10"
+    with picture(path, 1, 1, (6, 4)) as [axis]:
+        for number, (method, run) in enumerate(runs.items()):
+            drawn = run["drawn"].values()
+            axis.plot([m[diversity] for m in drawn], [m[quality] for m in drawn], ".-",
+                      color=f"C{number}", label=method)
+            axis.plot(run["metrics"][diversity], run["metrics"][quality], "*", color=f"C{number}")
+            for temperature, m in run["drawn"].items():
+                axis.text(m[diversity], m[quality], f" {temperature}", fontsize=6)
+        axis.set(xlabel=f"diversity: {diversity}", ylabel=f"quality: {quality}")
+        axis.legend()
 
 def draw_run(out, data, results):
     """Draw all that a run has into the folder `out`; returns a sentence on each picture."""
     sft = results["summary"].get("sft", {})
-    metrics = [metric for metric in ("hidden@10", "ndcg@10") if sft.get(metric, {}).get("mean")]
     jobs = []                          # (file, function, its other arguments)
     if sft:
         jobs.append(("curves.png", plot_curves, results))
-    if metrics and set(results["paired"]) - {"pop"}:
-        jobs.append(("bars.png", plot_bars, results, metrics))
+    if any(run.get("drawn") for run in results["runs"]):
+        jobs.append(("diversity.png", plot_diversity, results))
     if sft and data.truth:
         jobs.append(("exposure.png", plot_exposure, data, results))
     flows = [run["flow"] for run in results["runs"] if "flow" in run]
@@ -142,11 +148,25 @@ def draw_run(out, data, results):
         plot(Path(out) / name, *arguments)
     return [f"{name}: {plot.__doc__.splitlines()[0]}" for name, plot, *_ in jobs]
 
+def main(arguments):
+    """Draw a finished run anew; a wrong folder is one line on stderr and status 2."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="a folder with results.json, or oracle.json")
+    parser.add_argument("--readme", action="store_true", help="write to data/pictures/")
+    options = parser.parse_args(arguments)
+    out = Path(__file__).parent / "pictures" if options.readme else options.run
+    found = {name: options.run / f"{name}.json" for name in ("results", "oracle")}
+    try:
+        read = {name: json.loads(path.read_text("utf-8")) for name, path in found.items()
+                if path.exists()}
+        check(read, f"{options.run} has no results.json and no oracle.json")
+        if "results" in read:
+            data = load_data(read["results"]["settings"]["data"])
+            print(*draw_run(out, data, read["results"]), sep="\n")
+        if "oracle" in read:
+            plot_flows(out / "oracle.png", read["oracle"])
+    except (ValueError, KeyError, OSError) as error:           # InputError is a ValueError
+        parser.exit(2, f"error: {error}\n")
+
 if __name__ == "__main__":
-    run = Path(sys.argv[1])
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    pictures = Path(__file__).parent / "pictures"
-    pictures.mkdir(exist_ok=True)
-    print(*draw_run(pictures, load_data(results["settings"]["data"]), results), sep="\n")
-    if (run / "oracle.json").exists():
-        plot_flows(pictures / "oracle.png", json.loads((run / "oracle.json").read_text("utf-8")))
+    main(sys.argv[1:])

@@ -33,7 +33,12 @@ def earlier_run(path, key):
     print(f"{run['method']}, seed {run['seed']}: kept, as it was finished")
     return run
 
-# --- Exposure bias: numbers of each user's list, where the world's truth is known -----------------
+# --- Numbers of each user's list: diversity; exposure bias, where the world's truth is known ------
+def diversity(ranked, first_codes):
+    """first_codes@10 (B,): how many different first codes the items of lists (B, 10) have."""
+    codes = np.where(ranked < 0, first_codes[ranked[:, :1]], first_codes[ranked])   # −1: no other
+    return {"first_codes@10": 1 + (np.diff(np.sort(codes, 1), axis=1) > 0).sum(1)}
+
 def table_of_items(lists, num_items):
     """(B, n) bool: which items each of B lists holds; −1 is an empty place."""
     table = np.zeros((len(lists), num_items), bool)
@@ -46,6 +51,7 @@ def exposure(ranked, data):
     hidden@10: share of the liked, never shown items that are listed
     liked@10: share of the listed items that are liked and new
     lift@10: mean count in training of the listed items / of all liked, new items
+    themes@10: how many of the user's three themes, those with the most liked items, are listed
     """
     if not data.truth:
         return {}
@@ -57,9 +63,14 @@ def exposure(ranked, data):
     count = np.bincount(np.concatenate(data.train), minlength=n)
     size = np.maximum(1, listed.sum(1))
     fair = np.where(new.any(1), new @ count / np.maximum(1, new.sum(1)), 1.0)
+    theme = np.unique(data.truth["theme"], return_inverse=True)[1]
+    of_theme = np.eye(theme.max() + 1)[theme]                                       # (n, themes)
+    three = np.argsort(-(liked @ of_theme), axis=1, kind="stable")[:, :3]
+    in_list = np.take_along_axis(listed @ of_theme > 0, three, axis=1)              # (B, 3)
     return {"hidden@10": (hidden & listed).sum(1) / np.maximum(1, hidden.sum(1)),
             "liked@10": (new & listed).sum(1) / size,
-            "lift@10": listed @ count / size / np.maximum(1.0, fair)}
+            "lift@10": listed @ count / size / np.maximum(1.0, fair),
+            "themes@10": in_list.sum(1)}
 
 # --- Summary, gains, table ------------------------------------------------------------------------
 @lru_cache(maxsize=1)

@@ -1,13 +1,16 @@
 """Write the toy world: a small log with exposure bias, and the true tastes behind it.
 
-    python data/toy/prepare.py        writes three files next to this one, always the same bytes
+    python data/toy/prepare.py [--quality 0.5 --seed 9 --out DIR]    always writes the same bytes
 
 The four nouns of a theme make two pairs. A user likes one pair in each of three themes: nine in
 ten of its items, one in ten of the theme's others, and one in a hundred of all other items.
-The log shows only a part of that. An item of rank r in its theme is shown in proportion to 1/r²,
-and the ranks are drawn at random: they say nothing about how well an item is liked.
+The log shows only a part of that. An item of rank r in its theme is shown in proportion to 1/r².
+The ranks are drawn at random: popularity says nothing about quality, so dividing a score by
+popularity is right by construction. With --quality Q above 0, popularity is partly earned. Users
+like the best item of a favourite theme with a chance 0.3·Q higher, the worst with 0.3·Q lower.
+Ranks go by (1 - Q) · random rank + Q · rank in quality: at Q = 1, a better item is shown more.
 
-    items.csv          item_id, title, genres
+    items.csv          item_id, title, genres, theme (which no recommender reads)
     interactions.csv   user_id, item_id, position: shown and liked, in the order of showing
     truth.csv          user_id, liked, shown: item ids. Liked but never shown is what exposure
                        bias hides. Only the evaluation reads this file, no recommender does.
@@ -35,28 +38,28 @@ ADJECTIVES = ("Silent Golden Broken Hidden Last Crimson Endless Little Wild Froz
               "Distant Velvet Second Hollow Gentle Bitter Northern Paper Secret Borrowed Rising "
               "Empty").split()
 
-
 def make_titles(items_per_theme, num_themes):
-    """(title, genre) of every item; item j of a theme has noun j mod 4."""
+    """(title, genre, theme) of every item; item j of a theme has noun j mod 4."""
     rows = []
     for theme in range(num_themes):
         genre, nouns = THEMES[theme % len(THEMES)]
+        name = nouns[0] + f" {theme // len(THEMES) + 1}" * (theme >= len(THEMES))
         for j in range(items_per_theme):
             # In larger worlds words repeat, and a number keeps the titles different.
             number = theme // len(THEMES) * items_per_theme + j // len(ADJECTIVES) + 1
             title = f"{ADJECTIVES[j % len(ADJECTIVES)]} {nouns[j % 4]}"
-            rows.append((title if number == 1 else f"{title} {number}", genre))
+            rows.append((title if number == 1 else f"{title} {number}", genre, name))
     return rows
 
-
-def make_user(theme, pair, exposure, rng):
-    """One user's liked (n,) bool, and shown items in order; theme, pair and exposure are (n,)."""
+def make_user(theme, pair, exposure, lift, rng):
+    """One user's liked (n,) bool, and shown items in order; theme, pair, exposure, lift: (n,)."""
     favourites = rng.permutation(theme[-1] + 1)[:3]
     chance = np.full(len(theme), 0.01)
     for favourite in favourites:
         liked_pair = rng.integers(2)
         chance[theme == favourite] = 0.1
         chance[(theme == favourite) & (pair == liked_pair)] = 0.9
+    chance += lift * np.isin(theme, favourites)                # above 1: always, below 0: never
     liked = rng.random(len(theme)) < chance
     left = exposure.copy()                                     # becomes 0 when an item is shown
     mood = favourites[0]
@@ -72,7 +75,6 @@ def make_user(theme, pair, exposure, rng):
             left[shown[-1]] = 0
     return liked, shown
 
-
 def write_csv(path, header, rows):
     """Write one CSV file; its lines end in a line feed on every system."""
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -80,29 +82,39 @@ def write_csv(path, header, rows):
         writer.writerow(header)
         writer.writerows(rows)
 
-
-def write(folder, num_users=700, items_per_theme=20, num_themes=12, seed=7):
+def write(folder, num_users=700, items_per_theme=20, num_themes=12, seed=8, quality=0):
     """Write the three CSV files of a world of any size into `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     theme = np.repeat(np.arange(num_themes), items_per_theme)
     pair = np.tile(np.arange(items_per_theme) % 4 // 2, num_themes)
-    ranks = [1 + rng.permutation(items_per_theme) for _ in range(num_themes)]
-    exposure = 1 / np.concatenate(ranks) ** 2
+    # A row for each theme; 0 is shown most, or is the best. rng has to draw the same for every Q.
+    by_chance = np.array([rng.permutation(items_per_theme) for _ in range(num_themes)])
+    by_quality = np.random.default_rng([seed, 1]).random(by_chance.shape).argsort(axis=1)
+    mixed = (1 - quality) * by_chance + quality * by_quality
+    ranks = 1 + mixed.argsort(axis=1, kind="stable").argsort(axis=1)
+    exposure = 1 / ranks.ravel() ** 2
+    lift = quality * np.linspace(0.3, -0.3, items_per_theme)[by_quality.ravel()]
     events, truth = [], []
     for user in range(num_users):
-        liked, shown = make_user(theme, pair, exposure, rng)
+        liked, shown = make_user(theme, pair, exposure, lift, rng)
         log = [item for item in shown if liked[item]]
         events += [(user, item, position) for position, item in enumerate(log)]
         likes = np.flatnonzero(liked)
         truth.append((user, " ".join(map(str, likes)), " ".join(map(str, shown))))
     items = [(i, *row) for i, row in enumerate(make_titles(items_per_theme, num_themes))]
-    write_csv(folder / "items.csv", ["item_id", "title", "genres"], items)
+    write_csv(folder / "items.csv", ["item_id", "title", "genres", "theme"], items)
     write_csv(folder / "interactions.csv", ["user_id", "item_id", "position"], events)
     write_csv(folder / "truth.csv", ["user_id", "liked", "shown"], truth)
 
-
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    write(Path(__file__).parent)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default=Path(__file__).parent, help="folder (default: this one)")
+    parser.add_argument("--seed", default=8, type=int, help="of the random numbers (default: 8)")
+    parser.add_argument("--quality", default=0, type=float, help="Q, from 0 (default) to 1")
+    args = parser.parse_args()
+    if args.seed < 0 or not 0 <= args.quality <= 1:
+        parser.error("--seed has to be at least 0, and --quality a number from 0 to 1")
+    write(args.out, seed=args.seed, quality=args.quality)
+    print(f"wrote items.csv, interactions.csv and truth.csv to {args.out}")
