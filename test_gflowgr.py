@@ -1045,7 +1045,7 @@ def test_beauty_is_converted_or_refused(tmp_path, monkeypatch, capsys):
     here, digests = tmp_path / "beauty", {}
     shutil.copytree(ROOT / "data/beauty", here, ignore=shutil.ignore_patterns("*.csv"))
     monkeypatch.setattr(folder_of_data, "__file__", str(tmp_path / "__init__.py"))
-    refused("beauty is not here yet; download", "--data=beauty")
+    refused("no Beauty yet; download", "--data=beauty")
     monkeypatch.setattr(sys, "argv", ["prepare.py", str(tmp_path)])
     codes = {item: [f"<a_{v}>", "<b_7>", "<c_232>", "<d_6>"] for v, item in enumerate("abcd")}
     text = {"a": {"title": " A\nsoap", "brand": None, "categories": [["Hair", "x"]]}}
