@@ -605,7 +605,7 @@ class Settings:
     """All settings, each a command-line flag. PRESETS changes some of the defaults with --data."""
     data: str = HfArg(default="toy", help="toy, ml-100k (see PRESETS), or a folder of two CSVs")
     preset: str = HfArg(default="", help="whose PRESETS and TUNED (default: those of --data)")
-    methods: str = HfArg(default="pop,cm,sft,sft-continued,tb,distill,distill+cm", help="pop, cm, "
+    methods: str = HfArg(default="pop,cm,sft,sft-continued,tb,sft+cm,tb+cm", help="pop, cm, "
                          "RECIPES, NAME+cm: guided by the CM; and changes: tb:lam=2:sampler=random")
     sft: str = HfArg(default="", help="changes in the recipe of sft, like epochs=12:rate=.003")
     recipe: str = HfArg(default="", help="changes in all other recipes, like epochs=6:w_s=0")
@@ -631,7 +631,7 @@ class Settings:
                           help="draw the titles of --recommend, at this temperature")
 
 PRESETS = {
-    "toy": dict(methods="pop,cm,cm:debias=1,sft,sft-continued,tb,distill,distill+cm",
+    "toy": dict(methods="pop,cm,cm:debias=1,sft,sft-continued,tb,sft+cm,tb+cm",
                 width=64, layers=2, batch=16),
     "ml-100k": dict(codes=256, width=96, beams=50)}     # many beams end at items of the history
 TUNED = {           # changes of RECIPES for a data set, chosen on validation; "*": all but sft

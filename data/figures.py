@@ -85,7 +85,7 @@ def plot_exposure(path, data, results):
     """For a typical user, what was logged, shown, and is liked, and what each method recommends.
     data has a truth; the runs hold "lists" (B, 10), −1 where empty, and one run is SFT's."""
     lists = {run["method"]: run["lists"] for run in results["runs"]}             # last seed's
-    best = "distill" if "distill" in lists else list(lists)[-1]
+    best = "tb" if "tb" in lists else list(lists)[-1]
     hidden = [liked - shown for liked, shown in zip(data.truth["liked"], data.truth["shown"])]
     change = [len(items.intersection(after)) - len(items.intersection(before))
               for items, before, after in zip(hidden, lists["sft"], lists[best])]
