@@ -631,7 +631,7 @@ class Settings:
                           help="draw the titles of --recommend, at this temperature")
 
 PRESETS = {
-    "toy": dict(methods="pop,cm,cm:debias=1,sft,sft-continued,tb,sft+cm,tb+cm",
+    "toy": dict(methods="pop,cm,cm:debias=1,sft,tb,sft+cm,tb+cm",
                 width=64, layers=2, batch=16),
     "ml-100k": dict(codes=256, width=96, beams=50)}     # many beams end at items of the history
 TUNED = {           # changes of RECIPES for a data set, chosen on validation; "*": all but sft

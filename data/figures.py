@@ -120,14 +120,16 @@ def plot_diversity(path, results):
     runs = {run["method"]: run for run in results["runs"] if run.get("drawn")}    # last seed's
     if all("hidden@10" in run["metrics"] for run in runs.values()):
         quality, diversity = "hidden@10", "themes@10"
-    with picture(path, 1, 1, (6, 4)) as [axis]:
-        for number, (method, run) in enumerate(runs.items()):
-            drawn = run["drawn"].values()
-            axis.plot([m[diversity] for m in drawn], [m[quality] for m in drawn], ".-",
-                      color=f"C{number}", label=method)
-            axis.plot(run["metrics"][diversity], run["metrics"][quality], "*", color=f"C{number}")
-            for temperature, m in run["drawn"].items():
-                axis.text(m[diversity], m[quality], f" {temperature}", fontsize=6)
+    few = [method for method in ("sft", "grpo", "tb", "distill") if method in runs]
+    with picture(path, 1, 1, (6.5, 3.8)) as [axis]:
+        for number, method in enumerate(few or runs):
+            best = runs[method]["metrics"]
+            drawn = runs[method]["drawn"]
+            axis.plot([m[diversity] for m in drawn.values()], [m[quality] for m in drawn.values()],
+                      ".-", color=f"C{number}", label=method)
+            axis.plot(best[diversity], best[quality], "*", ms=11, color=f"C{number}")
+            for temperature, m in drawn.items():
+                axis.text(m[diversity], m[quality], f" {temperature}", fontsize=7)
         axis.set(xlabel=f"diversity: {diversity}", ylabel=f"quality: {quality}")
         axis.legend()
 
