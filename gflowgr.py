@@ -612,7 +612,7 @@ class Settings:
     seeds: str = HfArg(default="42", help="comma-separated: every method runs once with each")
     out: str = HfArg(default="", help="folder for results (default: runs/NAME-OF-DATA)")
     resume: bool = HfArg(default=False, help="keep the finished methods in --out and go on")
-    quick: bool = HfArg(default=False, help="a smoke run in seconds: one epoch of everything")
+    quick: bool = HfArg(default=False, help="a smoke run in seconds: 100 users, one epoch")
     device: str = HfArg(default="auto", help="where to train: auto, cuda, mps or cpu")
     ids: str = HfArg(default="mixed", help="content (text), mixed (text, log), item, or FILE.csv")
     codes: int = HfArg(default=0, help="K, codes a level (default: a power of 2, about n / 24)")
@@ -877,9 +877,11 @@ def run_method(name, world):
 
 @torch.no_grad()
 def distribution(policy, histories):
-    """P(v | U) of every item (B, n)."""
-    items = torch.arange(len(policy.semantic_ids.codes)).expand(len(histories), -1)
-    return policy.eval().path_log_probs(histories, items).sum(-1).exp().cpu()
+    """P(v | U) of every item (B, n), 256 paths at a time: attention is quadratic in a row."""
+    policy.eval()
+    parts = torch.arange(len(policy.semantic_ids.codes)).expand(len(histories), -1).split(256, 1)
+    steps = [policy.path_log_probs(histories, items) for items in parts]            # (B, 256, L)
+    return torch.cat(steps, 1).sum(-1).exp().cpu()
 
 def learned(policy, reward, data):
     """At 50 validation contexts: KL(R/Z ‖ P) and the entropy of P, in nats, and R's share in the
@@ -907,12 +909,20 @@ def flow_of(policy, history, teacher, data, teacher_name, learned_name):
             "learned": learned, "teacher_name": teacher_name, "learned_name": learned_name}
 
 # --- Command line ---------------------------------------------------------------------------------
+def few_users(data, count=100):
+    """The data set with at most `count` users, evenly spread: for --quick."""
+    step = math.ceil(len(data.train) / count)
+    few = {name: vars(data)[name][::step] for name in ("user_ids", "histories", "liked", "train")}
+    truth = {name: data.truth[name][::step] for name in ("liked", "shown") if data.truth}
+    return replace(data, truth={**data.truth, **truth}, **few)
+
 def run(settings, cm=None):
     """The whole job → results. cm: a CM of your own, with scores(histories, following=None)."""
     names, seeds = check_settings(settings)
     for recipe in [recipe_of(name, settings) for name in names]:
         check(not (cm and recipe.debias), "debias is of the built-in CM: pass --recipe debias=0")
     data = load_data(settings.data)
+    data = few_users(data) if settings.quick else data
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
     worlds = [World.prepare(seed, data, settings, cm) for seed in seeds]
