@@ -909,20 +909,12 @@ def flow_of(policy, history, teacher, data, teacher_name, learned_name):
             "learned": learned, "teacher_name": teacher_name, "learned_name": learned_name}
 
 # --- Command line ---------------------------------------------------------------------------------
-def few_users(data, count=100):
-    """The data set with at most `count` users, evenly spread: for --quick."""
-    step = math.ceil(len(data.train) / count)
-    few = {name: vars(data)[name][::step] for name in ("user_ids", "histories", "liked", "train")}
-    truth = {name: data.truth[name][::step] for name in ("liked", "shown") if data.truth}
-    return replace(data, truth={**data.truth, **truth}, **few)
-
 def run(settings, cm=None):
     """The whole job → results. cm: a CM of your own, with scores(histories, following=None)."""
     names, seeds = check_settings(settings)
     for recipe in [recipe_of(name, settings) for name in names]:
         check(not (cm and recipe.debias), "debias is of the built-in CM: pass --recipe debias=0")
-    data = load_data(settings.data)
-    data = few_users(data) if settings.quick else data
+    data = load_data(settings.data, settings.quick)
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
     worlds = [World.prepare(seed, data, settings, cm) for seed in seeds]

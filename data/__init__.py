@@ -66,8 +66,9 @@ def _read_users(path, index):
     print(f"dropped: {repeats} repeats of an item, {len(users) - len(kept)} users with < 3 items")
     return kept
 
-def load_data(name):
-    """The Dataset of "toy", "beauty", a folder, or "ml-100k" (fetched once, or raises OSError)."""
+def load_data(name, quick=False):
+    """The Dataset of "toy", "beauty", a folder, or "ml-100k" (fetched once, or raises OSError);
+    quick: of at most 100 users, evenly spread."""
     folder = Path(__file__).parent / name if name in ("toy", "ml-100k", "beauty") else Path(name)
     if name == "ml-100k":
         runpy.run_path(str(folder / "prepare.py"))["fetch"]()
@@ -83,6 +84,8 @@ def load_data(name):
     texts = [" ".join(filter(None, map(row.get, columns))) for row in items.values()]
     index = {item: number for number, item in enumerate(items)}
     users = _read_users(folder / "interactions.csv", index)
+    if quick:
+        users = dict([*users.items()][::(len(users) + 99) // 100])
     truth = {}
     path = folder / "truth.csv"                      # only a simulated world has one
     for column in ("liked", "shown") if path.exists() else ():

@@ -163,7 +163,8 @@ def main(arguments):
                 if path.exists()}
         check(read, f"{options.run} has no results.json and no oracle.json")
         if "results" in read:
-            data = load_data(read["results"]["settings"]["data"])
+            settings = read["results"]["settings"]
+            data = load_data(settings["data"], settings["quick"])
             print(*draw_run(out, data, read["results"]), sep="\n")
         if "oracle" in read:
             plot_flows(out / "oracle.png", read["oracle"])
