@@ -398,7 +398,7 @@ def train(name, recipe, policy, world):
               {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # log Z: fast
     optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10 + 1), steps)
-    reference = copy.deepcopy(policy).eval()                    # frozen; in fine-tuning it is SFT
+    reference = copy.deepcopy(policy).eval() if "ref" in recipe.given else None     # frozen SFT
     curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, world.data)}]
     losses = []
     for epoch in range(1, recipe.epochs + 1):
@@ -597,7 +597,8 @@ def load_model(folder, dropout=0.0, guided=True):
         cm = CollaborativeModel(table["guide"]["cm"], **load_file(Path(folder) / "cm.safetensors"))
         return Guided(policy, cm, table["guide"]["gamma"])
     except Exception as error:                                  # whatever is wrong with the files
-        raise InputError(f"{folder} holds no saved model of this program: {error}") from None
+        raise InputError(f"{folder} holds no saved model of this program (a guided one with a CM "
+                         f"of your own is never saved): {error}") from None
 
 # --- Settings, and methods by name ----------------------------------------------------------------
 @dataclass
@@ -743,6 +744,17 @@ def check_settings(settings):
     return names, list(dict.fromkeys(map(int, seeds)))
 
 # --- The experiment: data → IDs, CM → SFT → fine-tuned policies → table ---------------------------
+def check_cm(cm, data):
+    """Raise InputError if a CM of your own does not return what r_ŷ and the guide need."""
+    n = len(data.titles)
+    scores = cm.scores(data.train[:2], [history[-2:] for history in data.histories[:2]])
+    check(torch.is_tensor(scores) and scores.is_floating_point() and scores.shape[1:] == (n,)
+          and len(scores) == len(data.train[:2]) and scores.min() >= 0
+          and (scores.sum(1) - 1).abs().max() < 1e-3,
+          "scores(histories, following) of a CM gets B lists of items and has to return\n"
+          f"a tensor of floats (B, n), here n = {n} items, a row for each history,\n"
+          "of numbers ≥ 0 whose rows sum to 1")
+
 @dataclass
 class World:
     """What all methods of one seed share, made from training items alone."""
@@ -832,11 +844,17 @@ def model_of(name, recipe, world):
         return world.cm_of(recipe), []
     if base.endswith("+cm"):
         model = Guided(world.policy(name.partition("+cm")[0]), world.cm_of(recipe), recipe.gamma)
-        if isinstance(model.cm, CollaborativeModel):            # a CM of your own is not saved
+        if isinstance(model.cm, CollaborativeModel):
             save_model(model, world.folder(name))
+        else:
+            print(f"{name}: not saved, its CM is your own; Guided(load_model(…), cm) is the same")
         return model, []
     policy = world.policy("" if base == "sft" else "sft", recipe.dropout)
     curve = train(name, recipe, policy, world)
+    best = max(curve, key=lambda point: point["ndcg@10"])
+    if curve[-1]["ndcg@10"] < 0.9 * best["ndcg@10"]:
+        flag = "--sft" if base == "sft" else "--recipe"
+        print(f"{name} over-fits: validation was best after epoch {best['epoch']}; {flag} epochs=…")
     save_model(policy, world.folder(name))
     return world.policy(name), curve                            # tested as it was saved
 
@@ -912,9 +930,14 @@ def flow_of(policy, history, teacher, data, teacher_name, learned_name):
 def run(settings, cm=None):
     """The whole job → results. cm: a CM of your own, with scores(histories, following=None)."""
     names, seeds = check_settings(settings)
-    for recipe in [recipe_of(name, settings) for name in names]:
+    recipes = {name: recipe_of(name, settings) for name in names}
+    for recipe in recipes.values():
         check(not (cm and recipe.debias), "debias is of the built-in CM: pass --recipe debias=0")
     data = load_data(settings.data, settings.quick)
+    if cm:
+        check_cm(cm, data)
+    epochs = {name: recipe.epochs for name, recipe in recipes.items() if base_of(name) in RECIPES}
+    print("to train, in epochs:", *[f"{name} {count}" for name, count in epochs.items()])
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
     worlds = [World.prepare(seed, data, settings, cm) for seed in seeds]
@@ -926,6 +949,7 @@ def run(settings, cm=None):
         elif path.exists():
             path.unlink()                                       # train all of it anew
     runs = []
+    report.write_json(Path(settings.out) / "results.json", report.results_of(runs, about))
     for world, name in itertools.product(worlds, names):
         runs.append(kept.get((name, world.seed)) or run_method(name, world))
         report.write_json(Path(settings.out) / "results.json", report.results_of(runs, about))
@@ -936,9 +960,10 @@ def run_oracle(settings):
     _, seeds = check_settings(settings)
     losses = [name for name, recipe in RECIPES.items() if recipe.loss and "ref" not in recipe.given]
     check_choice(base_of(settings.oracle), losses, f"--oracle {settings.oracle}")
-    changes = ":gr=0:lam=1:first=1:sampler=even:trajectories=64:teacher=cm:rate=.002:epochs=15"
-    recipe = recipe_of(f"{settings.oracle}{changes}:dropout=0", settings)   # w's, debias stay
-    data = load_data(settings.data)
+    changes = ":gr=0:lam=1:first=1:sampler=even:trajectories=64:teacher=cm:rate=.002:dropout=0"
+    epochs = 1 if settings.quick else 15
+    recipe = recipe_of(f"{settings.oracle}{changes}:epochs={epochs}", settings)     # w's stay
+    data = load_data(settings.data, settings.quick)
     check(len(data.titles) <= 2000, "--oracle scores every item at once: at most 2,000 items")
     world = World.prepare(seeds[0], data, settings)
     policy = world.policy()

@@ -34,7 +34,8 @@ def _rows(path, *columns):
             reader = csv.DictReader(file, skipinitialspace=True, strict=True)
             for name in columns:
                 found = set(name.split(" or ")).intersection(reader.fieldnames or [])
-                check(found, f"{path}, line 1: there is no column {name}; add it")
+                check(found, f"{path}, line 1: there is no column {name}, only "
+                      f"{reader.fieldnames}; add it, with commas between columns")
             for row in reader:     # key None: a field too many; value None: a field too few
                 place = f"{path}, line {reader.line_num}"
                 check(None not in (*row, *row.values()), f"{place} needs as many fields as line 1")
@@ -64,6 +65,10 @@ def _read_users(path, index):
     kept = {user: liked for user, liked in users.items() if len(liked) >= 3}
     check(kept, f"{path}: no user has three different items; add interactions")
     print(f"dropped: {repeats} repeats of an item, {len(users) - len(kept)} users with < 3 items")
+    ties = 1 - len({event[:2] for event in events}) / len(events)
+    print(f"{ties:.0%} of the interactions have the user and time of another: order by chance")
+    if not all(map(all, map(dict.values, kept.values()))):
+        print("disliked items stay targets; liked only changes r_a of the reward")
     return kept
 
 def load_data(name, quick=False):

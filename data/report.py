@@ -115,16 +115,20 @@ def results_of(runs, about):
                 results[key][method] = paired_gains(own, others)
     return results
 
-def table(results):
-    """The Markdown table: means (± std over seeds), gains in % of the base with 95 % intervals."""
+def table(results, short=False):
+    """The Markdown table: means (± std over seeds), gains in % of the base with 95 % intervals.
+    short: for a screen of 120 columns, without ±, recall, liked@10, gains over sft-continued."""
     summary = results["summary"]
-    form = "{mean:.4f} ± {std:.4f}" if len(results["runs"]) > len(summary) else "{mean:.4f}"
-    shown = ("recall@10", "ndcg@10", "coverage@10", "hidden@10", "liked@10", "lift@10")
+    several = len(results["runs"]) > len(summary) and not short
+    form = "{mean:.4f} ± {std:.4f}" if several else "{mean:.4f}"
+    shown = ["recall@10", "ndcg@10", "coverage@10", "hidden@10", "liked@10", "lift@10"]
+    shown = shown[1:4] + shown[5:] if short else shown
+    bases = list(BASES.items())[:1 if short else 2]
     rows = []
     for method, numbers in summary.items():
         row = {"method": method}
         row |= {name: form.format(**numbers[name]) for name in shown if name in numbers}
-        for metric, (key, base) in itertools.product(("ndcg@10", "hidden@10"), BASES.items()):
+        for metric, (key, base) in itertools.product(("ndcg@10", "hidden@10"), bases):
             if metric in numbers:
                 gain = results[key].get(method, {}).get(metric, {})     # {}: an empty cell
                 percent = [100 * x for x in gain.values()]
@@ -151,10 +155,9 @@ def finish(out, runs, about, data):
     results = results_of(runs, about)
     write_json(out / "results.json", results)
     print_first_user(runs, data)
-    text = table(results)
-    (out / "results.md").write_text(text + "\n", encoding="utf-8")
-    print("", text, "", *figures.draw_run(out, data, results), sep="\n")
-    print(f"results.json, results.md and the saved models are in {out}/")
+    (out / "results.md").write_text(table(results) + "\n", encoding="utf-8")
+    print("", table(results, short=True), "", *figures.draw_run(out, data, results), sep="\n")
+    print(f"results.json, results.md (more columns) and the saved models are in {out}/")
     error = 1.96 * math.sqrt(0.1 * 0.9 / len(data.train))
     print(f"With {len(data.train)} users, a share of .1 is known to ± {error:.3f}.")
     return results
