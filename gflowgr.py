@@ -97,14 +97,12 @@ class Recipe:
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # the logged path τ_1 stands first: L_GR and S-DPO need it there
-    exact: bool = True              # Z, F are summed over all items (few enough), not learned, so
-                                    # never out of date; 0: a learned head, as in the paper
+    exact: bool = True              # Z, F: sums over all items, never out of date; 0: learned
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/n, weights as shares of Z: each r sums to 1 over items.
     # r_a: the logged item (.1 if only clicked); r_s: common codes; r_ŷ: the scores of this teacher:
-    teacher: str = "product"        # "cm", or "product": SFT orders items, the CM knows rare ones,
-                                    # r_ŷ ∝ P_SFT · CM^γ at the best items of both, 0 elsewhere
+    teacher: str = "product"        # SFT orders items, the CM knows rare ones (Guided); or "cm"
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
-    gamma: float = 2.0              # γ
+    gamma: float = 2.0              # γ: the product is ∝ P_SFT · CM^γ at the best items of both
     w_a: float = 0.3
     w_y: float = 0.65               # the most: only the teacher knows of what was not shown
     w_s: float = 0.05
@@ -202,10 +200,9 @@ def pad(lists, value):
 
 class Policy(torch.nn.Module):
     """A small GPT-2 that reads a history and writes a semantic ID, plus the table of IDs.
-    Tokens: code c of level l is l·K + c; L·K is <user>, which opens every row; L·K + 1 + i is
-    catalogue item i in a history (one token: L codes would make it L times as long). A row is a
-    packed tree: the history once, then a branch for each path, its first L−1 codes (the last is
-    predicted, never read). <user> also pads."""
+    Tokens: code c of level l is l·K + c; L·K is <user>, first in a row, and pads; L·K + 1 + i is
+    catalogue item i in a history (one token: L codes would make it L times as long). A row is
+    packed as in `tree_mask`: of a path, its first L−1 codes (the last is predicted, never read)."""
     def __init__(self, semantic_ids, window=20, width=128, layers=3, dropout=0.2, lm=None):
         super().__init__()
         self.semantic_ids = semantic_ids
@@ -369,13 +366,11 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         paths.log_flow = paths.child_flow.sum(-1).log()         # log F*(s) = log Σ R below s
     paths.log_flow = torch.cat([paths.log_flow, paths.log_r[..., None]], -1)        # (C, J, L+1)
     paths.log_z = paths.log_flow[:, 0, 0]                       # s_0, the state after the history
+    paths.policy_pos = paths.log_p[:, 0]                        # the logged path, if recipe.first
+    paths.policy_neg = paths.log_p[:, 1:]
     if "ref" in recipe.given:                                   # log_ref, ref_pos or ref_neg
         with torch.no_grad():
             paths.log_ref = reference(batch.tokens, batch.ends, items).log_pf.sum(-1)   # (C, J)
-    if recipe.first:
-        paths.policy_pos = paths.log_p[:, 0]
-        paths.policy_neg = paths.log_p[:, 1:]
-    if "ref_pos" in recipe.given:
         paths.ref_pos = paths.log_ref[:, 0]
         paths.ref_neg = paths.log_ref[:, 1:]
     paths.beta = recipe.beta
@@ -410,9 +405,8 @@ def train(name, recipe, policy, world):
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
             loss = loss_of(recipe, policy, reference, batch, reward, len(losses) / steps)
             if not torch.isfinite(loss):
-                users = ", ".join(sorted({world.data.user_ids[user] for user in batch.users}))
-                message = f"{name}: loss {loss} at step {len(losses)}; users {users}"
-                raise FloatingPointError(message)
+                who = ", ".join(sorted({world.data.user_ids[user] for user in batch.users}))
+                raise FloatingPointError(f"{name}: loss {loss} at step {len(losses)}; users {who}")
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
