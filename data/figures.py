@@ -135,20 +135,17 @@ def plot_diversity(path, results):
 
 def draw_run(out, data, results):
     """Draw all that a run has into the folder `out`; returns a sentence on each picture."""
-    sft = results["summary"].get("sft", {})
-    jobs = []                          # (file, function, its other arguments)
-    if sft:
-        jobs.append(("curves.png", plot_curves, results))
-    if any(run.get("drawn") for run in results["runs"]):
-        jobs.append(("diversity.png", plot_diversity, results))
-    if sft and data.truth:
-        jobs.append(("exposure.png", plot_exposure, data, results))
+    sft = "sft" in results["summary"]
+    drawn = any(run.get("drawn") for run in results["runs"])
     flows = [run["flow"] for run in results["runs"] if "flow" in run]
-    if flows:
-        jobs.append(("flow.png", plot_flows, flows[-1]))
-    for name, plot, *arguments in jobs:
+    jobs = [("curves.png", sft, plot_curves, results),         # (file, if this, function, …)
+            ("diversity.png", drawn, plot_diversity, results),
+            ("exposure.png", sft and data.truth, plot_exposure, data, results),
+            ("flow.png", flows, plot_flows, *flows[-1:])]
+    jobs = [job for job in jobs if job[1]]
+    for name, _, plot, *arguments in jobs:
         plot(Path(out) / name, *arguments)
-    return [f"{name}: {plot.__doc__.splitlines()[0]}" for name, plot, *_ in jobs]
+    return [f"{name}: {plot.__doc__.splitlines()[0]}" for name, _, plot, *_ in jobs]
 
 def main(arguments):
     """Draw a finished run anew; a wrong folder is one line on stderr and status 2."""
