@@ -51,8 +51,7 @@ def exposure(ranked, data):
     hidden@10: share of the liked, never shown items that are listed
     liked@10: share of the listed items that are liked and new
     lift@10: mean count in training of the listed items / of all liked, new items
-    themes@10: how many of the user's three themes, those with the most liked items, are listed
-    """
+    themes@10: how many of the user's three themes, those with the most liked items, are listed"""
     if not data.truth:
         return {}
     n = len(data.titles)
@@ -93,8 +92,7 @@ def paired_gains(runs, base):
             # own / base − 1 in each sample; not a number where the base has drawn only zeros
             ratio = np.divide(draws @ own, total, out=np.full(1000, np.nan), where=total > 0) - 1
             low, high = np.nanquantile(ratio, [0.025, 0.975])
-            gain = own.sum() / other.sum() - 1
-            gains[metric] = {"gain": gain, "low": low, "high": high}
+            gains[metric] = {"gain": own.sum() / other.sum() - 1, "low": low, "high": high}
     return gains
 
 def results_of(runs, about):
