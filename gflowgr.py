@@ -385,9 +385,8 @@ def train(name, recipe, policy, world):
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. world: the
     data, the rows to train on, the seed, the settings, and reward(recipe)."""
     reward = world.reward(recipe) if recipe.loss else None
-    rows = world.rows
-    size = min(world.settings.batch, math.ceil(len(rows) / 20))     # small data: about 20 steps
-    per_epoch = math.ceil(len(rows) / size)
+    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: about 20 steps
+    per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
               {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # log Z: fast
@@ -401,7 +400,7 @@ def train(name, recipe, policy, world):
         # rng orders the rows; torch's seed, also from (seed, epoch), is for dropout and samplers
         rng = np.random.default_rng((world.seed, epoch))
         torch.manual_seed(int(np.random.default_rng((world.seed, epoch)).integers(2 ** 63)))
-        epoch_batches = batches(rows, world.data, size, policy, rng)
+        epoch_batches = batches(world.rows, world.data, size, policy, rng)
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
             loss = loss_of(recipe, policy, reference, batch, reward, len(losses) / steps)
             if not torch.isfinite(loss):
@@ -626,8 +625,7 @@ class Settings:
                           help="draw the titles of --recommend, at this temperature")
 
 PRESETS = {
-    "toy": dict(methods="pop,cm,cm:debias=1,sft,tb,sft+cm,tb+cm",
-                width=64, layers=2, batch=16),
+    "toy": dict(methods="pop,cm,cm:debias=1,sft,tb,sft+cm,tb+cm", width=64, layers=2, batch=16),
     "ml-100k": dict(codes=256, width=96, beams=50)}     # many beams end at items of the history
 TUNED = {           # changes of RECIPES for a data set, chosen on validation; "*": all but sft
     "toy": {"sft": "epochs=12:rate=.003",
@@ -741,10 +739,10 @@ def check_settings(settings):
 def check_cm(cm, data):
     """Raise InputError if a CM of your own does not return what r_ŷ and the guide need."""
     n = len(data.titles)
-    scores = cm.scores(data.train[:2], [history[-2:] for history in data.histories[:2]])
-    check(torch.is_tensor(scores) and scores.is_floating_point() and scores.shape[1:] == (n,)
-          and len(scores) == len(data.train[:2]) and scores.min() >= 0
-          and (scores.sum(1) - 1).abs().max() < 1e-3,
+    past = data.train[:2]
+    scores = cm.scores(past, [history[-2:] for history in data.histories[:2]])
+    check(torch.is_tensor(scores) and scores.is_floating_point() and scores.shape == (len(past), n)
+          and scores.min() >= 0 and (scores.sum(1) - 1).abs().max() < 1e-3,
           "scores(histories, following) of a CM gets B lists of items and has to return\n"
           f"a tensor of floats (B, n), here n = {n} items, a row for each history,\n"
           "of numbers ≥ 0 whose rows sum to 1")
@@ -829,8 +827,7 @@ def key_of(name, world):
     return key
 
 def model_of(name, recipe, world):
-    """Train a method, or put it together → its model and its curve. A CM has scores alone, other
-    models have recommend."""
+    """Train a method, or put it together → its model, its curve. A CM has scores, no recommend."""
     base = base_of(name)
     if base == "pop":
         return CollaborativeModel.fit(world.data.train, len(world.data.titles), popularity=1.0), []
@@ -871,19 +868,18 @@ def run_method(name, world):
         one = partial(recommend, sample=temperature)
         drawn[temperature] = evaluate(one, data, world.ids)[0]
     entry = {"method": name, "seed": world.seed, "recipe": facts, "metrics": metrics,
-             "drawn": drawn,
-             "curve": curve, "by_user": by_user,
+             "drawn": drawn, "curve": curve, "by_user": by_user,
              "seconds": {"train": middle - started, "eval": time.time() - middle},
              "train_examples": len(curve[1:]) * sum(map(len, data.train)),
              "lists": (ranked if data.truth else ranked[:1]).tolist()}     # ranked[:1]: user 0
     if curve and len(data.titles) <= 2000:                      # P of all n items at once
         judge = recipe if recipe.loss else recipe_of("tb", world.settings)
         metrics |= learned(model, world.reward(judge), data)
-    if recipe.loss and len(data.titles) <= 2000:
-        history = data.histories[0][:-1]
-        r = world.teacher(recipe).scores([history])[0].cpu()
-        teacher = f"r_ŷ: {recipe.teacher}, debias {recipe.debias}"
-        entry["flow"] = flow_of(model, history, r, data, teacher, name)
+        if recipe.loss:
+            history = data.histories[0][:-1]
+            r = world.teacher(recipe).scores([history])[0].cpu()
+            teacher = f"r_ŷ: {recipe.teacher}, debias {recipe.debias}"
+            entry["flow"] = flow_of(model, history, r, data, teacher, name)
     report.write_json(world.folder(name) / "run.json", {"key": key_of(name, world), **entry})
     return entry
 
@@ -896,8 +892,7 @@ def distribution(policy, histories):
     return torch.cat(steps, 1).sum(-1).exp().cpu()
 
 def learned(policy, reward, data):
-    """At 50 validation contexts: KL(R/Z ‖ P) and the entropy of P, in nats, and R's share in the
-    ten best."""
+    """At 50 validation contexts: KL(R/Z ‖ P), entropy of P (nats), R's share in the ten best."""
     users = range(0, len(data.train), math.ceil(len(data.train) / 50))
     histories = [data.train[user] for user in users]
     device = reward.ids.codes.device
@@ -930,8 +925,8 @@ def run(settings, cm=None):
     data = load_data(settings.data, settings.quick)
     if cm:
         check_cm(cm, data)
-    epochs = {name: recipe.epochs for name, recipe in recipes.items() if base_of(name) in RECIPES}
-    print("to train, in epochs:", *[f"{name} {count}" for name, count in epochs.items()])
+    trained = [name for name in names if base_of(name) in RECIPES]
+    print("to train, in epochs:", *[f"{name} {recipes[name].epochs}" for name in trained])
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
     worlds = [World.prepare(seed, data, settings, cm) for seed in seeds]
@@ -943,10 +938,9 @@ def run(settings, cm=None):
         elif path.exists():
             path.unlink()                                       # train all of it anew
     runs = []
-    report.write_json(Path(settings.out) / "results.json", report.results_of(runs, about))
-    for world, name in itertools.product(worlds, names):
-        runs.append(kept.get((name, world.seed)) or run_method(name, world))
+    for world, name in itertools.product(worlds, names):        # results so far; finish: all
         report.write_json(Path(settings.out) / "results.json", report.results_of(runs, about))
+        runs.append(kept.get((name, world.seed)) or run_method(name, world))
     return report.finish(settings.out, runs, about, data)
 
 def run_oracle(settings):
@@ -962,10 +956,8 @@ def run_oracle(settings):
     world = World.prepare(seeds[0], data, settings)
     policy = world.policy()
     data = replace(data, train=data.train[:4], histories=data.histories[:4])
-    rows = []                                                   # one context a user: the last item
-    for user, history in enumerate(data.train):
-        last = len(history) - 1
-        rows.append(Row(user, max(0, last - settings.window), last, last + 1))
+    last = {row.user: row for row in training_rows(data.train, settings.window)}    # of each user
+    rows = [row._replace(target=row.stop - 1) for row in last.values()]     # its last item alone
     world = replace(world, data=data, rows=100 * rows, settings=replace(settings, batch=4))
     known = batch_of(rows, data, policy)
     known.fill(world.reward(recipe))
