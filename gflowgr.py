@@ -813,13 +813,12 @@ class World:
 
 def key_of(name, world):
     """The inputs of a run that --resume compares; of the code, the loss and the sampler alone."""
-    settings = world.settings
     key = {"data": world.data.sizes["checksum"], "CM": type(world.cm).__name__,
            "ids": zlib.crc32(world.ids.codes.cpu().numpy().tobytes())}
     matter = ("window", "width", "layers", "batch", "beams", "temperatures")
-    key |= {what: vars(settings)[what] for what in matter}
+    key |= {what: vars(world.settings)[what] for what in matter}
     for part in dict.fromkeys(("sft", name.partition("+cm")[0], name)):
-        recipe = recipe_of(part, settings)
+        recipe = recipe_of(part, world.settings)
         key |= {f"{part} {what}": value for what, value in facts_of(part, recipe).items()}
         if recipe.loss:
             code = inspect.getsource(recipe.loss) + inspect.getsource(SAMPLERS[recipe.sampler])
