@@ -2,7 +2,7 @@
 
     python test_gflowgr.py --list                      the exercises
     python test_gflowgr.py --stub NAME                 the beginning of a file for one of them
-    python test_gflowgr.py --grade FILE [NAME …]       what is right in a file, or all files of a folder
+    python test_gflowgr.py --grade FILE [NAME …]       what is right in a file, or all of a folder
     python test_gflowgr.py --speed [--tiny]            seconds of two ways to do a thing
 """
 import os
@@ -732,8 +732,8 @@ def test_a_method_that_over_fits_is_told(tiny, tmp_path, monkeypatch):
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             gflowgr.model_of(name, recipe_of(name, world.settings), world)
-        best = f"{name} over-fits: validation was best after epoch {np.argmax(curve)}; {flag} epochs"
-        assert (best in said.getvalue()) == told
+        best = f"validation was best after epoch {np.argmax(curve)}; {flag} epochs"
+        assert (f"{name} over-fits: {best}" in said.getvalue()) == told
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_users(tiny, monkeypatch):
     monkeypatch.setitem(RECIPES, "mine", Recipe(lambda log_r: log_r.sum() * math.nan, "log_r"))
@@ -1018,7 +1018,8 @@ def test_an_own_cm(tiny, tmp_path, capsys):
     assert "sft+cm: not saved" in capsys.readouterr().out
     refused("never saved", "--recommend", "x", "--model", tmp_path / "sft+cm-42")
     good = torch.eye(48)[:2]
-    for bad in (good.numpy(), good[:1], good[:, 1:], good.long(), good - 1 / 48, 2 * good, 0 / good):
+    bads = (good.numpy(), good[:1], good[:, 1:], good.long(), good - 1 / 48, 2 * good, 0 / good)
+    for bad in bads:
         mine.scores = lambda rows, following=None: bad
         with pytest.raises(InputError, match="rows sum to 1"):
             gflowgr.run(settings, mine)
