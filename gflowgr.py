@@ -56,7 +56,7 @@ def trajectory_balance(log_z, log_pf, log_r):
     return (log_z[:, None] + log_pf - log_r).square().mean()
 
 def detailed_balance(log_flow, log_pf):
-    """DB: log F(s_0) … log F(s_L) (C, J, L+1), the last is log R; log P_F (C, J, L) → scalar."""
+    """DB, summed over steps: log F(s_0) … log F(s_L) = log R (C, J, L+1), log P_F (C, J, L)."""
     # Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))², mean over paths
     return (log_flow[..., :-1] + log_pf - log_flow[..., 1:]).square().sum(-1).mean()
 
