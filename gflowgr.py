@@ -62,7 +62,7 @@ def detailed_balance(log_flow, log_pf):
 
 def distillation(child_flow, log_probs):
     """KL(R/Z ‖ P), ours: flows F* of all children (C, J, L, K), log P_F (C, J, L, K) → scalar.
-    What TB and DB could learn at most: a step sees the flows of all children, not only of the one
+    The ceiling for TB and DB: a step sees the flows of all children, not only of the one
     that the path takes. On paths drawn from R, the sum over steps is the KL on average (chain
     rule)."""
     # KL: Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), mean over paths
@@ -76,7 +76,7 @@ def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
     return -F.logsigmoid(-margin.logsumexp(1)).mean()
 
 def grpo(log_p, log_ref, log_r, beta):
-    """GRPO, a maximiser of R: of J paths drawn from the policy log P, that of the reference, log R,
+    """GRPO, a maximiser of R. Of J paths that the policy drew: log P, log P_ref, log R,
     all (C, J) → scalar. A draw serves one step, so the ratio of new to old policy is 1."""
     # mean of −A · log P + β · KL; A = (R − mean R) / std R over a context's paths;
     # KL(P ‖ P_ref) is estimated by x − log x − 1, x = P_ref / P
@@ -89,20 +89,20 @@ def grpo(log_p, log_ref, log_r, beta):
 @dataclass
 class Recipe:
     """How a method is trained. `--methods tb:lam=1:sampler=random` changes fields of an entry of
-    RECIPES. TUNED, at the settings, overrides these defaults for toy and ml-100k."""
+    RECIPES. TUNED, at the settings, overrides all this for toy and ml-100k."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
     given: str = ""                 # the fields of Paths that the loss is given, in its order
     gr: float = 0.0                 # weight of L_GR beside L_GFN: 0, since r_a in R teaches the log
-    lam: float = 1.0                # λ, weight of L_GFN; idle without L_GR: AdamW rescales
+    lam: float = 1.0                # λ of L_GFN; without L_GR only the clipping sees it
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # the logged path τ_1 stands first: L_GR and S-DPO need it there
     exact: bool = True              # Z, F: sums over all items, never out of date; 0: learned
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/n, weights as shares of Z: each r sums to 1 over items.
     # r_a: the logged item (.1 if only clicked); r_s: common codes; r_ŷ: the scores of this teacher:
-    teacher: str = "product"        # SFT orders items, the CM knows rare ones (Guided); or "cm"
+    teacher: str = "product"        # P_SFT · CM^γ: SFT orders, the CM knows rare items; or "cm"
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
-    gamma: float = 2.0              # γ: the product is ∝ P_SFT · CM^γ at the best items of both
+    gamma: float = 2.0              # γ; the product is 0 but at its own best items (Guided)
     w_a: float = 0.3
     w_y: float = 0.65               # the most: only the teacher knows of what was not shown
     w_s: float = 0.05
@@ -190,7 +190,7 @@ def tree_mask(ends, H, L):
     place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
     branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) of its branch, up to itself
-    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) last place seen; history: 0
+    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) its history's end; or 0
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
 def pad(lists, value):
@@ -306,7 +306,7 @@ def curriculum(batch, count, policy, progress):
     """The paper's default: unobserved items with low scores early in training, high ones late. The
     scores are the teacher's. Draw 2N−1 items, item i with P ∝ scores[i]/2 + 1/(2n), unlogged ones
     alone; sort them from low to high score; keep N neighbours from place round(progress · (N−1))
-    on. 1/(2n), ours, adds low scores: if R is alike on all paths, log Z alone can fit them."""
+    on. 1/(2n), ours, adds low scores: paths of like R teach a learned log Z, not P_F."""
     weight = 0.5 * batch.scores + 0.5 / batch.scores.shape[1]
     weight[batch.logged()] = 1e-12
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -375,7 +375,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         paths.ref_neg = paths.log_ref[:, 1:]
     paths.beta = recipe.beta
     # Off-policy: any sampler will do. If P = R/Z, a GFlowNet loss (TB, DB) is 0 on every path,
-    # whoever drew it. L_GFN, or what stands in its place, is a mean over C·J paths.
+    # whoever drew it. L_GFN, or its stand-in, is a mean over paths or contexts.
     L_GFN = recipe.loss(*[getattr(paths, name) for name in recipe.given.split()])
     L_GR = -paths.policy_pos.mean() if recipe.gr else 0.0       # gr > 0 sets first (recipe_of)
     return recipe.gr * L_GR + recipe.lam * L_GFN
@@ -431,7 +431,7 @@ def children_of(logits, score, noisy, below, sample):
         return log_p, log_p if below is None else log_p + below
     # A draw without replacement (Kool et al. 2019, Stochastic beams): every item has log P and
     # Gumbel noise, the largest k win. A prefix has the largest value of its items, so each child
-    # gets noise of its own, shifted until the largest child has its parent's value:
+    # gets noise of its own, exp(−·) shifted until the largest equals the parent:
     # −log(exp(−parent) − exp(−largest) + exp(−own)), in a form that does not overflow
     parent = noisy[..., None]
     own = log_p - torch.empty_like(log_p).exponential_().log_()
@@ -440,7 +440,7 @@ def children_of(logits, score, noisy, below, sample):
     return log_p, parent - v.clamp(min=0) - torch.log1p((-v.abs()).exp())
 
 def grown(mask, parents):
-    """The mask (B, W', S + W') of new beams, of that of their parents (B, W, S), parents (B, W').
+    """The mask (B, W', S + W') of new beams, from their parents' (B, W, S); parents (B, W').
     The cache keeps the beams of all levels, nothing is copied or evicted. A beam takes its parent's
     row, which shows the history and its ancestors, and gets a column for itself."""
     B, W = parents.shape
