@@ -93,22 +93,22 @@ class Recipe:
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
     given: str = ""                 # the fields of Paths that the loss is given, in its order
     gr: float = 0.0                 # weight of L_GR beside L_GFN: 0, since r_a in R teaches the log
-    lam: float = 1.0                # λ of L_GFN; without L_GR only the clipping sees it
+    lam: float = 1.0                # λ; without L_GR, Adam undoes it but for clipping
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
-    first: bool = False             # the logged path τ_1 stands first: L_GR and S-DPO need it there
+    first: bool = False             # the logged path τ_1 first, as the paper; L_GR, S-DPO need it
     exact: bool = True              # Z, F: sums over all items, never out of date; 0: learned
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/n, weights as shares of Z: each r sums to 1 over items.
     # r_a: the logged item (.1 if only clicked); r_s: common codes; r_ŷ: the scores of this teacher:
-    teacher: str = "product"        # P_SFT · CM^γ: SFT orders, the CM knows rare items; or "cm"
+    teacher: str = "product"        # P_SFT · CM^γ: SFT knows order, the CM rare items; or "cm"
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
-    gamma: float = 2.0              # γ; the product is 0 but at its own best items (Guided)
+    gamma: float = 2.0              # γ; the product keeps the best items of a beam, else 0
     w_a: float = 0.3
     w_y: float = 0.65               # the most: only the teacher knows of what was not shown
     w_s: float = 0.05
     beta: float = 0.1               # S-DPO, GRPO: how strongly the frozen SFT policy holds
     rate: float = 1.5e-3            # peak learning rate: small models like it high
-    dropout: float = 0.0            # SFT over-fits without; R is smoother than the log
+    dropout: float = 0.0            # R, smoother than the log, needs none; SFT does
     epochs: int = 7                 # the last ones bring the gain
 
 TB = "log_z log_p log_r"
@@ -190,7 +190,7 @@ def tree_mask(ends, H, L):
     place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
     branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) of its branch, up to itself
-    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) its history's end; or 0
+    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) ends[b, e]; in history 0
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
 def pad(lists, value):
@@ -306,7 +306,7 @@ def curriculum(batch, count, policy, progress):
     """The paper's default: unobserved items with low scores early in training, high ones late. The
     scores are the teacher's. Draw 2N−1 items, item i with P ∝ scores[i]/2 + 1/(2n), unlogged ones
     alone; sort them from low to high score; keep N neighbours from place round(progress · (N−1))
-    on. 1/(2n), ours, adds low scores: paths of like R teach a learned log Z, not P_F."""
+    on. 1/(2n), ours, adds low scores: were all R alike, log Z could absorb the error."""
     weight = 0.5 * batch.scores + 0.5 / batch.scores.shape[1]
     weight[batch.logged()] = 1e-12
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -374,7 +374,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         paths.ref_pos = paths.log_ref[:, 0]
         paths.ref_neg = paths.log_ref[:, 1:]
     paths.beta = recipe.beta
-    # Off-policy: any sampler will do. If P = R/Z, a GFlowNet loss (TB, DB) is 0 on every path,
+    # Off-policy: any sampler may be used. If P = R/Z, a GFlowNet loss (TB, DB) is 0 on every path,
     # whoever drew it. L_GFN, or its stand-in, is a mean over paths or contexts.
     L_GFN = recipe.loss(*[getattr(paths, name) for name in recipe.given.split()])
     L_GR = -paths.policy_pos.mean() if recipe.gr else 0.0       # gr > 0 sets first (recipe_of)
@@ -420,7 +420,7 @@ def train(name, recipe, policy, world):
     return curve
 
 # --- Recommending: beam search down the tree ------------------------------------------------------
-def children_of(logits, score, noisy, below, sample):
+def children_of(logits, score, value, below, sample):
     """Of all children of W beams: Σ log P_F (B, W, K), and what they compete by (B, W, K): the sum;
     with a guide, the sum + `below`, log of its flow; when sampling, the sum with Gumbel noise."""
     log_p = (logits / sample if sample else logits).log_softmax(-1)
@@ -431,16 +431,16 @@ def children_of(logits, score, noisy, below, sample):
         return log_p, log_p if below is None else log_p + below
     # A draw without replacement (Kool et al. 2019, Stochastic beams): every item has log P and
     # Gumbel noise, the largest k win. A prefix has the largest value of its items, so each child
-    # gets noise of its own, exp(−·) shifted until the largest equals the parent:
+    # gets its own noise; all exp(−own) shift alike until the largest child is parent:
     # −log(exp(−parent) − exp(−largest) + exp(−own)), in a form that does not overflow
-    parent = noisy[..., None]
+    parent = value[..., None]
     own = log_p - torch.empty_like(log_p).exponential_().log_()
     largest = own.amax(-1, keepdim=True)
     v = parent - own + torch.log1p(-(own - largest).exp())      # as in the paper's appendix
     return log_p, parent - v.clamp(min=0) - torch.log1p((-v.abs()).exp())
 
 def grown(mask, parents):
-    """The mask (B, W', S + W') of new beams, from their parents' (B, W, S); parents (B, W').
+    """The mask (B, W, S + W) of W new beams, from the old beams' (B, ·, S); parents (B, W).
     The cache keeps the beams of all levels, nothing is copied or evicted. A beam takes its parent's
     row, which shows the history and its ancestors, and gets a column for itself."""
     B, W = parents.shape
@@ -469,7 +469,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         child = ids.next_node[node]                             # (B, W, K), −1 where illegal
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         below = None
-        if guide is not None:                                   # illegal: root's flow, log P NEVER
+        if guide is not None:                                   # −1 → node 0; log P there is NEVER
             below = log_flow.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
         score, value = children_of(logits, score, value, below, sample)
         child, score, value = (x.flatten(1) for x in (child, score, value))         # (B, W·K)
@@ -739,8 +739,8 @@ def check_settings(settings):
 def check_cm(cm, data):
     """Raise InputError if a CM of your own does not return what r_ŷ and the guide need."""
     n = len(data.titles)
-    past = data.train[:2]
-    scores = cm.scores(past, [history[-2:] for history in data.histories[:2]])
+    past = [history[:-1] for history in data.train[:2]]         # as in training, which has the rest
+    scores = cm.scores(past, [history[-1:] for history in data.train[:2]])
     check(torch.is_tensor(scores) and scores.is_floating_point() and scores.shape == (len(past), n)
           and scores.min() >= 0 and (scores.sum(1) - 1).abs().max() < 1e-3,
           "scores(histories, following) of a CM gets B lists of items and has to return\n"
@@ -811,9 +811,17 @@ class World:
         """The comprehensive reward of a recipe."""
         return Reward(self.ids, self.teacher(recipe), (recipe.w_a, recipe.w_y, recipe.w_s))
 
+def code_of(function):
+    """Its source, or its bytecode if it was typed in: what --resume compares."""
+    try:
+        return inspect.getsource(function)
+    except OSError:
+        return repr(function.__code__.co_code)
+
 def key_of(name, world):
     """The inputs of a run that --resume compares; of the code, the loss and the sampler alone."""
-    key = {"data": world.data.sizes["checksum"], "CM": type(world.cm).__name__,
+    scores = world.cm.scores(world.data.train[:20]).cpu().numpy()
+    key = {"data": world.data.sizes["checksum"], "CM": zlib.crc32(scores.round(6).tobytes()),
            "ids": zlib.crc32(world.ids.codes.cpu().numpy().tobytes())}
     matter = ("window", "width", "layers", "batch", "beams", "temperatures")
     key |= {what: vars(world.settings)[what] for what in matter}
@@ -821,7 +829,7 @@ def key_of(name, world):
         recipe = recipe_of(part, world.settings)
         key |= {f"{part} {what}": value for what, value in facts_of(part, recipe).items()}
         if recipe.loss:
-            code = inspect.getsource(recipe.loss) + inspect.getsource(SAMPLERS[recipe.sampler])
+            code = code_of(recipe.loss) + code_of(SAMPLERS[recipe.sampler])
             key["code of loss and sampler"] = zlib.crc32(code.encode())
     return key
 
@@ -962,7 +970,7 @@ def run_oracle(settings):
     known.fill(world.reward(recipe))
     target = (known.r / known.r.sum(1, keepdim=True)).cpu()     # P* = R/Z
     before = distribution(policy, known.histories)
-    print("training on four contexts alone; their validation says nothing")
+    print("training on four contexts, paths drawn ∝ R/Z + 1/n; their validation says nothing")
     train(settings.oracle, recipe, policy, world)               # 400 rows: 100 steps an epoch
     after = distribution(policy, known.histories)
     distance = [f"{(P - target).abs().sum(1).mean():.4f}" for P in (before, after)]     # L1

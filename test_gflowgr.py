@@ -1020,6 +1020,9 @@ def test_resume_refuses_what_was_made_otherwise(finished, tmp_path, monkeypatch)
             patch.setitem(table, name, value)
             refused(message, *flags)
     assert times_in(out) == before and cli(*flags)[0] == 0      # as it was: all is kept
+    exec("def typed(x):\n    return x", typed := {})            # has no source: its bytecode counts
+    exec("def typed(x):\n    return -x", other := {})
+    assert gflowgr.code_of(typed["typed"]) not in ("", gflowgr.code_of(other["typed"]))
     world = prepared(*flags, "--sft=epochs=3")                  # SFT is in the key of all others
     assert gflowgr.key_of("tb+cm", world)["sft epochs"] == 3
     report.write_json(tmp_path / "pop-1/run.json", [])
@@ -1033,8 +1036,18 @@ def test_an_own_cm(tiny, tmp_path, capsys):
     with pytest.raises(InputError, match="built-in CM"):
         gflowgr.run(replace(settings, methods="tb:debias=.5"), mine)
     capsys.readouterr()
-    gflowgr.run(replace(settings, methods="sft+cm"), mine)
+    gflowgr.run(replace(settings, methods="sft+cm", resume=True), mine)
     assert "sft+cm: not saved" in capsys.readouterr().out
+    gflowgr.run(replace(settings, resume=True), mine)           # the same CM: its run is kept
+    assert "cm, seed 42: kept" in capsys.readouterr().out
+    mine.scores = lambda rows, following=None: torch.eye(48)[[8] * len(rows)]
+    with pytest.raises(InputError, match="was made with CM"):
+        gflowgr.run(replace(settings, resume=True), mine)
+    train = load_data(settings.data).train[:2]                  # the first call is as in training
+    calls = []
+    mine.scores = lambda rows, after=None: calls.append((rows, after)) or torch.eye(48)[:2]
+    gflowgr.check_cm(mine, load_data(settings.data))
+    assert [past + after for past, after in zip(*calls[0])] == train
     refused("never saved", "--recommend", "x", "--model", tmp_path / "sft+cm-42")
     good = torch.eye(48)[:2]
     bads = (good.numpy(), good[:1], good[:, 1:], good.long(), good - 1 / 48, 2 * good, 0 / good)
