@@ -401,14 +401,16 @@ def trajectory_balance(z, p, r):
     assert what == "trajectory_balance: trajectory_balance is not right yet"
     assert expected[9:] == found[9:] == "0.4805" and why.startswith("no gradient flows back")
     mine.write_text("x = ")
-    (tmp_path / "other.py").write_text(right)                   # a folder: one wrong, one right
-    assert main(["--grade", str(tmp_path)]) == 1
-    assert re.fullmatch(r"\S+mine.py:\n\S+mine.py raised SyntaxError.*\n\S+other.py:\n"
-                        "trajectory_balance: right\n", capfd.readouterr().out)
-    mine.write_text("while True:\n    pass")
-    assert grade_class(tmp_path, limit=0.2) == 1
+    assert main(["--grade", str(mine)]) == 1
+    assert re.fullmatch(r"\S+mine.py raised SyntaxError.*\n", capfd.readouterr().out)
+    (course := tmp_path / "course").mkdir()                     # each file in a process of its own
+    (course / "other.py").write_text(right)
+    assert main(["--grade", str(course)]) == 0
+    other = r"\S+other.py:\ntrajectory_balance: right\n"
+    assert re.fullmatch(other, capfd.readouterr().out)
+    (course / "loop.py").write_text("while True:\n    pass")
+    assert grade_class(course, limit=0.2) == 1
     assert capfd.readouterr().out.count("no answer in 0.2 seconds") == 2
-    mine.write_text("x = ")
     for command, said in ((["--stub", "nonsense"], "no exercise nonsense; there are recall_at"),
                           ([], "--grade FILE")):
         with pytest.raises(SystemExit, match=said):
