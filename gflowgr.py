@@ -812,11 +812,12 @@ class World:
         return Reward(self.ids, self.teacher(recipe), (recipe.w_a, recipe.w_y, recipe.w_s))
 
 def code_of(function):
-    """Its source, or its bytecode if it was typed in: what --resume compares."""
+    """Its source, or its compiled code if it was typed in: what --resume compares."""
     try:
         return inspect.getsource(function)
     except OSError:
-        return repr(function.__code__.co_code)
+        code = function.__code__
+        return repr((code.co_code, code.co_consts, code.co_names))
 
 def key_of(name, world):
     """The inputs of a run that --resume compares; of the code, the loss and the sampler alone."""
