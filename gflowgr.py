@@ -55,6 +55,11 @@ def trajectory_balance(log_z, log_pf, log_r):
     # mean of (log Z(U) + Σ_l log P_F(s_{l+1} | s_l) − log R(s_L))²; P_B is 1 on a tree
     return (log_z[:, None] + log_pf - log_r).square().mean()
 
+def huber_balance(log_z, log_pf, log_r):
+    """TB in which a residual above 1 nat counts by its size, not its square: for R far above P."""
+    residual = log_z[:, None] + log_pf - log_r                                      # (C, J)
+    return F.huber_loss(residual, torch.zeros_like(residual))
+
 def detailed_balance(log_flow, log_pf):
     """DB, summed over steps: log F(s_0) … log F(s_L) = log R (C, J, L+1), log P_F (C, J, L)."""
     # Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))², mean over paths
@@ -124,6 +129,7 @@ RECIPES = {
     "tb-paper": Recipe(trajectory_balance, TB, **PAPER),
     "db": Recipe(detailed_balance, "log_flow log_pf"),
     "tb": Recipe(trajectory_balance, TB),
+    "tb-huber": Recipe(huber_balance, TB),
     "distill": Recipe(distillation, "child_flow log_probs", trajectories=1)}
 
 # --- What a step of training works on -------------------------------------------------------------
@@ -260,8 +266,7 @@ class Policy(torch.nn.Module):
 
     def path_log_probs(self, histories, items):
         """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L)."""
-        tokens, counts = self.tokens(histories)                 # one context a row, at its end
-        return self(tokens, counts, torch.as_tensor(items)).log_pf
+        return self(*self.tokens(histories), torch.as_tensor(items)).log_pf     # a context a row
 
     def recommend(self, histories, k=10, beams=None, guide=None, sample=0.0):
         """The k best items of B histories: items (B, k), best first, and their scores (B, k).
@@ -336,13 +341,9 @@ def by_reward(batch, count, policy, progress):
     """Ours: P ∝ R, where the probability shall go. The logged item is often among them."""
     return draw(batch.r, count)
 
-def even(batch, count, policy, progress):
-    """For --oracle: P ∝ R/Z + 1/n, so that no item is forgotten."""
-    return draw(batch.r / batch.r.sum(1, keepdim=True) + 1 / batch.r.shape[1], count)
-
 # A sampler of your own is a function (batch, N, policy, progress) → items (C, N), entered here.
 SAMPLERS = {"session": session, "random": random, "curriculum": curriculum, "policy": beam,
-            "drawn": drawn, "reward": by_reward, "even": even}
+            "drawn": drawn, "reward": by_reward}
 
 # --- Training -------------------------------------------------------------------------------------
 def loss_of(recipe, policy, reference, batch, reward, progress):
@@ -352,10 +353,9 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         return -policy(batch.tokens, batch.ends, batch.positives[:, None]).log_pf.sum(-1).mean()
     batch.fill(reward)
     # Which paths to learn from: N of the sampler, maybe after the logged one.
-    items = batch.positives[:, None]
-    if recipe.trajectories:
-        sampled = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)    # (C, N)
-        items = torch.cat([items, sampled], 1) if recipe.first else sampled         # (C, J)
+    items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
+    if recipe.first:
+        items = torch.cat([batch.positives[:, None], items], 1)                     # (C, J)
     # What the policy says of them, and R. log F(s_L) is log R.
     paths = policy(batch.tokens, batch.ends, items)
     device = paths.log_pf.device
@@ -635,6 +635,7 @@ TUNED = {           # changes of RECIPES for a data set, chosen on validation; "
             "tb-paper": "lam=10:dropout=0",
             "db": "sampler=policy:trajectories=8",
             "tb": "sampler=drawn:trajectories=8",
+            "tb-huber": "sampler=drawn:trajectories=8",
             "distill": "dropout=.1"},
     "ml-100k": {"sft": "rate=.003", "sft-continued": "rate=.00045", "*": "epochs=4:dropout=.2"}}
 
@@ -656,7 +657,7 @@ def parse(argv):
 
 def check_numbers(where, values):
     """Raise InputError if a number of a Settings or Recipe is out of its range."""
-    zero = "codes trajectories gr lam debias dropout w_a w_y w_s sample".split()
+    zero = "codes gr lam debias dropout w_a w_y w_s sample".split()
     for name, found in vars(values).items():
         for value in found if name == "temperatures" else [found]:
             if type(value) in (int, float):
@@ -696,12 +697,10 @@ def recipe_of(name, settings):
     check(recipe.given == RECIPES.get(base, Recipe()).given, f"{name}: given belongs to the loss")
     check("first=0" not in changes or not recipe.gr, f"{name}: gr > 0 needs first=1")
     check(recipe.w_a + recipe.w_y + recipe.w_s > 0, f"{name}: w_a, w_y and w_s are all 0")
-    check(recipe.first or recipe.trajectories, f"{name}: trajectories=0 needs first=1: no path")
     check(recipe.exact or "child" not in recipe.given, f"{name}: its loss needs exact=1")
     several = "log_ref" not in recipe.given or recipe.first + recipe.trajectories > 1
     check(several, f"{name}: it compares paths: trajectories > 1")
-    pairs = recipe.first and recipe.trajectories
-    check(pairs or "pos" not in recipe.given, f"{name}: its loss needs first=1, trajectories > 0")
+    check(recipe.first or "pos" not in recipe.given, f"{name}: its loss needs first=1")
     return recipe
 
 def facts_of(name, recipe):
@@ -950,6 +949,11 @@ def run(settings, cm=None):
         report.write_json(Path(settings.out) / "results.json", report.results_of(runs, about))
         runs.append(kept.get((name, world.seed)) or run_method(name, world))
     return report.finish(settings.out, runs, about, data)
+
+def even(batch, count, policy, progress):
+    """The sampler of --oracle: P ∝ R/Z + 1/n, so that no item is forgotten."""
+    return draw(batch.r / batch.r.sum(1, keepdim=True) + 1 / batch.r.shape[1], count)
+SAMPLERS["even"] = even
 
 def run_oracle(settings):
     """Train from random weights on four contexts, where R/Z is known: does P reach it?"""

@@ -635,11 +635,11 @@ def reward_by_hand(recipe, world, reference, past, after):      # R of all items
 
 @pytest.mark.parametrize("name, K, L", [
     ("sft", 48, 1), ("distill:teacher=product", 2, 6), ("sdpo", 8, 3), ("sdpo:gr=0:beta=.7", 8, 3),
-    ("tb:gr=.7:lam=.3", 3, 4), ("tb-paper:trajectories=0", 4, 3), ("tb-paper", 7, 2),
+    ("tb:gr=.7:lam=.3", 3, 4), ("tb-paper:trajectories=1", 4, 3), ("tb-paper", 7, 2),
     ("db:exact=0", 8, 3), ("distill:gr=.5", 8, 3), ("grpo:trajectories=4", 4, 3),
     ("grpo:beta=.7:first=1", 7, 2), ("db:first=1", 8, 3), ("tb:sampler=random:exact=0", 7, 2),
     ("tb:sampler=session:debias=0", 3, 5), ("tb:teacher=product:gamma=1.3", 8, 3),
-    ("tb:sampler=policy", 48, 1)])
+    ("tb:sampler=policy", 48, 1), ("tb-huber:trajectories=9", 8, 3)])
 def test_the_whole_loss_against_one_path_at_a_time(name, K, L, tiny, monkeypatch):
     common = "--recipe=teacher=cm:w_a=.4:w_y=.4:w_s=.2:debias=.5"
     world = prepared(*tiny, common, f"--codes={K}", f"--levels={L}")
@@ -663,14 +663,17 @@ def test_the_whole_loss_against_one_path_at_a_time(name, K, L, tiny, monkeypatch
         total -= gr * log_pf[after[0]].sum()                    # L_GR
         if not recipe.loss:
             continue
-        paths = after[:recipe.first] + (drawn[0][c].tolist() if recipe.trajectories else [])
+        paths = after[:recipe.first] + drawn[0][c].tolist()
         R = reward_by_hand(recipe, world, reference, past, after)
         below = torch.zeros(len(codes), L + 1)                  # exact flows
         for v, l in np.ndindex(*below.shape):
             below[v, l] = R[under(codes, v, l)].sum()
         log_flow = below[:, :L].log() if recipe.exact else log_flow
         log_p, its, L_GFN = log_pf[paths].sum(1), frozen[paths].sum(1), 0
-        if "tb" in name:
+        if "huber" in name:                                     # half a square up to 1 nat
+            gap = (log_flow[0, 0] + log_p - R[paths].log()).abs()
+            L_GFN = sum(0.5 * x * x if x < 1 else x - 0.5 for x in gap) / len(paths)
+        elif "tb" in name:
             L_GFN = balance_loops(log_flow[:1, 0], log_p[None], R[None, paths].log())
         elif "db" in name:
             log_f = torch.cat([log_flow[paths], R[paths, None].log()], 1)
@@ -1160,10 +1163,10 @@ FLAGS = {  # what the line must say: flags, each of which alone is wrong
                 "--sft=nonsense --methods=tb:teacher=nonsense --methods=tb:nonsense=1",
     "out of range": "--layers=0 --beams=-1 --codes=-1 --methods=tb:rate=nan --methods=tb:dropout=1 "
                     "--methods=tb:lam=-1 --methods=tb:w_s=inf --methods=tb+cm:gamma=0 "
-                    "--temperatures=-1 --temperatures=nan --sample=-1",
+                    "--temperatures=-1 --temperatures=nan --sample=-1 --methods=tb:trajectories=0",
     "given": "--methods=tb:given=x", "lam": "--methods=tb:lam=x", "loss": "--methods=tb:loss=x",
     "exact=1": "--methods=distill:exact=0", "w_a, w_y": "--methods=tb:w_a=0:w_y=0:w_s=0",
-    "first=1": "--methods=tb:trajectories=0 --methods=sdpo:gr=0:first=0 --methods=tb:gr=1:first=0",
+    "first=1": "--methods=sdpo:gr=0:first=0 --methods=tb:gr=1:first=0",
     "trajectories": "--methods=sdpo:trajectories=0 --methods=grpo:trajectories=1"}
 
 @pytest.mark.parametrize("message", FLAGS)
