@@ -56,8 +56,9 @@ def trajectory_balance(log_z, log_pf, log_r):
     return (log_z[:, None] + log_pf - log_r).square().mean()
 
 def huber_balance(log_z, log_pf, log_r):
-    """TB in which a residual above 1 nat counts by its size, not its square: for R far above P."""
+    """TB as above, but a few paths with R far above P cannot outweigh all others."""
     residual = log_z[:, None] + log_pf - log_r                                      # (C, J)
+    # mean of h(residual): h(x) = x²/2 up to 1 nat, |x| − 1/2 beyond
     return F.huber_loss(residual, torch.zeros_like(residual))
 
 def detailed_balance(log_flow, log_pf):
@@ -94,30 +95,30 @@ def grpo(log_p, log_ref, log_r, beta):
 @dataclass
 class Recipe:
     """How a method is trained. `--methods tb:lam=1:sampler=random` changes fields of an entry of
-    RECIPES. TUNED, at the settings, overrides all this for toy and ml-100k."""
+    RECIPES. For toy and ml-100k, TUNED (below Settings) changes some as well."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
-    given: str = ""                 # the fields of Paths that the loss is given, in its order
+    given: str = ""                 # what the loss gets, in its order: fields of Paths, of Recipe
     gr: float = 0.0                 # weight of L_GR beside L_GFN: 0, since r_a in R teaches the log
-    lam: float = 1.0                # λ; without L_GR, Adam undoes it but for clipping
+    lam: float = 1.0                # λ; if gr = 0, Adam cancels it (clipping aside)
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
-    first: bool = False             # the logged path τ_1 first, as the paper; L_GR, S-DPO need it
-    exact: bool = True              # Z, F: sums over all items, never out of date; 0: learned
+    first: bool = False             # put the logged path τ_1 before the N: the paper, L_GR, S-DPO
+    exact: bool = True              # Z, F: sums of R over all items; 0: learned, by the flow head
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/n, weights as shares of Z: each r sums to 1 over items.
     # r_a: the logged item (.1 if only clicked); r_s: common codes; r_ŷ: the scores of this teacher:
     teacher: str = "product"        # P_SFT · CM^γ: SFT knows order, the CM rare items; or "cm"
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
-    gamma: float = 2.0              # γ; the product keeps the best items of a beam, else 0
+    gamma: float = 2.0              # γ; the product is 0 outside the best items of a beam
     w_a: float = 0.3
     w_y: float = 0.65               # the most: only the teacher knows of what was not shown
     w_s: float = 0.05
     beta: float = 0.1               # S-DPO, GRPO: how strongly the frozen SFT policy holds
     rate: float = 1.5e-3            # peak learning rate: small models like it high
-    dropout: float = 0.0            # R, smoother than the log, needs none; SFT does
+    dropout: float = 0.0            # R is softer than logged items: none; SFT needs it
     epochs: int = 7                 # the last ones bring the gain
 
-TB = "log_z log_p log_r"
-# PAPER, as there: L = L_GR + λ · L_GFN, λ = 1, curriculum, N = 3, learned log Z. Not as there: the
+TB = "log_z log_p log_r"            # log_p: of the whole path, Σ_l log P_F
+# As in the paper: L = L_GR + λ · L_GFN, λ = 1, curriculum, N = 3, learned log Z. Ours instead: the
 # weights of R are shares of Z, and L_GR stands beside S-DPO as well.
 PAPER = dict(gr=1.0, sampler="curriculum", trajectories=3, first=True, exact=False, teacher="cm",
              rate=4.5e-4, dropout=0.2)
@@ -148,15 +149,15 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """What is known at each context: the teacher's scores, R of every item. The teacher gets
-        the target and later items, to subtract their counts. (On mps, R is on the CPU.)"""
+        """What is known at each context: the teacher's scores, R of every item. The CM was fitted
+        on the target and later items: it is told them, to forget them. (mps: ids, R on the CPU.)"""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
         self.r = reward(self.scores, self.positives, self.liked.to(device))
 
     def logged(self):
-        """Row and column indices of each context's logged items in a (C, n) matrix."""
+        """Row and column indices of each context's logged items, v among them, in (C, n)."""
         return entries([past + after for past, after in zip(self.histories, self.following)])
 
 @dataclass
@@ -174,7 +175,6 @@ class Paths:
     log_ref: torch.Tensor = None        # (C, J) log P by the frozen SFT policy
     ref_pos: torch.Tensor = None        # (C,) that of the logged path
     ref_neg: torch.Tensor = None        # (C, J-1) those of the others
-    beta: float = None                  # recipe.beta
 
 # --- The policy: P_F(next code | user, codes so far) ----------------------------------------------
 def tree_mask(ends, H, L):
@@ -240,14 +240,15 @@ class Policy(torch.nn.Module):
         L = ids.num_levels
         J = items.shape[1]
         valid = ends >= 0
-        # Contexts are numbered row by row: write their J items into the valid cells (b, t), 0
-        # elsewhere, which [valid] below drops → (B, E = T·J)
+        # Contexts go row by row: their J items are written into the valid cells (b, t). The other
+        # cells hold 0, and are dropped at the end → (B, E = T·J)
         packed = items.new_zeros(*ends.shape, J).masked_scatter(valid[..., None], items).flatten(1)
         ends = ends.clamp(min=0).repeat_interleave(J, 1)                            # (B, E)
         levels = torch.arange(L, device=ends.device)
         code_tokens = ids.codes[packed] + ids.num_codes * levels                    # (B, E, L)
         mask = tree_mask(ends, H, L)
-        hidden = self.lm.transformer(                           # position: how many it sees, less 1
+        # A place's position is the number of places that it sees, less 1
+        hidden = self.lm.transformer(
             torch.cat([tokens, code_tokens[..., :-1].flatten(1)], 1), attention_mask=mask[:, None],
             position_ids=(mask == 0).sum(-1) - 1, use_cache=False).last_hidden_state    # (B, S, d)
         root = hidden.take_along_dim(ends[..., None], 1)                            # (B, E, d)
@@ -257,7 +258,7 @@ class Policy(torch.nn.Module):
         # a slice per level would allocate a full-size gradient for each.
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()            # (B, E, L, K)
-        illegal = ids.next_node[ids.nodes[packed][..., :-1]] < 0
+        illegal = ids.next_node[ids.nodes[packed][..., :-1]] < 0    # next_node: −1 for no child
         log_probs = logits.masked_fill(illegal, NEVER).log_softmax(-1)
         log_flow = self.flow_head(prefixes)[..., 0]                                 # (B, E, L)
         log_probs, log_flow = (x.unflatten(1, (-1, J))[valid] for x in (log_probs, log_flow))
@@ -266,7 +267,7 @@ class Policy(torch.nn.Module):
 
     def path_log_probs(self, histories, items):
         """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L)."""
-        return self(*self.tokens(histories), torch.as_tensor(items)).log_pf     # a context a row
+        return self(*self.tokens(histories), torch.as_tensor(items)).log_pf     # counts are ends
 
     def recommend(self, histories, k=10, beams=None, guide=None, sample=0.0):
         """The k best items of B histories: items (B, k), best first, and their scores (B, k).
@@ -275,8 +276,8 @@ class Policy(torch.nn.Module):
         max(beams or self.beams, k) of a user go on to the next level: exact with enough beams.
         guide (B, n) ≥ 0 multiplies P: an item scores log P + log guide, a prefix Σ log P_F + log Σ
         guide over the items below it.
-        sample > 0 draws the list instead, at this temperature: k items without replacement; a step
-        has P_F^(1/sample) · the guide's flow, normalised. Scores then hold Gumbel noise."""
+        sample > 0 draws the list instead, at this temperature: k items without replacement; a code
+        is drawn ∝ P_F^(1/sample) · the guide's flow. Scores then hold Gumbel noise."""
         return beam_search(self, histories, k, max(beams or self.beams, k), guide, sample)
 
     def save_pretrained(self, folder):
@@ -311,7 +312,7 @@ def curriculum(batch, count, policy, progress):
     """The paper's default: unobserved items with low scores early in training, high ones late. The
     scores are the teacher's. Draw 2N−1 items, item i with P ∝ scores[i]/2 + 1/(2n), unlogged ones
     alone; sort them from low to high score; keep N neighbours from place round(progress · (N−1))
-    on. 1/(2n), ours, adds low scores: were all R alike, log Z could absorb the error."""
+    on. 1/(2n), ours, adds low scores: if all R were equal, log Z alone could fit them."""
     weight = 0.5 * batch.scores + 0.5 / batch.scores.shape[1]
     weight[batch.logged()] = 1e-12
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -321,9 +322,7 @@ def curriculum(batch, count, policy, progress):
 
 def beam(batch, count, policy, progress):
     """The best of the policy's own beam, without the positive (the paper: N−1 of them)."""
-    policy.eval()                                               # no dropout while sampling
     items = policy.recommend(batch.histories, count + 1, beams=count + 1)[0].to(batch.r.device)
-    policy.train()
     positives = batch.positives[:, None]
     order = (items == positives).int().argsort(dim=1, stable=True)      # the positive goes last
     items = items.gather(1, order)[:, :count]
@@ -332,9 +331,7 @@ def beam(batch, count, policy, progress):
 def drawn(batch, count, policy, progress):
     """Ours: N items drawn from the policy itself, without replacement and none of the history.
     (N independent draws from all items, the usual on-policy paths, were worse for TB and GRPO.)"""
-    policy.eval()
     items = policy.recommend(batch.histories, count, beams=count, sample=1.0)[0].to(batch.r.device)
-    policy.train()
     return items.where(items >= 0, batch.positives[:, None])    # fewer than N unseen: the positive
 
 def by_reward(batch, count, policy, progress):
@@ -353,7 +350,9 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         return -policy(batch.tokens, batch.ends, batch.positives[:, None]).log_pf.sum(-1).mean()
     batch.fill(reward)
     # Which paths to learn from: N of the sampler, maybe after the logged one.
+    policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
+    policy.train()
     if recipe.first:
         items = torch.cat([batch.positives[:, None], items], 1)                     # (C, J)
     # What the policy says of them, and R. log F(s_L) is log R.
@@ -373,19 +372,19 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
             paths.log_ref = reference(batch.tokens, batch.ends, items).log_pf.sum(-1)   # (C, J)
         paths.ref_pos = paths.log_ref[:, 0]
         paths.ref_neg = paths.log_ref[:, 1:]
-    paths.beta = recipe.beta
     # Off-policy: any sampler may be used. If P = R/Z, a GFlowNet loss (TB, DB) is 0 on every path,
-    # whoever drew it. L_GFN, or its stand-in, is a mean over paths or contexts.
-    L_GFN = recipe.loss(*[getattr(paths, name) for name in recipe.given.split()])
+    # whoever drew it. L_GFN (or S-DPO, GRPO, KL) is a mean over paths or contexts.
+    known = vars(recipe) | vars(paths)
+    L_GFN = recipe.loss(*[known[name] for name in recipe.given.split()])
     L_GR = -paths.policy_pos.mean() if recipe.gr else 0.0       # gr > 0 sets first (recipe_of)
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
 def train(name, recipe, policy, world):
     """The one training loop → the curve, a list of {"epoch", "loss", "ndcg@10"}, 0 being the start.
-    The rate rises to its peak and falls to 0; the weights after the last epoch are kept. world: the
-    data, the rows to train on, the seed, the settings, and reward(recipe)."""
+    The rate rises to its peak and falls to 0; the weights after the last epoch are kept. policy:
+    SFT's, or new for SFT itself; world: data, rows to train on, seed, settings, reward(recipe)."""
     reward = world.reward(recipe) if recipe.loss else None
-    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: about 20 steps
+    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: 20 steps
     per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
@@ -422,21 +421,21 @@ def train(name, recipe, policy, world):
 # --- Recommending: beam search down the tree ------------------------------------------------------
 def children_of(logits, score, value, below, sample):
     """Of all children of W beams: Σ log P_F (B, W, K), and what they compete by (B, W, K): the sum;
-    with a guide, the sum + `below`, log of its flow; when sampling, the sum with Gumbel noise."""
+    with a guide, that + `below`, log of the child's flow; when sampling, that with Gumbel noise."""
     log_p = (logits / sample if sample else logits).log_softmax(-1)
     if sample and below is not None:
         log_p = (log_p + below).log_softmax(-1)
     log_p = log_p.add_(score[..., None])
     if not sample:
-        return log_p, log_p if below is None else log_p + below
+        return log_p, (log_p if below is None else log_p + below)
     # A draw without replacement (Kool et al. 2019, Stochastic beams): every item has log P and
-    # Gumbel noise, the largest k win. A prefix has the largest value of its items, so each child
-    # gets its own noise; all exp(−own) shift alike until the largest child is parent:
+    # Gumbel noise, the largest k win. A prefix has the largest value of its items. So children get
+    # noise of their own, and one shift of all exp(−own) makes the largest equal to the parent:
     # −log(exp(−parent) − exp(−largest) + exp(−own)), in a form that does not overflow
     parent = value[..., None]
-    own = log_p - torch.empty_like(log_p).exponential_().log_()
+    own = log_p - torch.empty_like(log_p).exponential_().log_()     # −log of that: Gumbel noise
     largest = own.amax(-1, keepdim=True)
-    v = parent - own + torch.log1p(-(own - largest).exp())      # as in the paper's appendix
+    v = parent - own + torch.log1p(-(own - largest).exp())      # as in Kool's appendix
     return log_p, parent - v.clamp(min=0) - torch.log1p((-v.abs()).exp())
 
 def grown(mask, parents):
@@ -466,7 +465,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        child = ids.next_node[node]                             # (B, W, K), −1 where illegal
+        child = ids.next_node[node]             # (B, W, K), −1 where illegal; of node −1 all are
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         below = None
         if guide is not None:                                   # −1 → node 0; log P there is NEVER
@@ -686,9 +685,10 @@ def recipe_of(name, settings):
         parts = []
     parts.append(name.rpartition("+cm")[2].partition(":")[2])   # tb:X → X, tb:X+cm:Y → Y
     changes = [change for change in ":".join(parts).split(":") if change]
+    fields = vars(Recipe())
     parser = HfArgumentParser(Recipe, allow_abbrev=False, add_help=False)
     parser.set_defaults(**vars(RECIPES.get(base, Recipe())))
-    parser.error = lambda message: check(False, f"{name}: {message}")
+    parser.error = lambda message: check(False, f"{name}: {message}; fields: {', '.join(fields)}")
     recipe = Recipe(**vars(parser.parse_args([f"--{change}" for change in changes])))
     recipe.first = recipe.first or recipe.gr > 0                # L_GR is taken on the logged path
     check_numbers(f"{name}: ", recipe)
@@ -729,8 +729,6 @@ def check_settings(settings):
         if base_of(name) not in ("pop", "cm"):
             names += ["sft", name.partition("+cm")[0]]          # all start from SFT
         names.append(name)
-    for name in names:
-        recipe_of(name, settings)                               # fail now, not after hours
     names = sorted(dict.fromkeys(names), key=lambda name: known.index(base_of(name)))
     return names, list(dict.fromkeys(map(int, seeds)))
 
@@ -926,7 +924,7 @@ def flow_of(policy, history, teacher, data, teacher_name, learned_name):
 def run(settings, cm=None):
     """The whole job → results. cm: a CM of your own, with scores(histories, following=None)."""
     names, seeds = check_settings(settings)
-    recipes = {name: recipe_of(name, settings) for name in names}
+    recipes = {name: recipe_of(name, settings) for name in names}       # fail now, not after hours
     for recipe in recipes.values():
         check(not (cm and recipe.debias), "debias is of the built-in CM: pass --recipe debias=0")
     data = load_data(settings.data, settings.quick)

@@ -589,15 +589,14 @@ def prepared(*flags, shift=0):                # shift changes the validation and
     return World.prepare(0, data, settings)
 
 def test_samplers_draw_from_where_they_say():
-    policy, positives, modes = made().train(), torch.tensor([4, 8, 2]), set()
+    policy, positives = made(), torch.tensor([4, 8, 2])
     logged, r = [[3, 4, 11], [5, 0, 7, 8, 20], [9, 1, 2, 23]], torch.rand(3, 24) ** 4
     before = [[3], [5, 0, 7], [9, 1]]
-    policy.lm.transformer.register_forward_hook(lambda lm, *_: modes.add(lm.training))
     def sampled(name, count, past=before):
         batch = SimpleNamespace(r=r, scores=r.clone(), positives=positives, histories=past,
                                 logged=lambda: reward.entries(logged))
         items = SAMPLERS[name](batch, count, policy, 0.5)
-        assert items.shape == (3, count) and policy.training and batch.scores.equal(r)
+        assert items.shape == (3, count) and batch.scores.equal(r)
         return items
     own = torch.zeros(3, 24)
     own[reward.entries(logged)] = 1
@@ -608,18 +607,16 @@ def test_samplers_draw_from_where_they_say():
             share = torch.bincount(row, minlength=24) / 2000
             assert (share - p).abs().max() < 0.04 and (share[p == 0] == 0).all(), name
     assert (own.gather(1, sampled("curriculum", 9)) == 0).all()
-    best = policy.eval().recommend(before, 7, beams=7)[0].tolist()
+    best = policy.recommend(before, 7, beams=7)[0].tolist()
     best = [[v for v in row if v != own][:6] for row, own in zip(best, positives)]
-    assert policy.train() and sampled("policy", 6).tolist() == best
+    assert sampled("policy", 6).tolist() == best
     torch.manual_seed(3)
     drawn = sampled("drawn", 7)
     torch.manual_seed(3)
-    assert drawn.equal(policy.eval().recommend(before, 7, beams=7, sample=1.0)[0])
-    policy.train()
+    assert drawn.equal(policy.recommend(before, 7, beams=7, sample=1.0)[0])
     for name in ("policy", "drawn"):                            # fewer than 3 are left
         few = sampled(name, 3, [list(range(22)), list(range(24)), []]).tolist()
         assert {*few[0]} <= {22, 23, 4} and few[0][2] == 4 and few[1] == [8, 8, 8], name
-    assert modes == {False}                                     # no dropout while they draw
     logged[1] = [8]                                             # no others: the positive
     assert sampled("session", 3)[1].tolist() == [8, 8, 8]
 
@@ -650,11 +647,13 @@ def test_the_whole_loss_against_one_path_at_a_time(name, K, L, tiny, monkeypatch
     rows, drawn, sampler = gflowgr.training_rows(data.train, 4), [], SAMPLERS[recipe.sampler]
     def recorded(batch, count, *others):
         assert count == recipe.trajectories and others == (policy, 0.5)
+        assert not policy.training                              # no dropout while they draw
         drawn.append(sampler(batch, count, *others))
         return drawn[0]
     monkeypatch.setitem(SAMPLERS, recipe.sampler, recorded)
     batch = next(gflowgr.batches(rows, data, 5, policy, np.random.default_rng(0)))
-    found = gflowgr.loss_of(recipe, policy, reference, batch, world.reward(recipe), 0.5)
+    found = gflowgr.loss_of(recipe, policy.train(), reference, batch, world.reward(recipe), 0.5)
+    assert policy.training
     begin = {(user, i): start for user, start, *targets in rows for i in range(*targets)}
     total, gr = 0, recipe.gr if recipe.loss else 1
     for c, (user, past, after) in enumerate(zip(batch.users, batch.histories, batch.following)):
