@@ -4,9 +4,8 @@ A generative recommender reads a user's history and writes the semantic ID of th
 by code. Supervised fine-tuning (SFT) on the log teaches what was shown, not what the user would
 like: exposure bias. GFlowGR reads an ID as a path down a tree and trains a GFlowNet on it: the
 probability of an item shall be proportional to its reward R. R mixes the logged action, the score
-of a collaborative model (CM) and the similarity of IDs.
-
-The method ends with `train`. The beam search that recommends follows, then the work around both.
+of a collaborative model (CM) and the similarity of IDs. The method ends with `train`; the beam
+search that recommends follows, then the work around both.
 
 Letters in shapes: B users, or rows of a batch (one user each), H tokens of history, T targets in a
 row, C contexts (a target and the history before it), N sampled and J all paths of a context, E
@@ -292,8 +291,7 @@ class Policy(torch.nn.Module):
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
 def draw(weight, count):
     """N = count items a context (C, N), with replacement, in proportion to weight (C, n)."""
-    # torch.multinomial is slower for one draw than for two
-    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
+    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]    # 1 is slow
 
 def session(batch, count, policy, progress):
     """Other items of the user's own log; the positive if there is no other."""
@@ -459,8 +457,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     place = torch.arange(tokens.shape[1], device=tokens.device)
     mask = torch.where(place > lengths[..., None], NEVER, 0.0)                      # (B, W, H + …)
     node = torch.zeros_like(lengths)                            # (B, W) place of a beam in the tree
-    score = node.float()                                        # (B, W) Σ log P_F of each beam
-    value = score                                               # (B, W) what beams compete by
+    score = value = node.float()            # (B, W) Σ log P_F of each beam, what they compete by
     if guide is not None:
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
@@ -598,8 +595,8 @@ class Settings:
     """All settings, each a command-line flag. PRESETS changes some of the defaults with --data."""
     data: str = HfArg(default="toy", help="toy, ml-100k (see PRESETS), or a folder of two CSVs")
     preset: str = HfArg(default="", help="whose PRESETS and TUNED (default: those of --data)")
-    methods: str = HfArg(default="pop,cm,sft,sft-continued,tb,sft+cm,tb+cm", help="pop, cm, "
-                         "RECIPES, NAME+cm: guided by the CM; and changes: tb:lam=2:sampler=random")
+    methods: str = HfArg(default="pop,cm,sft,sft-continued,tb-huber,sft+cm,tb-huber+cm", help="pop,"
+                         " cm, RECIPES, NAME+cm: guided by CM; changes: tb:lam=2:sampler=policy")
     sft: str = HfArg(default="", help="changes in the recipe of sft, like epochs=12:rate=.003")
     recipe: str = HfArg(default="", help="changes in all other recipes, like epochs=6:w_s=0")
     seeds: str = HfArg(default="42", help="comma-separated: every method runs once with each")

@@ -1096,7 +1096,7 @@ def test_fifty_users_and_fifty_items_work_as_they_are(tmp_path):
     items = "\n".join(["item_id", *map(str, range(50))])
     folder = folder_of(tmp_path / "d", items, "user_id,item_id,position" + "".join(events))
     status, out, err = cli("--data", folder, "--out", tmp_path / "out", "--quick")
-    assert status == 0 and "| tb+cm | " in out and "hidden@10" not in out, err
+    assert status == 0 and "| tb-huber+cm | " in out and "hidden@10" not in out, err
 
 def test_the_toy_world_is_as_committed_and_popularity_can_be_earned(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--quality=0", f"--out={tmp_path / '0'}"])

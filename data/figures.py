@@ -120,7 +120,7 @@ def plot_diversity(path, results):
     runs = {run["method"]: run for run in results["runs"] if run.get("drawn")}    # last seed's
     if all("hidden@10" in run["metrics"] for run in runs.values()):
         quality, diversity = "hidden@10", "themes@10"
-    few = [method for method in ("sft", "grpo", "tb", "distill") if method in runs]
+    few = [method for method in ("sft", "grpo", "tb", "tb-huber", "distill") if method in runs]
     with picture(path, 1, 1, (6.5, 3.8)) as [axis]:
         for number, method in enumerate(few or runs):
             best = runs[method]["metrics"]
