@@ -843,7 +843,6 @@ def test_exposure_and_diversity_of_several_users_against_loops():
         three = sorted("abcd", key=lambda theme: (-likes.count(theme), theme))[:3]
         assert {name: numbers[b] for name, numbers in found.items()} == approx({
             "hidden@10": len(hidden & row) / max(1, len(hidden)),
-            "liked@10": len(new & row) / len(row),
             "lift@10": sum([count[v] for v in row]) / len(row) / fair,
             "themes@10": len({truth["theme"][v] for v in row} & {*three}),
             "first_codes@10": len({codes[v] for v in row})})

@@ -49,7 +49,6 @@ def table_of_items(lists, num_items):
 def exposure(ranked, data):
     """{metric: (B,)} of lists (B, 10); new is what is not in the history; {} without a truth.
     hidden@10: share of the liked, never shown items that are listed
-    liked@10: share of the listed items that are liked and new
     lift@10: mean count in training of the listed items / of all liked, new items
     themes@10: how many of the user's three themes, those with the most liked items, are listed"""
     if not data.truth:
@@ -60,15 +59,13 @@ def exposure(ranked, data):
     hidden = liked & ~table_of_items(data.truth["shown"], n)
     new = liked & ~table_of_items([history[:-1] for history in data.histories], n)
     count = np.bincount(np.concatenate(data.train), minlength=n)
-    size = np.maximum(1, listed.sum(1))
     fair = np.where(new.any(1), new @ count / np.maximum(1, new.sum(1)), 1.0)
     theme = np.unique(data.truth["theme"], return_inverse=True)[1]
     of_theme = np.eye(theme.max() + 1)[theme]                                       # (n, themes)
     three = np.argsort(-(liked @ of_theme), axis=1, kind="stable")[:, :3]
     in_list = np.take_along_axis(listed @ of_theme > 0, three, axis=1)              # (B, 3)
     return {"hidden@10": (hidden & listed).sum(1) / np.maximum(1, hidden.sum(1)),
-            "liked@10": (new & listed).sum(1) / size,
-            "lift@10": listed @ count / size / np.maximum(1.0, fair),
+            "lift@10": listed @ count / np.maximum(1, listed.sum(1)) / np.maximum(1.0, fair),
             "themes@10": in_list.sum(1)}
 
 # --- Summary, gains, table ------------------------------------------------------------------------
@@ -115,12 +112,11 @@ def results_of(runs, about):
 
 def table(results, short=False):
     """The Markdown table: means (± std over seeds), gains in % of the base with 95 % intervals.
-    short: for a screen of 120 columns, without ±, recall, liked@10, gains over sft-continued."""
+    short: for a screen of 120 columns, without ±, recall, gains over sft-continued."""
     summary = results["summary"]
     several = len(results["runs"]) > len(summary) and not short
     form = "{mean:.4f} ± {std:.4f}" if several else "{mean:.4f}"
-    shown = ["recall@10", "ndcg@10", "coverage@10", "hidden@10", "liked@10", "lift@10"]
-    shown = shown[1:4] + shown[5:] if short else shown
+    shown = ["recall@10", "ndcg@10", "coverage@10", "hidden@10", "lift@10"][short:]
     bases = list(BASES.items())[:1 if short else 2]
     rows = []
     for method, numbers in summary.items():
