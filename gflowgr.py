@@ -101,8 +101,8 @@ class Recipe:
     lam: float = 1.0                # λ; if gr = 0, Adam cancels it (clipping aside)
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
-    first: bool = False             # put the logged path τ_1 before the N: the paper, L_GR, S-DPO
-    exact: bool = True              # Z, F: sums of R over all items; 0: learned, by the flow head
+    first: bool = False             # τ_1, the logged path, leads the N; L_GR and S-DPO need it
+    exact: bool = True              # Z, F(s): sums of R, no lag; False: learned, by the flow head
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/n, weights as shares of Z: each r sums to 1 over items.
     # r_a: the logged item (.1 if only clicked); r_s: common codes; r_ŷ: the scores of this teacher:
     teacher: str = "product"        # P_SFT · CM^γ: SFT knows order, the CM rare items; or "cm"
@@ -117,8 +117,8 @@ class Recipe:
     epochs: int = 7                 # the last ones bring the gain
 
 TB = "log_z log_p log_r"            # log_p: of the whole path, Σ_l log P_F
-# As in the paper: L = L_GR + λ · L_GFN, λ = 1, curriculum, N = 3, learned log Z. Ours instead: the
-# weights of R are shares of Z, and L_GR stands beside S-DPO as well.
+# The paper's L = L_GR + λ · L_GFN, λ = 1, curriculum, N = 3, learned log Z, but for two things: the
+# weights of R are shares of Z, and S-DPO has L_GR, too.
 PAPER = dict(gr=1.0, sampler="curriculum", trajectories=3, first=True, exact=False, teacher="cm",
              rate=4.5e-4, dropout=0.2)
 RECIPES = {
@@ -149,7 +149,7 @@ class Batch:
 
     def fill(self, reward):
         """What is known at each context: the teacher's scores, R of every item. The CM was fitted
-        on the target and later items: it is told them, to forget them. (mps: ids, R on the CPU.)"""
+        on the target and later items: it is told them, to forget. (On mps, R stays on the CPU.)"""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -195,7 +195,7 @@ def tree_mask(ends, H, L):
     place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
     branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) of its branch, up to itself
-    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) ends[b, e]; in history 0
+    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) ends[b, e]; history: 0
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
 def pad(lists, value):
@@ -310,7 +310,7 @@ def curriculum(batch, count, policy, progress):
     """The paper's default: unobserved items with low scores early in training, high ones late. The
     scores are the teacher's. Draw 2N−1 items, item i with P ∝ scores[i]/2 + 1/(2n), unlogged ones
     alone; sort them from low to high score; keep N neighbours from place round(progress · (N−1))
-    on. 1/(2n), ours, adds low scores: if all R were equal, log Z alone could fit them."""
+    on. 1/(2n), ours, adds low scores: R has to vary, or log Z alone could fit it."""
     weight = 0.5 * batch.scores + 0.5 / batch.scores.shape[1]
     weight[batch.logged()] = 1e-12
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -418,10 +418,10 @@ def train(name, recipe, policy, world):
 
 # --- Recommending: beam search down the tree ------------------------------------------------------
 def children_of(logits, score, value, below, sample):
-    """Of all children of W beams: Σ log P_F (B, W, K), and what they compete by (B, W, K): the sum;
-    with a guide, that + `below`, log of the child's flow; when sampling, that with Gumbel noise."""
+    """Of all children of W beams: Σ log P_F (B, W, K), when sampling log P of the draw; and what
+    they compete by (B, W, K): that, + `below`, log of the guide's flow; or that + Gumbel noise."""
     log_p = (logits / sample if sample else logits).log_softmax(-1)
-    if sample and below is not None:
+    if sample and below is not None:                            # a code is drawn ∝ P_F · flow
         log_p = (log_p + below).log_softmax(-1)
     log_p = log_p.add_(score[..., None])
     if not sample:
@@ -462,7 +462,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        child = ids.next_node[node]             # (B, W, K), −1 where illegal; of node −1 all are
+        child = ids.next_node[node]             # (B, W, K), −1: illegal, or below illegal
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         below = None
         if guide is not None:                                   # −1 → node 0; log P there is NEVER
