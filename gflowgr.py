@@ -374,7 +374,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
     # whoever drew it. L_GFN (or S-DPO, GRPO, KL) is a mean over paths or contexts.
     known = vars(recipe) | vars(paths)
     L_GFN = recipe.loss(*[known[name] for name in recipe.given.split()])
-    L_GR = -paths.policy_pos.mean() if recipe.gr else 0.0       # gr > 0 sets first (recipe_of)
+    L_GR = -paths.policy_pos.mean() if recipe.gr else 0.0       # gr > 0 needs recipe.first
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
 def train(name, recipe, policy, world):
@@ -687,17 +687,16 @@ def recipe_of(name, settings):
     parser.set_defaults(**vars(RECIPES.get(base, Recipe())))
     parser.error = lambda message: check(False, f"{name}: {message}; fields: {', '.join(fields)}")
     recipe = Recipe(**vars(parser.parse_args([f"--{change}" for change in changes])))
-    recipe.first = recipe.first or recipe.gr > 0                # L_GR is taken on the logged path
     check_numbers(f"{name}: ", recipe)
     check_choice(recipe.sampler, SAMPLERS, f"{name}: sampler={recipe.sampler}")
     check_choice(recipe.teacher, ("cm", "product"), f"{name}: teacher={recipe.teacher}")
     check(recipe.given == RECIPES.get(base, Recipe()).given, f"{name}: given belongs to the loss")
-    check("first=0" not in changes or not recipe.gr, f"{name}: gr > 0 needs first=1")
     check(recipe.w_a + recipe.w_y + recipe.w_s > 0, f"{name}: w_a, w_y and w_s are all 0")
     check(recipe.exact or "child" not in recipe.given, f"{name}: its loss needs exact=1")
     several = "log_ref" not in recipe.given or recipe.first + recipe.trajectories > 1
     check(several, f"{name}: it compares paths: trajectories > 1")
-    check(recipe.first or "pos" not in recipe.given, f"{name}: its loss needs first=1")
+    positive = recipe.loss and recipe.gr > 0 or "pos" in recipe.given       # needs the logged path
+    check(recipe.first or not positive, f"{name}: gr > 0, and S-DPO, need first=1")
     return recipe
 
 def facts_of(name, recipe):

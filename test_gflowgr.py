@@ -632,8 +632,8 @@ def reward_by_hand(recipe, world, reference, past, after):      # R of all items
 
 @pytest.mark.parametrize("name, K, L", [
     ("sft", 48, 1), ("distill:teacher=product", 2, 6), ("sdpo", 8, 3), ("sdpo:gr=0:beta=.7", 8, 3),
-    ("tb:gr=.7:lam=.3", 3, 4), ("tb-paper:trajectories=1", 4, 3), ("tb-paper", 7, 2),
-    ("db:exact=0", 8, 3), ("distill:gr=.5", 8, 3), ("grpo:trajectories=4", 4, 3),
+    ("tb:gr=.7:lam=.3:first=1", 3, 4), ("tb-paper:trajectories=1", 4, 3), ("tb-paper", 7, 2),
+    ("db:exact=0", 8, 3), ("distill:gr=.5:first=1", 8, 3), ("grpo:trajectories=4", 4, 3),
     ("grpo:beta=.7:first=1", 7, 2), ("db:first=1", 8, 3), ("tb:sampler=random:exact=0", 7, 2),
     ("tb:sampler=session:debias=0", 3, 5), ("tb:teacher=product:gamma=1.3", 8, 3),
     ("tb:sampler=policy", 48, 1), ("tb-huber:trajectories=9", 8, 3)])
@@ -780,7 +780,7 @@ def test_changes_in_the_order_tuned_recipe_name(monkeypatch):
     for name, changes in (
             ("tb", {**common, "lam": 5}), ("db:gamma=7", {**common, "gamma": 7}),
             ("tb:" + ":".join([f"{field}={value}" for field, value in every.items()]), every),
-            ("db:gr=1", {**common, "gr": 1, "first": True}), ("cm:debias=1", dict(debias=1)),
+            ("db:gr=1:first=1", {**common, "gr": 1, "first": True}), ("cm:debias=1", dict(debias=1)),
             ("sft:epochs=8:rate=.1", dict(epochs=8, rate=0.1, dropout=0.5))):
         own = RECIPES.get(name.partition(":")[0], Recipe())
         assert recipe_of(name, settings) == replace(own, **changes), name
@@ -1164,7 +1164,7 @@ FLAGS = {  # what the line must say: flags, each of which alone is wrong
                     "--temperatures=-1 --temperatures=nan --sample=-1 --methods=tb:trajectories=0",
     "given": "--methods=tb:given=x", "lam": "--methods=tb:lam=x", "loss": "--methods=tb:loss=x",
     "exact=1": "--methods=distill:exact=0", "w_a, w_y": "--methods=tb:w_a=0:w_y=0:w_s=0",
-    "first=1": "--methods=sdpo:gr=0:first=0 --methods=tb:gr=1:first=0",
+    "first=1": "--methods=sdpo:gr=0:first=0 --methods=tb:gr=1 --recipe=gr=1",
     "trajectories": "--methods=sdpo:trajectories=0 --methods=grpo:trajectories=1"}
 
 @pytest.mark.parametrize("message", FLAGS)
