@@ -626,10 +626,10 @@ PRESETS = {
 TUNED = {           # changes of RECIPES for a data set, chosen on validation; "*": all but sft
     "toy": {"sft": "epochs=12:rate=.003",
             "*": "epochs=8:rate=.003:teacher=cm:debias=1:w_a=.2:w_y=.75",
-            "sdpo": "rate=.0009:beta=1:sampler=policy:trajectories=7",
+            "sdpo": "rate=.0009:beta=1:sampler=drawn:trajectories=7",
             "grpo": "beta=.03",
             "tb-paper": "lam=10:dropout=0",
-            "db": "sampler=policy:trajectories=8",
+            "db": "sampler=drawn:trajectories=8",
             "tb": "sampler=drawn:trajectories=8",
             "tb-huber": "sampler=drawn:trajectories=8",
             "distill": "dropout=.1"},
