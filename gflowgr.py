@@ -45,7 +45,7 @@ NEVER = -1e9                            # log P of what is illegal; not −inf, 
 
 # --- Losses: pure functions of tensors, natural logs ----------------------------------------------
 def trajectory_balance(log_z, log_pf, log_r):
-    """TB of J paths a context: log Z(U) (C,), Σ_l log P_F (C, J), log R (C, J) → scalar.
+    """TB of J paths a context: log Z(U) (C,), log_pf = Σ_l log P_F, log R (C, J) → scalar.
 
     >>> log_pf, log_r = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
     >>> round(trajectory_balance(torch.zeros(1), log_pf, log_r).item(), 4)   # (0 + (log 1/2)²) / 2
@@ -102,9 +102,9 @@ class Recipe:
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # τ_1, the logged path, leads the N; L_GR and S-DPO need it
-    exact: bool = True              # Z, F(s): sums of R, no lag; False: learned, by the flow head
+    exact: bool = True              # Z, F(s): sums of R; False: by the flow head, or not used
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/n, weights as shares of Z: each r sums to 1 over items.
-    # r_a: the logged item (.1 if only clicked); r_s: common codes; r_ŷ: the scores of this teacher:
+    # r_a: the logged item (clicked: .1 in all); r_s: common codes; r_ŷ: the scores of this teacher:
     teacher: str = "product"        # P_SFT · CM^γ: SFT knows order, the CM rare items; or "cm"
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     gamma: float = 2.0              # γ; the product is 0 outside the best items of a beam
@@ -149,7 +149,7 @@ class Batch:
 
     def fill(self, reward):
         """What is known at each context: the teacher's scores, R of every item. The CM was fitted
-        on the target and later items: it is told them, to forget. (On mps, R stays on the CPU.)"""
+        on `following`, too: it is passed, for the CM to subtract. (On mps, R stays on the CPU.)"""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -310,7 +310,7 @@ def curriculum(batch, count, policy, progress):
     """The paper's default: unobserved items with low scores early in training, high ones late. The
     scores are the teacher's. Draw 2N−1 items, item i with P ∝ scores[i]/2 + 1/(2n), unlogged ones
     alone; sort them from low to high score; keep N neighbours from place round(progress · (N−1))
-    on. 1/(2n), ours, adds low scores: R has to vary, or log Z alone could fit it."""
+    on. 1/(2n), ours, adds low scores: paths of equal R teach little but log Z."""
     weight = 0.5 * batch.scores + 0.5 / batch.scores.shape[1]
     weight[batch.logged()] = 1e-12
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -418,8 +418,8 @@ def train(name, recipe, policy, world):
 
 # --- Recommending: beam search down the tree ------------------------------------------------------
 def children_of(logits, score, value, below, sample):
-    """Of all children of W beams: Σ log P_F (B, W, K), when sampling log P of the draw; and what
-    they compete by (B, W, K): that, + `below`, log of the guide's flow; or that + Gumbel noise."""
+    """Two (B, W, K) for all children of W beams: Σ log P_F (sampling: log P of the draw), and what
+    they compete by: the same + `below`, log of the guide's flow; sampling: + Gumbel noise."""
     log_p = (logits / sample if sample else logits).log_softmax(-1)
     if sample and below is not None:                            # a code is drawn ∝ P_F · flow
         log_p = (log_p + below).log_softmax(-1)
@@ -434,7 +434,7 @@ def children_of(logits, score, value, below, sample):
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # −log of that: Gumbel noise
     largest = own.amax(-1, keepdim=True)
     v = parent - own + torch.log1p(-(own - largest).exp())      # as in Kool's appendix
-    return log_p, parent - v.clamp(min=0) - torch.log1p((-v.abs()).exp())
+    return log_p, parent - v.clamp(min=0) - torch.log1p((-v.abs()).exp())   # parent − softplus(v)
 
 def grown(mask, parents):
     """The mask (B, W, S + W) of W new beams, from the old beams' (B, ·, S); parents (B, W).
@@ -462,7 +462,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        child = ids.next_node[node]             # (B, W, K), −1: illegal, or below illegal
+        child = ids.next_node[node]             # (B, W, K), −1: illegal; of node −1: all
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         below = None
         if guide is not None:                                   # −1 → node 0; log P there is NEVER
@@ -691,6 +691,9 @@ def recipe_of(name, settings):
     check_choice(recipe.sampler, SAMPLERS, f"{name}: sampler={recipe.sampler}")
     check_choice(recipe.teacher, ("cm", "product"), f"{name}: teacher={recipe.teacher}")
     check(recipe.given == RECIPES.get(base, Recipe()).given, f"{name}: given belongs to the loss")
+    known = [*Paths.__dataclass_fields__, *fields]
+    for what in recipe.given.split():
+        check_choice(what, known, f"{name}: given: {what}")
     check(recipe.w_a + recipe.w_y + recipe.w_s > 0, f"{name}: w_a, w_y and w_s are all 0")
     check(recipe.exact or "child" not in recipe.given, f"{name}: its loss needs exact=1")
     several = "log_ref" not in recipe.given or recipe.first + recipe.trajectories > 1
@@ -922,7 +925,8 @@ def run(settings, cm=None):
     names, seeds = check_settings(settings)
     recipes = {name: recipe_of(name, settings) for name in names}       # fail now, not after hours
     for recipe in recipes.values():
-        check(not (cm and recipe.debias), "debias is of the built-in CM: pass --recipe debias=0")
+        check(not (cm and recipe.debias),
+              "debias is of the built-in CM: pass --recipe debias=0, and no cm:debias")
     data = load_data(settings.data, settings.quick)
     if cm:
         check_cm(cm, data)
@@ -938,6 +942,7 @@ def run(settings, cm=None):
             kept[name, world.seed] = report.earlier_run(path, key_of(name, world))
         elif path.exists():
             path.unlink()                                       # train all of it anew
+            path.with_name("semantic_ids.json").unlink(missing_ok=True)
     runs = []
     for world, name in itertools.product(worlds, names):        # results so far; finish: all
         report.write_json(Path(settings.out) / "results.json", report.results_of(runs, about))

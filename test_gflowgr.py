@@ -806,6 +806,8 @@ def test_an_own_loss_and_sampler_and_a_bug_that_keeps_its_traceback(tiny, tmp_pa
     assert status == 0 and "loss=another_loss" in out and "| tb:sampler=newest |" in out, err
     with pytest.raises(IndexError):                             # with its traceback
         cli(*flags, "--methods=bug")
+    monkeypatch.setitem(RECIPES, "typo", Recipe(another_loss, "log_z log_P log_r"))
+    refused("log_P is not available", *flags, "--methods=typo")
 
 # --- The experiment -------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", ["tb", "tb-paper"])         # log Z is exact, or learned
@@ -1041,7 +1043,8 @@ def test_an_own_cm(tiny, tmp_path, capsys):
     with pytest.raises(InputError, match="built-in CM"):
         gflowgr.run(replace(settings, methods="tb:debias=.5"), mine)
     capsys.readouterr()
-    gflowgr.run(replace(settings, methods="sft+cm", resume=True), mine)
+    gflowgr.run(replace(settings, methods="sft+cm"))            # saved; the next takes its place
+    gflowgr.run(replace(settings, methods="sft+cm"), mine)
     assert "sft+cm: not saved" in capsys.readouterr().out
     gflowgr.run(replace(settings, resume=True), mine)           # the same CM: its run is kept
     assert "cm, seed 42: kept" in capsys.readouterr().out

@@ -35,7 +35,7 @@ def _rows(path, *columns):
             for name in columns:
                 found = set(name.split(" or ")).intersection(reader.fieldnames or [])
                 check(found, f"{path}, line 1: there is no column {name}, only "
-                      f"{reader.fieldnames}; add it, with commas between columns")
+                      f"{reader.fieldnames}; add it, with commas and no spaces between")
             for row in reader:     # key None: a field too many; value None: a field too few
                 place = f"{path}, line {reader.line_num}"
                 check(None not in (*row, *row.values()), f"{place} needs as many fields as line 1")

@@ -116,7 +116,7 @@ def table(results, short=False):
     summary = results["summary"]
     several = len(results["runs"]) > len(summary) and not short
     form = "{mean:.4f} ± {std:.4f}" if several else "{mean:.4f}"
-    shown = ["recall@10", "ndcg@10", "coverage@10", "hidden@10", "lift@10"][short:]
+    shown = ["recall@10", "ndcg@10", "coverage@10", "hidden@10", "themes@10"][short:]
     bases = list(BASES.items())[:1 if short else 2]
     rows = []
     for method, numbers in summary.items():
