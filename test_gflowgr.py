@@ -630,6 +630,28 @@ def reward_by_hand(recipe, world, reference, past, after):      # R of all items
     R[v] += recipe.w_a * (1 if v % 3 else 0.1)                  # liked, or only clicked
     return R
 
+def loss_by_hand(name, log_flow, log_pf, log_r, reference, beta):     # of the J paths of a context
+    log_p = log_pf.sum(1)
+    if "huber" in name:                                         # half a square up to 1 nat
+        gaps = (log_flow[0, 0] + log_p - log_r).abs()
+        return sum(0.5 * x * x if x < 1 else x - 0.5 for x in gaps) / len(gaps)
+    if "tb" in name:
+        return balance_loops(log_flow[:1, 0], log_p[None], log_r[None])
+    if "db" in name:
+        log_f = torch.cat([log_flow, log_r[:, None]], 1)
+        return (log_f.diff(dim=1) - log_pf).square().sum() / len(log_r)
+    if "grpo" in name:
+        return grpo_loops(log_p[None], reference[None], log_r[None], beta)
+    return sdpo_loops(log_p[:1], log_p[None, 1:], reference[:1], reference[None, 1:], beta)
+
+def divergence_by_hand(paths, codes, below, log_pf):            # KL, prefix by prefix
+    total = 0
+    for item, l in itertools.product(paths, range(log_pf.shape[1])):
+        v = [*{codes[v][l]: v for v in under(codes, item, l)}.values()]     # one a code
+        p = below[v, l + 1] / below[v, l + 1].sum()
+        total += (p * (p.log() - log_pf[v, l])).sum() / len(paths)
+    return total
+
 @pytest.mark.parametrize("name, K, L", [
     ("sft", 48, 1), ("distill:teacher=product", 2, 6), ("sdpo", 8, 3), ("sdpo:gr=0:beta=.7", 8, 3),
     ("tb:gr=.7:lam=.3:first=1", 3, 4), ("tb-paper:trajectories=1", 4, 3), ("tb-paper", 7, 2),
@@ -668,25 +690,11 @@ def test_the_whole_loss_against_one_path_at_a_time(name, K, L, tiny, monkeypatch
         for v, l in np.ndindex(*below.shape):
             below[v, l] = R[under(codes, v, l)].sum()
         log_flow = below[:, :L].log() if recipe.exact else log_flow
-        log_p, its, L_GFN = log_pf[paths].sum(1), frozen[paths].sum(1), 0
-        if "huber" in name:                                     # half a square up to 1 nat
-            gap = (log_flow[0, 0] + log_p - R[paths].log()).abs()
-            L_GFN = sum(0.5 * x * x if x < 1 else x - 0.5 for x in gap) / len(paths)
-        elif "tb" in name:
-            L_GFN = balance_loops(log_flow[:1, 0], log_p[None], R[None, paths].log())
-        elif "db" in name:
-            log_f = torch.cat([log_flow[paths], R[paths, None].log()], 1)
-            L_GFN = (log_f.diff(dim=1) - log_pf[paths]).square().sum() / len(paths)
-        elif "sdpo" in name:
-            L_GFN = sdpo_loops(log_p[:1], log_p[None, 1:], its[:1], its[None, 1:], recipe.beta)
-        elif "grpo" in name:
-            L_GFN = grpo_loops(log_p[None], its[None], R[None, paths].log(), recipe.beta)
-        else:                                                   # the divergence, prefix by prefix
-            for item, l in itertools.product(paths, range(L)):
-                v = [*{codes[v][l]: v for v in under(codes, item, l)}.values()]     # one a code
-                p = below[v, l + 1] / below[v, l + 1].sum()
-                L_GFN += (p * (p.log() - log_pf[v, l])).sum() / len(paths)
-        total += recipe.lam * L_GFN
+        if name.startswith("distill"):
+            total += recipe.lam * divergence_by_hand(paths, codes, below, log_pf)
+        else:
+            shown = log_flow[paths], log_pf[paths], R[paths].log(), frozen[paths].sum(1)
+            total += recipe.lam * loss_by_hand(name, *shown, recipe.beta)
     close(found.detach(), total / len(batch.users))
 
 def trained(flags, name="sft", shift=0, rows=None):
@@ -780,7 +788,8 @@ def test_changes_in_the_order_tuned_recipe_name(monkeypatch):
     for name, changes in (
             ("tb", {**common, "lam": 5}), ("db:gamma=7", {**common, "gamma": 7}),
             ("tb:" + ":".join([f"{field}={value}" for field, value in every.items()]), every),
-            ("db:gr=1:first=1", {**common, "gr": 1, "first": True}), ("cm:debias=1", dict(debias=1)),
+            ("db:gr=1:first=1", {**common, "gr": 1, "first": True}),
+            ("cm:debias=1", dict(debias=1)),
             ("sft:epochs=8:rate=.1", dict(epochs=8, rate=0.1, dropout=0.5))):
         own = RECIPES.get(name.partition(":")[0], Recipe())
         assert recipe_of(name, settings) == replace(own, **changes), name
@@ -934,10 +943,15 @@ def test_every_run_says_its_recipe_and_its_model_serves_what_was_measured(finish
         if run["curve"]:                                        # the last epoch was saved
             ndcg = ndcg_loops(model.recommend(data.train)[0], targets[:, 0], 10).mean()
             assert run["curve"][-1]["ndcg@10"] == approx(ndcg)
-    sft, continued, tb = [run["curve"] for run in runs[-4:-1]]      # which start from SFT
+
+def test_fine_tuning_starts_from_sft_and_pop_counts(finished):
+    out, flags, _ = finished
+    runs, data = results_in(out)["runs"], load_data(flags[0][7:])
+    sft, continued, tb = [run["curve"] for run in runs[-4:-1]]
     assert sft[-1]["ndcg@10"] == continued[0]["ndcg@10"] == tb[0]["ndcg@10"] != sft[0]["ndcg@10"]
     counts = np.bincount(sum(data.train, []), minlength=48)
-    for history, row in zip(past, runs[0]["lists"]):            # pop
+    for history, row in zip(data.histories, runs[0]["lists"]):      # pop
+        history = history[:-1]
         rest = sorted([counts[v] for v in range(48) if v not in history], reverse=True)
         assert counts[row].tolist() == rest[:10] and not set(row) & set(history)
 
