@@ -400,7 +400,7 @@ def train(name, recipe, policy, world):
         epoch_batches = batches(world.rows, world.data, size, policy, rng)
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
             loss = loss_of(recipe, policy, reference, batch, reward, len(losses) / steps)
-            if not torch.isfinite(loss):
+            if not torch.isfinite(loss).all():
                 who = ", ".join(sorted({world.data.user_ids[user] for user in batch.users}))
                 raise FloatingPointError(f"{name}: loss {loss} at step {len(losses)}; users {who}")
             optimizer.zero_grad()
@@ -680,13 +680,16 @@ def recipe_of(name, settings):
         parts = [tuned.get("sft", ""), settings.sft]
     elif base in ("pop", "cm"):
         parts = []
-    parts.append(name.rpartition("+cm")[2].partition(":")[2])   # tb:X → X, tb:X+cm:Y → Y
+    own = name.rpartition("+cm")[2].partition(":")[2]           # tb:X → X, tb:X+cm:Y → Y
+    parts.append(own)
     changes = [change for change in ":".join(parts).split(":") if change]
     fields = vars(Recipe())
     parser = HfArgumentParser(Recipe, allow_abbrev=False, add_help=False)
     parser.set_defaults(**vars(RECIPES.get(base, Recipe())))
     parser.error = lambda message: check(False, f"{name}: {message}; fields: {', '.join(fields)}")
     recipe = Recipe(**vars(parser.parse_args([f"--{change}" for change in changes])))
+    for what in filter(None, own.split(":")):
+        check_choice(what.partition("=")[0], facts_of(name, recipe), f"{name}: {what}")
     check_numbers(f"{name}: ", recipe)
     check_choice(recipe.sampler, SAMPLERS, f"{name}: sampler={recipe.sampler}")
     check_choice(recipe.teacher, ("cm", "product"), f"{name}: teacher={recipe.teacher}")
@@ -720,7 +723,7 @@ def check_settings(settings):
     if settings.preset:
         check_choice(settings.preset, PRESETS, f"--preset {settings.preset}")
     seeds = [seed.strip() for seed in settings.seeds.split(",")]
-    check(all(map(str.isdecimal, seeds)), f"--seeds {settings.seeds}: not whole numbers from 0 on")
+    check(all(map(str.isdecimal, seeds)), f"--seeds {settings.seeds} are not numbers like 42,43")
     known = ["pop", "cm", *RECIPES, *[f"{method}+cm" for method in RECIPES]]
     names = []
     for name in map(str.strip, settings.methods.split(",")):
@@ -735,8 +738,9 @@ def check_settings(settings):
 def check_cm(cm, data):
     """Raise InputError if a CM of your own does not return what r_ŷ and the guide need."""
     n = len(data.titles)
-    past = [history[:-1] for history in data.train[:2]]         # as in training, which has the rest
-    scores = cm.scores(past, [history[-1:] for history in data.train[:2]])
+    some = [[], *data.train[:99]]                               # an empty history, too
+    past = [history[:-1] for history in some]                   # as in training, which has the rest
+    scores = cm.scores(past, [history[-1:] for history in some])
     check(torch.is_tensor(scores) and scores.is_floating_point() and scores.shape == (len(past), n)
           and scores.min() >= 0 and (scores.sum(1) - 1).abs().max() < 1e-3,
           "scores(histories, following) of a CM gets B lists of items and has to return\n"

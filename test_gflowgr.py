@@ -1065,13 +1065,13 @@ def test_an_own_cm(tiny, tmp_path, capsys):
     mine.scores = lambda rows, following=None: torch.eye(48)[[8] * len(rows)]
     with pytest.raises(InputError, match="was made with CM"):
         gflowgr.run(replace(settings, resume=True), mine)
-    train = load_data(settings.data).train[:2]                  # the first call is as in training
+    train = [[], *load_data(settings.data).train]               # the first call is as in training
     calls = []
-    mine.scores = lambda rows, after=None: calls.append((rows, after)) or torch.eye(48)[:2]
+    good = torch.eye(48)[[0] * len(train)]
+    mine.scores = lambda rows, after=None: calls.append((rows, after)) or good
     gflowgr.check_cm(mine, load_data(settings.data))
     assert [past + after for past, after in zip(*calls[0])] == train
     refused("never saved", "--recommend", "x", "--model", tmp_path / "sft+cm-42")
-    good = torch.eye(48)[:2]
     bads = (good.numpy(), good[:1], good[:, 1:], good.long(), good - 1 / 48, 2 * good, 0 / good)
     for bad in bads:
         mine.scores = lambda rows, following=None: bad
@@ -1172,7 +1172,8 @@ def test_examples_in_the_readme(monkeypatch):
 FLAGS = {  # what the line must say: flags, each of which alone is wrong
     "no folder nowhere": "--data=nowhere", "go together": "--recommend=x",
     "is not available": "--oracle=sdpo --oracle=tb,distill --device=nonsense --methods=nonsense+cm "
-                        "--methods=nonsense:lam=2 --methods=cm+cm --methods=tb:sampler=x",
+                        "--methods=nonsense:lam=2 --methods=cm+cm --methods=tb:sampler=x "
+                        "--methods=cm:lam=3 --methods=sft:lam=3 --methods=sft+cm:rate=1",
     "nonsense": "--preset=nonsense --seeds=nonsense --ids=nonsense --batch=nonsense --nonsense=1 "
                 "--recipe=nonsense "
                 "--sft=nonsense --methods=tb:teacher=nonsense --methods=tb:nonsense=1",
