@@ -7,9 +7,9 @@ probability of an item shall be proportional to its reward R. R mixes the logged
 of a collaborative model (CM) and the similarity of IDs. The method ends with `train`; the beam
 search that recommends follows, then the work around both.
 
-Letters in shapes: B users, or rows of a batch (one user each), H tokens of history, T targets in a
-row, C contexts (a target and the history before it), N sampled and J all paths of a context, E
-branches and S places in a row, L levels, K codes a level, n items, P prefixes, W beams, d width.
+Letters in shapes: B users, or rows of a batch (one user each), H tokens of history, T targets per
+row, C contexts (a target and the history before it), N sampled and J all paths per context, E
+branches and S places per row, L levels, K codes per level, n items, P prefixes, W beams, d width.
 """
 import copy
 import inspect
@@ -45,7 +45,7 @@ NEVER = -1e9                            # log P of what is illegal; not −inf, 
 
 # --- Losses: pure functions of tensors, natural logs ----------------------------------------------
 def trajectory_balance(log_z, log_pf, log_r):
-    """TB of J paths a context: log Z(U) (C,), log_pf = Σ_l log P_F, log R (C, J) → scalar.
+    """TB: log Z(U) (C,); of J paths per context log_pf = Σ_l log P_F, log R (C, J) → scalar.
 
     >>> log_pf, log_r = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
     >>> round(trajectory_balance(torch.zeros(1), log_pf, log_r).item(), 4)   # (0 + (log 1/2)²) / 2
@@ -56,9 +56,8 @@ def trajectory_balance(log_z, log_pf, log_r):
 
 def huber_balance(log_z, log_pf, log_r):
     """TB as above, but a few paths with R far above P cannot outweigh all others."""
-    residual = log_z[:, None] + log_pf - log_r                                      # (C, J)
-    # mean of h(residual): h(x) = x²/2 up to 1 nat, |x| − 1/2 beyond
-    return F.huber_loss(residual, torch.zeros_like(residual))
+    # mean of h(log Z(U) + Σ_l log P_F − log R): h(x) = x²/2 up to 1 nat, |x| − 1/2 beyond
+    return F.huber_loss(log_z[:, None] + log_pf, log_r)
 
 def detailed_balance(log_flow, log_pf):
     """DB, summed over steps: log F(s_0) … log F(s_L) = log R (C, J, L+1), log P_F (C, J, L)."""
@@ -67,10 +66,10 @@ def detailed_balance(log_flow, log_pf):
 
 def distillation(child_flow, log_probs):
     """KL(R/Z ‖ P), ours: flows F* of all children (C, J, L, K), log P_F (C, J, L, K) → scalar.
-    The ceiling for TB and DB: a step sees the flows of all children, not only of the one
-    that the path takes. On paths drawn from R, the sum over steps is the KL on average (chain
-    rule)."""
-    # KL: Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), mean over paths
+    The flow of a prefix is the sum of R below it (0 for an illegal child). TB and DB compare only
+    the codes that a path takes, this one all children at each step: so it is their ceiling. By the
+    chain rule, the steps of a path add up to the KL if paths are drawn ∝ R."""
+    # Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), mean over paths
     target = child_flow / child_flow.sum(-1, keepdim=True)
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
 
@@ -98,27 +97,27 @@ class Recipe:
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
     given: str = ""                 # what the loss gets, in its order: fields of Paths, of Recipe
     gr: float = 0.0                 # weight of L_GR beside L_GFN: 0, since r_a in R teaches the log
-    lam: float = 1.0                # λ; if gr = 0, Adam cancels it (clipping aside)
+    lam: float = 1.0                # λ; without L_GR it does little: Adam rescales gradients
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # τ_1, the logged path, leads the N; L_GR and S-DPO need it
-    exact: bool = True              # Z, F(s): sums of R; False: by the flow head, or not used
-    # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/n, weights as shares of Z: each r sums to 1 over items.
-    # r_a: the logged item (clicked: .1 in all); r_s: common codes; r_ŷ: the scores of this teacher:
-    teacher: str = "product"        # P_SFT · CM^γ: SFT knows order, the CM rare items; or "cm"
+    exact: bool = True              # F(s), Z(U) are sums of R, all known; False: learned by a head
+    # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. Each r sums to 1 over the items, so Z is about 1.
+    # r_a is 1 at the logged item (.1 if it was only clicked); r_s counts common codes
+    teacher: str = "product"        # r_ŷ: "cm", or P_SFT · CM^γ: SFT knows order, the CM rare items
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
-    gamma: float = 2.0              # γ; the product is 0 outside the best items of a beam
+    gamma: float = 2.0              # γ of the product; it is 0 at all but the best items
     w_a: float = 0.3
-    w_y: float = 0.65               # the most: only the teacher knows of what was not shown
+    w_y: float = 0.65               # the largest: only r_ŷ knows of what was not shown
     w_s: float = 0.05
     beta: float = 0.1               # S-DPO, GRPO: how strongly the frozen SFT policy holds
     rate: float = 1.5e-3            # peak learning rate: small models like it high
-    dropout: float = 0.0            # R is softer than logged items: none; SFT needs it
+    dropout: float = 0.0            # SFT needs it; R is softer than single logged items
     epochs: int = 7                 # the last ones bring the gain
 
-TB = "log_z log_p log_r"            # log_p: of the whole path, Σ_l log P_F
-# The paper's L = L_GR + λ · L_GFN, λ = 1, curriculum, N = 3, learned log Z, but for two things: the
-# weights of R are shares of Z, and S-DPO has L_GR, too.
+TB = "log_z log_p log_r"            # TB gets log_p, Σ_l log P_F of a path, as its log_pf
+# The paper's L = L_GR + λ · L_GFN, λ = 1, curriculum, N = 3, learned log Z. Ours are the weights of
+# R, and L_GR beside S-DPO.
 PAPER = dict(gr=1.0, sampler="curriculum", trajectories=3, first=True, exact=False, teacher="cm",
              rate=4.5e-4, dropout=0.2)
 RECIPES = {
@@ -136,10 +135,11 @@ RECIPES = {
 @dataclass
 class Batch:
     """B rows, each a part of a user's history, read once. Every target v in it makes a context: v
-    and the history before it. Reading <user> a b, targets a, b, c (c is not read): ends 0, 1, 2."""
+    and the history before it. `ends` counts the items before a target: 0, 1, 2 for the targets a,
+    b, c of a row that reads <user> a b (the last target is never read)."""
     tokens: torch.Tensor            # (B, H) <user>, the items read, padding on the right
-    ends: torch.Tensor              # (B, T) how many items of the row a target sees; −1: padding
-    users: list                     # C users, one a context; contexts go row by row
+    ends: torch.Tensor              # (B, T) items of the row before each target; −1: padding
+    users: list                     # the user of each of C contexts; contexts go row by row
     histories: list                 # C lists: the user's items before the target
     following: list                 # C lists: the target and the user's later training items
     positives: torch.Tensor         # (C,) the targets v
@@ -148,8 +148,8 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """What is known at each context: the teacher's scores, R of every item. The CM was fitted
-        on `following`, too: it is passed, for the CM to subtract. (On mps, R stays on the CPU.)"""
+        """What is known at each context: the teacher's scores, R of every item. The CM counted
+        `following`, too; it is told, so as to leave it out. (On mps, R stays on the CPU.)"""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -164,7 +164,7 @@ class Paths:
     """J paths at each of C contexts: all that a loss may be given. A recipe names the fields."""
     log_pf: torch.Tensor            # (C, J, L) log P_F(s_{l+1} | s_l) of the codes taken
     log_probs: torch.Tensor         # (C, J, L, K) log P_F of all codes, NEVER where illegal
-    log_flow: torch.Tensor          # (C, J, L) from forward; loss_of adds log F(s_L) = log R
+    log_flow: torch.Tensor          # (C, J, L + 1) log F(s_0) … log F(s_L); forward leaves out s_L
     log_p: torch.Tensor = None      # (C, J) log P of the whole path
     log_z: torch.Tensor = None      # (C,) log Z(U)
     log_r: torch.Tensor = None      # (C, J) log R
@@ -179,8 +179,8 @@ class Paths:
 def tree_mask(ends, H, L):
     """Which places see which in a packed row: floats (B, S, S), 0 where i sees j, else NEVER.
     A row is H tokens of history, <user> first, then E branches of L−1 codes: S = H + E·(L−1). A
-    place of the history sees itself and all before it. A code sees its own branch up to itself, and
-    the history up to place ends[b, e], after which branch e of row b begins; ends (B, E).
+    place of the history sees itself and all before it. A code of branch e in row b sees the history
+    up to place ends[b, e], and its own branch up to itself; ends (B, E).
     <user> a b, with branch c d after a, and e f after b:
     >>> for place, row in zip("uabcdef", tree_mask(torch.tensor([[1, 2]]), H=3, L=3)[0]):
     ...     print(place, *["1" if x == 0 else "." for x in row])
@@ -195,7 +195,7 @@ def tree_mask(ends, H, L):
     place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
     branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) of its branch, up to itself
-    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) ends[b, e]; history: 0
+    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) ends[b, e] of codes, else 0
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
 def pad(lists, value):
@@ -228,7 +228,7 @@ class Policy(torch.nn.Module):
 
     def tokens(self, histories):
         """Tokens (B, H): <user>, the last `window` items, padding; counts (B, 1) of the items."""
-        rows = [[-1, *history[-self.window:]] for history in histories]     # −1 becomes <user>
+        rows = [[-1, *history[-self.window:]] for history in histories]     # −1: <user>, padding
         return pad(rows, -1) + self.user_token + 1, torch.tensor([[len(row) - 1] for row in rows])
 
     def forward(self, tokens, ends, items):
@@ -239,8 +239,8 @@ class Policy(torch.nn.Module):
         L = ids.num_levels
         J = items.shape[1]
         valid = ends >= 0
-        # Contexts go row by row: their J items are written into the valid cells (b, t). The other
-        # cells hold 0, and are dropped at the end → (B, E = T·J)
+        # From contexts to rows: J items of a context become J branches of its row → (B, E = T·J)
+        # Cells (b, t) that are padding hold item 0; `[valid]` drops them at the end
         packed = items.new_zeros(*ends.shape, J).masked_scatter(valid[..., None], items).flatten(1)
         ends = ends.clamp(min=0).repeat_interleave(J, 1)                            # (B, E)
         levels = torch.arange(L, device=ends.device)
@@ -260,13 +260,15 @@ class Policy(torch.nn.Module):
         illegal = ids.next_node[ids.nodes[packed][..., :-1]] < 0    # next_node: −1 for no child
         log_probs = logits.masked_fill(illegal, NEVER).log_softmax(-1)
         log_flow = self.flow_head(prefixes)[..., 0]                                 # (B, E, L)
+        # Back from rows to contexts: (B, E, …) → (B, T, J, …) → (C, J, …)
         log_probs, log_flow = (x.unflatten(1, (-1, J))[valid] for x in (log_probs, log_flow))
         log_pf = log_probs.gather(-1, ids.codes[items][..., None])[..., 0]          # (C, J, L)
         return Paths(log_pf, log_probs, log_flow)
 
     def path_log_probs(self, histories, items):
         """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L)."""
-        return self(*self.tokens(histories), torch.as_tensor(items)).log_pf     # counts are ends
+        tokens, ends = self.tokens(histories)                   # one target, after all items
+        return self(tokens, ends, torch.as_tensor(items)).log_pf
 
     def recommend(self, histories, k=10, beams=None, guide=None, sample=0.0):
         """The k best items of B histories: items (B, k), best first, and their scores (B, k).
@@ -276,7 +278,8 @@ class Policy(torch.nn.Module):
         guide (B, n) ≥ 0 multiplies P: an item scores log P + log guide, a prefix Σ log P_F + log Σ
         guide over the items below it.
         sample > 0 draws the list instead, at this temperature: k items without replacement; a code
-        is drawn ∝ P_F^(1/sample) · the guide's flow. Scores then hold Gumbel noise."""
+        is drawn ∝ P_F^(1/sample) · Σ guide over the items below it. Scores then only tell the
+        order."""
         return beam_search(self, histories, k, max(beams or self.beams, k), guide, sample)
 
     def save_pretrained(self, folder):
@@ -291,13 +294,13 @@ class Policy(torch.nn.Module):
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
 def draw(weight, count):
     """N = count items a context (C, N), with replacement, in proportion to weight (C, n)."""
-    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]    # 1 is slow
+    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]  # 1: slow in torch
 
 def session(batch, count, policy, progress):
     """Other items of the user's own log; the positive if there is no other."""
     weight = torch.zeros_like(batch.r)
     weight[batch.logged()] = 1
-    weight.scatter_(1, batch.positives[:, None], 1e-6)
+    weight.scatter_(1, batch.positives[:, None], 1e-6)          # of use if it is the only one
     return draw(weight, count)
 
 def random(batch, count, policy, progress):
@@ -308,9 +311,9 @@ def random(batch, count, policy, progress):
 
 def curriculum(batch, count, policy, progress):
     """The paper's default: unobserved items with low scores early in training, high ones late. The
-    scores are the teacher's. Draw 2N−1 items, item i with P ∝ scores[i]/2 + 1/(2n), unlogged ones
-    alone; sort them from low to high score; keep N neighbours from place round(progress · (N−1))
-    on. 1/(2n), ours, adds low scores: paths of equal R teach little but log Z."""
+    scores are the teacher's. Draw a pool of 2N−1 items, item i with P ∝ scores[i]/2 + 1/(2n),
+    unlogged ones alone. Sort it from low to high score. Keep N neighbours: those from place
+    round(progress · (N−1)) on. The half 1/(2n) is ours: without it, all scores would be high."""
     weight = 0.5 * batch.scores + 0.5 / batch.scores.shape[1]
     weight[batch.logged()] = 1e-12
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -358,11 +361,11 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
     device = paths.log_pf.device
     paths.log_p = paths.log_pf.sum(-1)                          # Σ_l log P_F      (C, J)
     paths.log_r = batch.r.gather(1, items).log().to(device)                         # (C, J)
-    if recipe.exact:
+    if recipe.exact:                                            # F*(s) = Σ R of the items below s
         paths.child_flow = reward.ids.child_flows(batch.r, items).to(device)        # (C, J, L, K)
-        paths.log_flow = paths.child_flow.sum(-1).log()         # log F*(s) = log Σ R below s
+        paths.log_flow = paths.child_flow.sum(-1).log()         # of s: the sum over its children
     paths.log_flow = torch.cat([paths.log_flow, paths.log_r[..., None]], -1)        # (C, J, L+1)
-    paths.log_z = paths.log_flow[:, 0, 0]                       # s_0, the state after the history
+    paths.log_z = paths.log_flow[:, 0, 0]                       # Z = F(s_0), s_0 is in all J paths
     paths.policy_pos = paths.log_p[:, 0]                        # the logged path, if recipe.first
     paths.policy_neg = paths.log_p[:, 1:]
     if "ref" in recipe.given:                                   # log_ref, ref_pos or ref_neg
@@ -382,11 +385,11 @@ def train(name, recipe, policy, world):
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. policy:
     SFT's, or new for SFT itself; world: data, rows to train on, seed, settings, reward(recipe)."""
     reward = world.reward(recipe) if recipe.loss else None
-    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: 20 steps
+    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # at least 20 steps an epoch
     per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
-              {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # log Z: fast
+              {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # if not exact
     optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10 + 1), steps)
     reference = copy.deepcopy(policy).eval() if "ref" in recipe.given else None     # frozen SFT
@@ -394,7 +397,7 @@ def train(name, recipe, policy, world):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        # rng orders the rows; torch's seed, also from (seed, epoch), is for dropout and samplers
+        # Two generators with one seed: rng orders the rows, torch's is for dropout and samplers
         rng = np.random.default_rng((world.seed, epoch))
         torch.manual_seed(int(np.random.default_rng((world.seed, epoch)).integers(2 ** 63)))
         epoch_batches = batches(world.rows, world.data, size, policy, rng)
@@ -418,10 +421,11 @@ def train(name, recipe, policy, world):
 
 # --- Recommending: beam search down the tree ------------------------------------------------------
 def children_of(logits, score, value, below, sample):
-    """Two (B, W, K) for all children of W beams: Σ log P_F (sampling: log P of the draw), and what
-    they compete by: the same + `below`, log of the guide's flow; sampling: + Gumbel noise."""
+    """Of all children of W beams (B, W, K): log P, and the value by which the best go on.
+    Searching: log P = Σ log P_F; value = log P + `below`, which is log Σ guide over items below.
+    Sampling: P as a code is drawn, ∝ P_F^(1/sample) · Σ guide; value = log P + Gumbel noise."""
     log_p = (logits / sample if sample else logits).log_softmax(-1)
-    if sample and below is not None:                            # a code is drawn ∝ P_F · flow
+    if sample and below is not None:
         log_p = (log_p + below).log_softmax(-1)
     log_p = log_p.add_(score[..., None])
     if not sample:
@@ -927,15 +931,12 @@ def flow_of(policy, history, teacher, data, teacher_name, learned_name):
 def run(settings, cm=None):
     """The whole job → results. cm: a CM of your own, with scores(histories, following=None)."""
     names, seeds = check_settings(settings)
-    recipes = {name: recipe_of(name, settings) for name in names}       # fail now, not after hours
-    for recipe in recipes.values():
-        check(not (cm and recipe.debias),
+    for name in names:                                          # fail now, not after hours
+        check(not (recipe_of(name, settings).debias and cm),
               "debias is of the built-in CM: pass --recipe debias=0, and no cm:debias")
     data = load_data(settings.data, settings.quick)
     if cm:
         check_cm(cm, data)
-    trained = [name for name in names if base_of(name) in RECIPES]
-    print("to train, in epochs:", *[f"{name} {recipes[name].epochs}" for name in trained])
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
     worlds = [World.prepare(seed, data, settings, cm) for seed in seeds]

@@ -65,9 +65,6 @@ def _read_users(path, index):
     kept = {user: liked for user, liked in users.items() if len(liked) >= 3}
     check(kept, f"{path}: no user has three different items; add interactions")
     print(f"dropped: {repeats} repeats of an item, {len(users) - len(kept)} users with < 3 items")
-    ties = 1 - len({event[:2] for event in events}) / len(events)
-    if ties:
-        print(f"{ties:.0%} of the interactions have the user and time of another: order by chance")
     if not all(map(all, map(dict.values, kept.values()))):
         print("disliked items stay targets; liked only changes r_a of the reward")
     return kept

@@ -1,7 +1,6 @@
 """What a run leaves: results.json, the table, gains with intervals, the first user's list."""
 import itertools
 import json
-import math
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -47,9 +46,8 @@ def table_of_items(lists, num_items):
     return table
 
 def exposure(ranked, data):
-    """{metric: (B,)} of lists (B, 10); new is what is not in the history; {} without a truth.
+    """{metric: (B,)} of lists (B, 10); {} without a truth.
     hidden@10: share of the liked, never shown items that are listed
-    lift@10: mean count in training of the listed items / of all liked, new items
     themes@10: how many of the user's three themes, those with the most liked items, are listed"""
     if not data.truth:
         return {}
@@ -57,15 +55,11 @@ def exposure(ranked, data):
     listed = table_of_items(ranked, n)
     liked = table_of_items(data.truth["liked"], n)
     hidden = liked & ~table_of_items(data.truth["shown"], n)
-    new = liked & ~table_of_items([history[:-1] for history in data.histories], n)
-    count = np.bincount(np.concatenate(data.train), minlength=n)
-    fair = np.where(new.any(1), new @ count / np.maximum(1, new.sum(1)), 1.0)
     theme = np.unique(data.truth["theme"], return_inverse=True)[1]
     of_theme = np.eye(theme.max() + 1)[theme]                                       # (n, themes)
     three = np.argsort(-(liked @ of_theme), axis=1, kind="stable")[:, :3]
     in_list = np.take_along_axis(listed @ of_theme > 0, three, axis=1)              # (B, 3)
     return {"hidden@10": (hidden & listed).sum(1) / np.maximum(1, hidden.sum(1)),
-            "lift@10": listed @ count / np.maximum(1, listed.sum(1)) / np.maximum(1.0, fair),
             "themes@10": in_list.sum(1)}
 
 # --- Summary, gains, table ------------------------------------------------------------------------
@@ -152,6 +146,4 @@ def finish(out, runs, about, data):
     (out / "results.md").write_text(table(results) + "\n", encoding="utf-8")
     print("", table(results, short=True), "", *figures.draw_run(out, data, results), sep="\n")
     print(f"results.json, results.md (more columns) and the saved models are in {out}/")
-    error = 1.96 * math.sqrt(0.1 * 0.9 / len(data.train))
-    print(f"With {len(data.train)} users, a share of .1 is known to ± {error:.3f}.")
     return results
