@@ -66,9 +66,9 @@ def detailed_balance(log_flow, log_pf):
 
 def distillation(child_flow, log_probs):
     """KL(R/Z ‖ P), ours: flows F* of all children (C, J, L, K), log P_F (C, J, L, K) → scalar.
-    The flow of a prefix is the sum of R below it (0 for an illegal child). TB and DB compare only
-    the codes that a path takes, this one all children at each step: so it is their ceiling. By the
-    chain rule, the steps of a path add up to the KL if paths are drawn ∝ R."""
+    The flow of a prefix is the sum of R below it (0 for an illegal child). TB and DB look only at
+    the codes that a path takes, this one at all children of each step: it shows what they could
+    reach. On paths drawn ∝ R, the expected sum over the steps is the KL (chain rule)."""
     # Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), mean over paths
     target = child_flow / child_flow.sum(-1, keepdim=True)
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
@@ -95,7 +95,7 @@ class Recipe:
     """How a method is trained. `--methods tb:lam=1:sampler=random` changes fields of an entry of
     RECIPES. For toy and ml-100k, TUNED (below Settings) changes some as well."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
-    given: str = ""                 # what the loss gets, in its order: fields of Paths, of Recipe
+    given: str = ""                 # names of its arguments, in order: fields of Paths or Recipe
     gr: float = 0.0                 # weight of L_GR beside L_GFN: 0, since r_a in R teaches the log
     lam: float = 1.0                # λ; without L_GR it does little: Adam rescales gradients
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
@@ -104,9 +104,9 @@ class Recipe:
     exact: bool = True              # F(s), Z(U) are sums of R, all known; False: learned by a head
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. Each r sums to 1 over the items, so Z is about 1.
     # r_a is 1 at the logged item (.1 if it was only clicked); r_s counts common codes
-    teacher: str = "product"        # r_ŷ: "cm", or P_SFT · CM^γ: SFT knows order, the CM rare items
+    teacher: str = "product"        # r_ŷ: "cm", or P_SFT · CM^γ, in which the CM knows rare items
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
-    gamma: float = 2.0              # γ of the product; it is 0 at all but the best items
+    gamma: float = 2.0              # γ of the product, which is kept at its best items, 0 elsewhere
     w_a: float = 0.3
     w_y: float = 0.65               # the largest: only r_ŷ knows of what was not shown
     w_s: float = 0.05
@@ -116,8 +116,8 @@ class Recipe:
     epochs: int = 7                 # the last ones bring the gain
 
 TB = "log_z log_p log_r"            # TB gets log_p, Σ_l log P_F of a path, as its log_pf
-# The paper's L = L_GR + λ · L_GFN, λ = 1, curriculum, N = 3, learned log Z. Ours are the weights of
-# R, and L_GR beside S-DPO.
+# The paper's L = L_GR + λ · L_GFN, λ = 1, curriculum, N = 3, learned log Z. Not the paper's: the
+# weights of R, rate and dropout, and that S-DPO, too, has L_GR.
 PAPER = dict(gr=1.0, sampler="curriculum", trajectories=3, first=True, exact=False, teacher="cm",
              rate=4.5e-4, dropout=0.2)
 RECIPES = {
@@ -148,8 +148,8 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """What is known at each context: the teacher's scores, R of every item. The CM counted
-        `following`, too; it is told, so as to leave it out. (On mps, R stays on the CPU.)"""
+        """What is known at each context: the teacher's scores, R of every item. The CM was
+        fitted on the same histories: it takes `following` out. (On mps, R stays on the CPU.)"""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -195,7 +195,7 @@ def tree_mask(ends, H, L):
     place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
     branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) of its branch, up to itself
-    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) ends[b, e] of codes, else 0
+    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) ends of codes; 0: <user>
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
 def pad(lists, value):
@@ -253,11 +253,11 @@ class Policy(torch.nn.Module):
         root = hidden.take_along_dim(ends[..., None], 1)                            # (B, E, d)
         later = hidden[:, H:].unflatten(1, (ends.shape[1], L - 1))                  # (B, E, L-1, d)
         prefixes = torch.cat([root[:, :, None], later], 2)                          # (B, E, L, d)
-        # The output weights of a level are the embeddings of its codes. Slice the embedding once:
-        # a slice per level would allocate a full-size gradient for each.
+        # The output weights of a level are the embeddings of its codes (all in one slice: faster)
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()            # (B, E, L, K)
-        illegal = ids.next_node[ids.nodes[packed][..., :-1]] < 0    # next_node: −1 for no child
+        states = ids.nodes[packed][..., :-1]                    # (B, E, L) s_0 … s_{L-1}, by node
+        illegal = ids.next_node[states] < 0                     # (B, E, L, K) −1: no such child
         log_probs = logits.masked_fill(illegal, NEVER).log_softmax(-1)
         log_flow = self.flow_head(prefixes)[..., 0]                                 # (B, E, L)
         # Back from rows to contexts: (B, E, …) → (B, T, J, …) → (C, J, …)
@@ -293,8 +293,8 @@ class Policy(torch.nn.Module):
 
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
 def draw(weight, count):
-    """N = count items a context (C, N), with replacement, in proportion to weight (C, n)."""
-    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]  # 1: slow in torch
+    """N = count items per context (C, N), with replacement, ∝ weight (C, n); torch is slow at 1."""
+    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
 
 def session(batch, count, policy, progress):
     """Other items of the user's own log; the positive if there is no other."""
@@ -350,7 +350,8 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
     if not recipe.loss:
         return -policy(batch.tokens, batch.ends, batch.positives[:, None]).log_pf.sum(-1).mean()
     batch.fill(reward)
-    # Which paths to learn from: N of the sampler, maybe after the logged one.
+    # Which paths to learn from: N of the sampler, maybe after the logged one. Off-policy: any will
+    # do, since at P = R/Z a GFlowNet loss (TB, DB) is 0 on every path, whoever drew it.
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
     policy.train()
@@ -373,8 +374,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
             paths.log_ref = reference(batch.tokens, batch.ends, items).log_pf.sum(-1)   # (C, J)
         paths.ref_pos = paths.log_ref[:, 0]
         paths.ref_neg = paths.log_ref[:, 1:]
-    # Off-policy: any sampler may be used. If P = R/Z, a GFlowNet loss (TB, DB) is 0 on every path,
-    # whoever drew it. L_GFN (or S-DPO, GRPO, KL) is a mean over paths or contexts.
+    # L_GFN (or S-DPO, GRPO, KL) is a mean over paths or contexts.
     known = vars(recipe) | vars(paths)
     L_GFN = recipe.loss(*[known[name] for name in recipe.given.split()])
     L_GR = -paths.policy_pos.mean() if recipe.gr else 0.0       # gr > 0 needs recipe.first
@@ -389,7 +389,7 @@ def train(name, recipe, policy, world):
     per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
-              {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # if not exact
+              {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # idle if exact
     optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10 + 1), steps)
     reference = copy.deepcopy(policy).eval() if "ref" in recipe.given else None     # frozen SFT
@@ -431,14 +431,14 @@ def children_of(logits, score, value, below, sample):
     if not sample:
         return log_p, (log_p if below is None else log_p + below)
     # A draw without replacement (Kool et al. 2019, Stochastic beams): every item has log P and
-    # Gumbel noise, the largest k win. A prefix has the largest value of its items. So children get
-    # noise of their own, and one shift of all exp(−own) makes the largest equal to the parent:
-    # −log(exp(−parent) − exp(−largest) + exp(−own)), in a form that does not overflow
+    # Gumbel noise, the largest k win. A prefix has the largest value of its items, drawn before
+    # them. So draw children freely (own), then move them until their largest is the parent's value:
+    # exp(−new) = exp(−own) − exp(−largest) + exp(−parent), in a form that does not overflow
     parent = value[..., None]
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # −log of that: Gumbel noise
     largest = own.amax(-1, keepdim=True)
     v = parent - own + torch.log1p(-(own - largest).exp())      # as in Kool's appendix
-    return log_p, parent - v.clamp(min=0) - torch.log1p((-v.abs()).exp())   # parent − softplus(v)
+    return log_p, parent - v.clamp(min=0) - torch.log1p((-v.abs()).exp())   # v: −inf at the largest
 
 def grown(mask, parents):
     """The mask (B, W, S + W) of W new beams, from the old beams' (B, ·, S); parents (B, W).
@@ -461,12 +461,12 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     place = torch.arange(tokens.shape[1], device=tokens.device)
     mask = torch.where(place > lengths[..., None], NEVER, 0.0)                      # (B, W, H + …)
     node = torch.zeros_like(lengths)                            # (B, W) place of a beam in the tree
-    score = value = node.float()            # (B, W) Σ log P_F of each beam, what they compete by
+    score = value = node.float()            # (B, W) log P of each beam; what they compete by
     if guide is not None:
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        child = ids.next_node[node]             # (B, W, K), −1: illegal; of node −1: all
+        child = ids.next_node[node]             # (B, W, K), −1: illegal, as all below −1
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         below = None
         if guide is not None:                                   # −1 → node 0; log P there is NEVER

@@ -2,6 +2,7 @@
 `--readme` into data/pictures/, where README's are."""
 import argparse
 import contextlib
+import itertools
 import json
 import sys
 import textwrap
@@ -67,7 +68,7 @@ def plot_flows(path, flow):
             axis.axis("off")
         code = tuple(flow["codes"][chosen].tolist())
         text = (f"The user's last items: {', '.join(flow['history'][-8:])}. Height: share. Orange: "
-                f"the left side's largest item, {flow['titles'][chosen]}, ID {code}.")
+                f"the path to the largest item on the left, {flow['titles'][chosen]}, ID {code}.")
         axes[0].text(0, -0.09, textwrap.fill(text, int(22 * width)), va="top")
 
 def plot_curves(path, results):
@@ -120,14 +121,14 @@ def plot_diversity(path, results):
     runs = {run["method"]: run for run in results["runs"] if run.get("drawn")}    # last seed's
     if all("hidden@10" in run["metrics"] for run in runs.values()):
         quality, diversity = "hidden@10", "themes@10"
-    few = [method for method in ("sft", "grpo", "tb", "tb-huber", "distill") if method in runs]
+    few = [method for method in ("tb", "grpo", "sft", "distill", "tb-huber") if method in runs]
     with picture(path, 1, 1, (6.5, 3.8)) as [axis]:
-        for number, method in enumerate(few or runs):
+        for method, color in zip(few or runs, itertools.cycle((BLUE, "C1", "0.6", "0.1", "C4"))):
             best = runs[method]["metrics"]
             drawn = runs[method]["drawn"]
             axis.plot([m[diversity] for m in drawn.values()], [m[quality] for m in drawn.values()],
-                      ".-", color=f"C{number}", label=method)
-            axis.plot(best[diversity], best[quality], "*", ms=11, color=f"C{number}")
+                      ".-", color=color, label=method)
+            axis.plot(best[diversity], best[quality], "*", ms=11, color=color)
             for temperature, m in drawn.items():
                 axis.text(m[diversity], m[quality], f" {temperature}", fontsize=7)
         axis.set(xlabel=f"diversity: {diversity}", ylabel=f"quality: {quality}")
