@@ -66,9 +66,9 @@ def detailed_balance(log_flow, log_pf):
 
 def distillation(child_flow, log_probs):
     """KL(R/Z ‖ P), ours: flows F* of all children (C, J, L, K), log P_F (C, J, L, K) → scalar.
-    The flow of a prefix is the sum of R below it (0 for an illegal child). TB and DB look only at
-    the codes that a path takes, this one at all children of each step: it shows what they could
-    reach. On paths drawn ∝ R, the expected sum over the steps is the KL (chain rule)."""
+    The flow of a prefix is the sum of R below it (0 for an illegal child). TB and DB see only
+    the codes that a path takes; this loss compares all children at each step, and so shows what TB
+    and DB can reach. On paths drawn ∝ R, the expected sum over steps is the KL (chain rule)."""
     # Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), mean over paths
     target = child_flow / child_flow.sum(-1, keepdim=True)
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
@@ -100,13 +100,13 @@ class Recipe:
     lam: float = 1.0                # λ; without L_GR it does little: Adam rescales gradients
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
-    first: bool = False             # τ_1, the logged path, leads the N; L_GR and S-DPO need it
+    first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
     exact: bool = True              # F(s), Z(U) are sums of R, all known; False: learned by a head
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. Each r sums to 1 over the items, so Z is about 1.
     # r_a is 1 at the logged item (.1 if it was only clicked); r_s counts common codes
-    teacher: str = "product"        # r_ŷ: "cm", or P_SFT · CM^γ, in which the CM knows rare items
+    teacher: str = "product"        # r_ŷ: "cm", or P_SFT · CM^γ (SFT knows order, CM rare items)
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
-    gamma: float = 2.0              # γ of the product, which is kept at its best items, 0 elsewhere
+    gamma: float = 2.0              # γ of this product; it is 0 at all items but a beam's
     w_a: float = 0.3
     w_y: float = 0.65               # the largest: only r_ŷ knows of what was not shown
     w_s: float = 0.05
@@ -148,8 +148,8 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """What is known at each context: the teacher's scores, R of every item. The CM was
-        fitted on the same histories: it takes `following` out. (On mps, R stays on the CPU.)"""
+        """What is known at each context: the teacher's scores, R of every item. The CM was fitted
+        on the same histories: it takes `following` out. All on the device of the reward's IDs."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -164,7 +164,7 @@ class Paths:
     """J paths at each of C contexts: all that a loss may be given. A recipe names the fields."""
     log_pf: torch.Tensor            # (C, J, L) log P_F(s_{l+1} | s_l) of the codes taken
     log_probs: torch.Tensor         # (C, J, L, K) log P_F of all codes, NEVER where illegal
-    log_flow: torch.Tensor          # (C, J, L + 1) log F(s_0) … log F(s_L); forward leaves out s_L
+    log_flow: torch.Tensor          # (C, J, L+1) log F(s_0) … log F(s_L); L of them from Policy
     log_p: torch.Tensor = None      # (C, J) log P of the whole path
     log_z: torch.Tensor = None      # (C,) log Z(U)
     log_r: torch.Tensor = None      # (C, J) log R
@@ -195,7 +195,7 @@ def tree_mask(ends, H, L):
     place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
     branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) of its branch, up to itself
-    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) ends of codes; 0: <user>
+    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) a code: ends; history: 0
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
 def pad(lists, value):
@@ -253,7 +253,7 @@ class Policy(torch.nn.Module):
         root = hidden.take_along_dim(ends[..., None], 1)                            # (B, E, d)
         later = hidden[:, H:].unflatten(1, (ends.shape[1], L - 1))                  # (B, E, L-1, d)
         prefixes = torch.cat([root[:, :, None], later], 2)                          # (B, E, L, d)
-        # The output weights of a level are the embeddings of its codes (all in one slice: faster)
+        # The output weights of a level are the embeddings of its codes
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()            # (B, E, L, K)
         states = ids.nodes[packed][..., :-1]                    # (B, E, L) s_0 … s_{L-1}, by node
@@ -293,7 +293,7 @@ class Policy(torch.nn.Module):
 
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
 def draw(weight, count):
-    """N = count items per context (C, N), with replacement, ∝ weight (C, n); torch is slow at 1."""
+    """N = count items per context (C, N), with replacement, ∝ weight (C, n) (drawing 1 is slow)."""
     return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
 
 def session(batch, count, policy, progress):
@@ -397,7 +397,7 @@ def train(name, recipe, policy, world):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        # Two generators with one seed: rng orders the rows, torch's is for dropout and samplers
+        # From one seed, two generators: rng orders the rows, torch's is for dropout and samplers
         rng = np.random.default_rng((world.seed, epoch))
         torch.manual_seed(int(np.random.default_rng((world.seed, epoch)).integers(2 ** 63)))
         epoch_batches = batches(world.rows, world.data, size, policy, rng)
@@ -431,8 +431,8 @@ def children_of(logits, score, value, below, sample):
     if not sample:
         return log_p, (log_p if below is None else log_p + below)
     # A draw without replacement (Kool et al. 2019, Stochastic beams): every item has log P and
-    # Gumbel noise, the largest k win. A prefix has the largest value of its items, drawn before
-    # them. So draw children freely (own), then move them until their largest is the parent's value:
+    # Gumbel noise, the largest k win. The value of a prefix is the largest of its items' values. It
+    # is drawn first. So draw children freely (own), then move them until their largest equals it:
     # exp(−new) = exp(−own) − exp(−largest) + exp(−parent), in a form that does not overflow
     parent = value[..., None]
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # −log of that: Gumbel noise
@@ -460,16 +460,16 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     hidden = hidden.take_along_dim(lengths[..., None], 1)                           # (B, W = 1, d)
     place = torch.arange(tokens.shape[1], device=tokens.device)
     mask = torch.where(place > lengths[..., None], NEVER, 0.0)                      # (B, W, H + …)
-    node = torch.zeros_like(lengths)                            # (B, W) place of a beam in the tree
+    node = torch.zeros_like(lengths)                            # (B, W) nodes of the tree; 0: root
     score = value = node.float()            # (B, W) log P of each beam; what they compete by
     if guide is not None:
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        child = ids.next_node[node]             # (B, W, K), −1: illegal, as all below −1
+        child = ids.next_node[node]             # (B, W, K) −1: illegal; so is all after it
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         below = None
-        if guide is not None:                                   # −1 → node 0; log P there is NEVER
+        if guide is not None:                                   # at −1: the root's; log P is NEVER
             below = log_flow.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
         score, value = children_of(logits, score, value, below, sample)
         child, score, value = (x.flatten(1) for x in (child, score, value))         # (B, W·K)

@@ -2,7 +2,6 @@
 `--readme` into data/pictures/, where README's are."""
 import argparse
 import contextlib
-import itertools
 import json
 import sys
 import textwrap
@@ -123,14 +122,16 @@ def plot_diversity(path, results):
         quality, diversity = "hidden@10", "themes@10"
     few = [method for method in ("tb", "grpo", "sft", "distill", "tb-huber") if method in runs]
     with picture(path, 1, 1, (6.5, 3.8)) as [axis]:
-        for method, color in zip(few or runs, itertools.cycle((BLUE, "C1", "0.6", "0.1", "C4"))):
+        for number, method in enumerate(few or runs):
+            color = (BLUE, "C1", "0.6", "0.1", "C4")[number % 5]
             best = runs[method]["metrics"]
             drawn = runs[method]["drawn"]
             axis.plot([m[diversity] for m in drawn.values()], [m[quality] for m in drawn.values()],
                       ".-", color=color, label=method)
             axis.plot(best[diversity], best[quality], "*", ms=11, color=color)
             for temperature, m in drawn.items():
-                axis.text(m[diversity], m[quality], f" {temperature}", fontsize=7)
+                axis.text(m[diversity], m[quality], f" {temperature}", fontsize=7,
+                          va="top" if method == "grpo" else "bottom")
         axis.set(xlabel=f"diversity: {diversity}", ylabel=f"quality: {quality}")
         axis.legend()
 
