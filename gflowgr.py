@@ -706,7 +706,7 @@ def recipe_of(name, settings):
     several = "log_ref" not in recipe.given or recipe.first + recipe.trajectories > 1
     check(several, f"{name}: it compares paths: trajectories > 1")
     positive = recipe.loss and recipe.gr > 0 or "pos" in recipe.given       # needs the logged path
-    check(recipe.first or not positive, f"{name}: gr > 0, and S-DPO, need first=1")
+    check(recipe.first or not positive, f"{name}: gr > 0 and policy_pos need first=1")
     return recipe
 
 def facts_of(name, recipe):
@@ -743,13 +743,15 @@ def check_cm(cm, data):
     """Raise InputError if a CM of your own does not return what r_ŷ and the guide need."""
     n = len(data.titles)
     some = [[], *data.train[:99]]                               # an empty history, too
-    past = [history[:-1] for history in some]                   # as in training, which has the rest
-    scores = cm.scores(past, [history[-1:] for history in some])
-    check(torch.is_tensor(scores) and scores.is_floating_point() and scores.shape == (len(past), n)
-          and scores.min() >= 0 and (scores.sum(1) - 1).abs().max() < 1e-3,
-          "scores(histories, following) of a CM gets B lists of items and has to return\n"
-          f"a tensor of floats (B, n), here n = {n} items, a row for each history,\n"
-          "of numbers ≥ 0 whose rows sum to 1")
+    past = [history[:len(history) // 2] for history in some]
+    after = [history[len(history) // 2:] for history in some]
+    for scores in (cm.scores(past), cm.scores(past, after)):    # as when it serves, as in training
+        fine = torch.is_tensor(scores) and scores.is_floating_point()
+        check(fine and scores.shape == (len(past), n) and scores.min() >= 0
+              and (scores.sum(1) - 1).abs().max() < 1e-3,
+              "scores(histories, following) of a CM gets B lists of items and has to return\n"
+              f"a tensor of floats (B, n), here n = {n} items, a row for each history, of\n"
+              f"numbers ≥ 0 whose rows sum to 1, no {type(scores)} {getattr(scores, 'shape', '')}")
 
 @dataclass
 class World:
@@ -854,7 +856,7 @@ def model_of(name, recipe, world):
         return model, []
     policy = world.policy("" if base == "sft" else "sft", recipe.dropout)
     curve = train(name, recipe, policy, world)
-    best = max(curve, key=lambda point: point["ndcg@10"])
+    best = max(curve[base == "sft":], key=lambda point: point["ndcg@10"])   # SFT starts by chance
     if curve[-1]["ndcg@10"] < 0.9 * best["ndcg@10"]:
         flag = "--sft" if base == "sft" else "--recipe"
         print(f"{name} over-fits: validation was best after epoch {best['epoch']}; {flag} epochs=…")
@@ -931,9 +933,9 @@ def flow_of(policy, history, teacher, data, teacher_name, learned_name):
 def run(settings, cm=None):
     """The whole job → results. cm: a CM of your own, with scores(histories, following=None)."""
     names, seeds = check_settings(settings)
-    for name in names:                                          # fail now, not after hours
+    for name in (*names, "sft", "tb"):      # fail now, not after hours; `tb` has the R of `learned`
         check(not (recipe_of(name, settings).debias and cm),
-              "debias is of the built-in CM: pass --recipe debias=0, and no cm:debias")
+              f"{name}: debias is of the built-in CM; pass --recipe debias=0, and no cm:debias")
     data = load_data(settings.data, settings.quick)
     if cm:
         check_cm(cm, data)

@@ -140,14 +140,14 @@ class Guided:
     def scores(self, histories, following=None):
         """(B, n) ∝ P(v | U) · CM(U, v)^γ at the W items that the guided beam finds, 0 at others.
         Rows sum to 1, or to 0 if no new item was found. following: as in the CM's scores."""
-        following = following or [()] * len(histories)
-        keys = [(*past, -1, *after) for past, after in zip(histories, following)]
+        later = following or [()] * len(histories)
+        keys = [(*past, -1, *after) for past, after in zip(histories, later)]
         new = [b for b, key in enumerate(keys) if key not in self.memory]
         new.sort(key=lambda b: len(histories[b]))               # similar lengths: less padding
         for start in range(0, len(new), 256):
             chunk = new[start:start + 256]
             past = [histories[b] for b in chunk]
-            after = [following[b] for b in chunk]
+            after = following and [following[b] for b in chunk]
             items, score = self.recommend(past, self.policy.beams, after)   # log P + γ · log CM
             shares = score.softmax(1).nan_to_num()              # nan if no item was found
             self.memory.update(zip([keys[b] for b in chunk], zip(items.clamp(min=0), shares)))

@@ -766,7 +766,7 @@ def test_rates_and_progress_over_the_steps(tiny, monkeypatch):
 def test_a_method_that_over_fits_is_told(tiny, tmp_path, monkeypatch):
     for name, flag, curve, told in (("sft", "--sft", (0, 0.5, 0.44), 1),
                                     ("tb", "--recipe", (0.5, 0.4), 1),
-                                    ("sft", "", (0.5, 0.46), 0)):
+                                    ("sft", "", (0.9, 0.5, 0.46), 0)):
         world = prepared(*tiny, f"--out={tmp_path}")
         points = [{"epoch": epoch, "ndcg@10": ndcg} for epoch, ndcg in enumerate(curve)]
         monkeypatch.setattr(gflowgr, "train", lambda *arguments: points)
@@ -1075,7 +1075,9 @@ def test_an_own_cm(tiny, tmp_path, capsys):
     good = torch.eye(48)[[0] * len(train)]
     mine.scores = lambda rows, after=None: calls.append((rows, after)) or good
     gflowgr.check_cm(mine, load_data(settings.data))
-    assert [past + after for past, after in zip(*calls[0])] == train
+    assert [past + after for past, after in zip(*calls[1])] == train and calls[0][1] is None
+    Guided(made(48), mine).scores([[1]])                        # no `following`: none is made up
+    assert calls[2][1] is None
     refused("never saved", "--recommend", "x", "--model", tmp_path / "sft+cm-42")
     bads = (good.numpy(), good[:1], good[:, 1:], good.long(), good - 1 / 48, 2 * good, 0 / good)
     for bad in bads:
@@ -1196,6 +1198,7 @@ def test_a_wrong_flag_is_one_line_and_status_2(message, tmp_path):
     for flag in FLAGS[message].split():
         refused(message, *flags, flag)
     refused("do not fit into 2^1", *flags, "--codes=2", "--levels=1")
+    refused("nonsense", *flags, "--methods=pop", "--recipe=nonsense")
     refused("no saved model", "--recommend=x", "--model=nowhere")
     assert not (tmp_path / "out").exists()
 
