@@ -67,8 +67,8 @@ def detailed_balance(log_flow, log_pf):
 def distillation(child_flow, log_probs):
     """KL(R/Z ‖ P), ours: flows F* of all children (C, J, L, K), log P_F (C, J, L, K) → scalar.
     The flow of a prefix is the sum of R below it (0 for an illegal child). TB and DB see only
-    the codes that a path takes; this loss compares all children at each step, and so shows what TB
-    and DB can reach. On paths drawn ∝ R, the expected sum over steps is the KL (chain rule)."""
+    the codes that a path takes; this loss compares all children at each step: a yardstick for
+    TB and DB. On paths drawn ∝ R, the expected sum over steps is the KL (chain rule)."""
     # Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), mean over paths
     target = child_flow / child_flow.sum(-1, keepdim=True)
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
@@ -101,12 +101,12 @@ class Recipe:
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
-    exact: bool = True              # F(s), Z(U) are sums of R, all known; False: learned by a head
+    exact: bool = True              # F(s), Z(U): sums of known R; False: by a head, or unused
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. Each r sums to 1 over the items, so Z is about 1.
     # r_a is 1 at the logged item (.1 if it was only clicked); r_s counts common codes
     teacher: str = "product"        # r_ŷ: "cm", or P_SFT · CM^γ (SFT knows order, CM rare items)
+    gamma: float = 2.0              # γ of the product (0 outside the items of a beam search)
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
-    gamma: float = 2.0              # γ of this product; it is 0 at all items but a beam's
     w_a: float = 0.3
     w_y: float = 0.65               # the largest: only r_ŷ knows of what was not shown
     w_s: float = 0.05
@@ -149,7 +149,7 @@ class Batch:
 
     def fill(self, reward):
         """What is known at each context: the teacher's scores, R of every item. The CM was fitted
-        on the same histories: it takes `following` out. All on the device of the reward's IDs."""
+        on these histories: it subtracts what `following` added. Device: that of reward.ids."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -164,7 +164,7 @@ class Paths:
     """J paths at each of C contexts: all that a loss may be given. A recipe names the fields."""
     log_pf: torch.Tensor            # (C, J, L) log P_F(s_{l+1} | s_l) of the codes taken
     log_probs: torch.Tensor         # (C, J, L, K) log P_F of all codes, NEVER where illegal
-    log_flow: torch.Tensor          # (C, J, L+1) log F(s_0) … log F(s_L); L of them from Policy
+    log_flow: torch.Tensor          # (C, J, L+1) log F(s_0) … log F(s_L); Policy: without the last
     log_p: torch.Tensor = None      # (C, J) log P of the whole path
     log_z: torch.Tensor = None      # (C,) log Z(U)
     log_r: torch.Tensor = None      # (C, J) log R
@@ -195,7 +195,7 @@ def tree_mask(ends, H, L):
     place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
     branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) of its branch, up to itself
-    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) a code: ends; history: 0
+    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) history: 0, own suffices
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
 def pad(lists, value):
@@ -205,9 +205,9 @@ def pad(lists, value):
 
 class Policy(torch.nn.Module):
     """A small GPT-2 that reads a history and writes a semantic ID, plus the table of IDs.
-    Tokens: code c of level l is l·K + c; L·K is <user>, first in a row, and pads; L·K + 1 + i is
-    catalogue item i in a history (one token: L codes would make it L times as long). A row is
-    packed as in `tree_mask`: of a path, its first L−1 codes (the last is predicted, never read)."""
+    Tokens: code c of level l is l·K + c; L·K is <user>, first in a row, and padding; L·K + 1 + i
+    is item i in a history (one token: L codes would make it L times as long). A row is packed as in
+    `tree_mask`: of a path, its first L−1 codes (the last is predicted, never read)."""
     def __init__(self, semantic_ids, window=20, width=128, layers=3, dropout=0.2, lm=None):
         super().__init__()
         self.semantic_ids = semantic_ids
@@ -293,8 +293,8 @@ class Policy(torch.nn.Module):
 
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
 def draw(weight, count):
-    """N = count items per context (C, N), with replacement, ∝ weight (C, n) (drawing 1 is slow)."""
-    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
+    """N = count items per context (C, N), with replacement, ∝ weight (C, n)."""
+    return torch.multinomial(weight, max(2, count), True)[:, :count]    # at least 2: 1 is slow
 
 def session(batch, count, policy, progress):
     """Other items of the user's own log; the positive if there is no other."""
@@ -397,7 +397,7 @@ def train(name, recipe, policy, world):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        # From one seed, two generators: rng orders the rows, torch's is for dropout and samplers
+        # rng orders the rows; a second one seeds torch, for dropout and samplers: rng loses no draw
         rng = np.random.default_rng((world.seed, epoch))
         torch.manual_seed(int(np.random.default_rng((world.seed, epoch)).integers(2 ** 63)))
         epoch_batches = batches(world.rows, world.data, size, policy, rng)
@@ -431,14 +431,14 @@ def children_of(logits, score, value, below, sample):
     if not sample:
         return log_p, (log_p if below is None else log_p + below)
     # A draw without replacement (Kool et al. 2019, Stochastic beams): every item has log P and
-    # Gumbel noise, the largest k win. The value of a prefix is the largest of its items' values. It
-    # is drawn first. So draw children freely (own), then move them until their largest equals it:
+    # Gumbel noise, the largest k win. A prefix's value is the largest of its items', and is fixed
+    # before its children are. So draw these freely (own), then shift their largest to the parent's:
     # exp(−new) = exp(−own) − exp(−largest) + exp(−parent), in a form that does not overflow
     parent = value[..., None]
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # −log of that: Gumbel noise
     largest = own.amax(-1, keepdim=True)
-    v = parent - own + torch.log1p(-(own - largest).exp())      # as in Kool's appendix
-    return log_p, parent - v.clamp(min=0) - torch.log1p((-v.abs()).exp())   # v: −inf at the largest
+    v = parent - own + torch.log1p(-(own - largest).exp())      # −inf at the largest
+    return log_p, parent - v.clamp(min=0) - torch.log1p((-v.abs()).exp())
 
 def grown(mask, parents):
     """The mask (B, W, S + W) of W new beams, from the old beams' (B, ·, S); parents (B, W).
@@ -469,7 +469,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         child = ids.next_node[node]             # (B, W, K) −1: illegal; so is all after it
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         below = None
-        if guide is not None:                                   # at −1: the root's; log P is NEVER
+        if guide is not None:                                   # illegal: the root's, harmless
             below = log_flow.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
         score, value = children_of(logits, score, value, below, sample)
         child, score, value = (x.flatten(1) for x in (child, score, value))         # (B, W·K)
