@@ -766,7 +766,7 @@ def test_rates_and_progress_over_the_steps(tiny, monkeypatch):
 def test_a_method_that_over_fits_is_told(tiny, tmp_path, monkeypatch):
     for name, flag, curve, told in (("sft", "--sft", (0, 0.5, 0.44), 1),
                                     ("tb", "--recipe", (0.5, 0.4), 1),
-                                    ("sft", "", (0.9, 0.5, 0.46), 0)):
+                                    ("sft", "--sft", (0.9, 0.5, 0.46), 0)):
         world = prepared(*tiny, f"--out={tmp_path}")
         points = [{"epoch": epoch, "ndcg@10": ndcg} for epoch, ndcg in enumerate(curve)]
         monkeypatch.setattr(gflowgr, "train", lambda *arguments: points)
