@@ -96,7 +96,7 @@ class Recipe:
     RECIPES. For toy and ml-100k, TUNED (below Settings) changes some as well."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
     given: str = ""                 # names of its arguments, in order: fields of Paths or Recipe
-    gr: float = 0.0                 # weight of L_GR beside L_GFN; 0: R has r_a for the logged item
+    gr: float = 0.0                 # weight of L_GR; 0: R itself rewards the logged item
     lam: float = 1.0                # λ; without L_GR it does little: Adam rescales gradients
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
@@ -105,7 +105,7 @@ class Recipe:
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. Each r sums to 1 over the items, so Z is about 1.
     # r_a is 1 at the logged item (.1 if it was only clicked); r_s counts common codes
     teacher: str = "product"        # r_ŷ: "cm", or P_SFT · CM^γ (SFT knows order, CM rare items)
-    gamma: float = 2.0              # γ; the product is taken at the items of a beam, 0 elsewhere
+    gamma: float = 2.0              # γ of the product; only items of SFT's guided beam have one
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     w_a: float = 0.3
     w_y: float = 0.65               # the largest: only r_ŷ knows of what was not shown
@@ -148,8 +148,8 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """What is known at each context: the teacher's scores, R of every item. The CM was fitted
-        on these histories: it subtracts what `following` added. Device: that of reward.ids."""
+        """What is known at each context: the teacher's scores, R of every item. The CM has counted
+        the answer in its training: told what is `following`, it takes those counts out again."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -164,7 +164,7 @@ class Paths:
     """J paths at each of C contexts: all that a loss may be given. A recipe names the fields."""
     log_pf: torch.Tensor            # (C, J, L) log P_F(s_{l+1} | s_l) of the codes taken
     log_probs: torch.Tensor         # (C, J, L, K) log P_F of all codes, NEVER where illegal
-    log_flow: torch.Tensor          # (C, J, L+1) log F(s_0) … log F(s_L); the last by loss_of
+    log_flow: torch.Tensor          # (C, J, L) log F(s_0) …; loss_of appends log F(s_L) = log R
     log_p: torch.Tensor = None      # (C, J) log P of the whole path
     log_z: torch.Tensor = None      # (C,) log Z(U)
     log_r: torch.Tensor = None      # (C, J) log R
@@ -195,7 +195,7 @@ def tree_mask(ends, H, L):
     place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
     branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) of its branch, up to itself
-    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) 0 at history: see `own`
+    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) 0: for history, own does
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
 def pad(lists, value):
@@ -294,7 +294,7 @@ class Policy(torch.nn.Module):
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
 def draw(weight, count):
     """N = count items per context (C, N), with replacement, ∝ weight (C, n)."""
-    return torch.multinomial(weight, max(2, count), True)[:, :count]    # torch: 1 draw is slow
+    return torch.multinomial(weight, max(2, count), True)[:, :count]    # torch is slow at one
 
 def session(batch, count, policy, progress):
     """Other items of the user's own log; the positive if there is no other."""
@@ -397,7 +397,7 @@ def train(name, recipe, policy, world):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        # rng orders the rows; an equal one gives the seed of dropout and samplers
+        # (seed, epoch) fixes the order of rows, by rng, and what torch draws: dropout and samplers
         rng = np.random.default_rng((world.seed, epoch))
         torch.manual_seed(int(np.random.default_rng((world.seed, epoch)).integers(2 ** 63)))
         epoch_batches = batches(world.rows, world.data, size, policy, rng)
@@ -433,7 +433,7 @@ def children_of(logits, score, value, below, sample):
     # A draw without replacement (Kool et al. 2019, Stochastic beams): every item has log P and
     # Gumbel noise, the largest k win. A prefix's value is the largest of its items', and is fixed
     # before its children are. So draw these freely (own), then shift their largest to the parent's:
-    # exp(−new) = exp(−own) − exp(−largest) + exp(−parent): new = parent − softplus(v), v:
+    # exp(−new) = exp(−own) − exp(−largest) + exp(−parent), so new = parent − softplus(v)
     parent = value[..., None]
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
     largest = own.amax(-1, keepdim=True)
@@ -469,7 +469,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         child = ids.next_node[node]             # (B, W, K) −1: illegal; so is all after it
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         below = None
-        if guide is not None:                                   # illegal: node 0, log P is NEVER
+        if guide is not None:                                   # illegal: of node 0, but P is 0
             below = log_flow.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
         score, value = children_of(logits, score, value, below, sample)
         child, score, value = (x.flatten(1) for x in (child, score, value))         # (B, W·K)
