@@ -769,6 +769,7 @@ class World:
         """IDs, CM and rows of one seed."""
         n = len(data.titles)
         if settings.ids in ("content", "mixed"):
+            check(settings.ids == "mixed" or any(data.texts), "--ids content needs a text column")
             least = max(2, n / 24, n ** (1 / settings.levels))
             K = settings.codes or 2 ** math.ceil(math.log2(least))
             features = item_features(settings.ids, data.texts, data.train, seed)

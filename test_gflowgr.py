@@ -560,8 +560,9 @@ def test_the_product_against_loops_remembers_and_knows_no_order(monkeypatch):
     order = [3, 0, 5, 1, 4, 2, 3]
     again = teacher.scores([past[b] for b in order], [after[b] for b in order])
     assert again.equal(found[order])
-    with pytest.raises(TypeError):                              # not where other items follow
-        teacher.scores([past[0]], [[2, 1]])
+    for history, later in (([], [2, 1]), ([1], [2])):           # not where other items follow
+        with pytest.raises(TypeError):
+            teacher.scores([history], [later])
 
 def same(found, other):
     return all(x.equal(y) for x, y in zip(found, other, strict=True))
@@ -627,6 +628,7 @@ def test_samplers_draw_from_where_they_say():
     for name in ("policy", "drawn"):                            # fewer than 3 are left
         few = sampled(name, 3, [list(range(22)), list(range(24)), []]).tolist()
         assert {*few[0]} <= {22, 23, 4} and few[0][2] == 4 and few[1] == [8, 8, 8], name
+        assert (sampled(name, 24) == 0).any(1).tolist() == [True, False, True]      # item 0 is one
     logged[1] = [8]                                             # no others: the positive
     assert sampled("session", 3)[1].tolist() == [8, 8, 8]
 
@@ -850,7 +852,7 @@ def test_exposure_and_diversity_of_several_users_against_loops():
     truth = {"liked": [{0, 1, 2, 5}, {2, 3}, set(), {3, 2}, {1, 2, 4}], "theme": list("bcdacb"),
              "shown": [{0, 1, 2}, {2, 3, 4}, {2}, {3, 2}, set()]}
     data = SimpleNamespace(titles=list("abcdef"), truth=truth)
-    lists, codes = [[5, 2, 3], [2, -1, -1], [0, 1, 5], [3, 3, -1], [2, 4, 1]], [0, 3, 1, 1, 3, 0]
+    lists, codes = [[5, 2, 3], [2, -1, -1], [1, 0, 4], [3, 3, -1], [2, 4, 1]], [0, 3, 1, 1, 3, 0]
     found = report.exposure(np.array(lists), data)
     found |= report.diversity(np.array(lists), np.array(codes))
     for b, row in enumerate(lists):
@@ -969,11 +971,12 @@ def test_a_run_leaves_a_flow_the_table_and_pictures(finished, tmp_path, monkeypa
     teacher = Guided(Policy.from_pretrained(out / "sft-2"), CollaborativeModel.fit(data.train, 48))
     close(torch.tensor(flow["learned"]), learned / learned.sum())
     close(torch.tensor(flow["teacher"]), teacher.scores([past])[0])
-    hidden, row = data.truth["liked"][0] - data.truth["shown"][0], results["runs"][0]["lists"][0]
+    hidden, row = data.truth["liked"][0] - data.truth["shown"][0], results["runs"][2]["lists"][0]
     five = ", ".join([data.titles[v] + "*" * (v in hidden) for v in row[:5]])
     first = [data.titles[v] for v in past]
     table = (out / "results.md").read_text("utf-8")
-    assert f"user {data.user_ids[0]}: {', '.join(first[-8:])}\n            pop  {five}\n" in printed
+    assert f"user {data.user_ids[0]}: {', '.join(first[-8:])}\n            pop  " in printed
+    assert f"\n            sft  {five}\n" in printed            # of the first seed
     for method, summary in results["summary"].items():
         a, b = [run["metrics"]["ndcg@10"] for run in results["runs"] if run["method"] == method]
         own, line = summary["ndcg@10"], printed.split(f"| {method} |")[1].split("\n")[0]
@@ -1181,6 +1184,7 @@ FLAGS = {  # what the line must say: flags, each of which alone is wrong
     "is not available": "--oracle=sdpo --oracle=tb,distill --device=nonsense --methods=nonsense+cm "
                         "--methods=nonsense:lam=2 --methods=cm+cm --methods=tb:sampler=x "
                         "--methods=cm:lam=3 --methods=sft:lam=3 --methods=sft+cm:rate=1",
+    "unrecognized": "--layer=2",
     "nonsense": "--preset=nonsense --seeds=nonsense --ids=nonsense --batch=nonsense --nonsense=1 "
                 "--recipe=nonsense "
                 "--sft=nonsense --methods=tb:teacher=nonsense --methods=tb:nonsense=1",
@@ -1199,6 +1203,8 @@ def test_a_wrong_flag_is_one_line_and_status_2(message, tmp_path):
         refused(message, *flags, flag)
     refused("do not fit into 2^1", *flags, "--codes=2", "--levels=1")
     refused("nonsense", *flags, "--methods=pop", "--recipe=nonsense")
+    folder_of(tmp_path / "d", "item_id\na\nb\nc\nd\n")
+    refused("needs a text column", *flags, "--ids=content")
     refused("no saved model", "--recommend=x", "--model=nowhere")
     assert not (tmp_path / "out").exists()
 
