@@ -253,7 +253,7 @@ class Policy(torch.nn.Module):
         root = hidden.take_along_dim(ends[..., None], 1)                            # (B, E, d)
         later = hidden[:, H:].unflatten(1, (ends.shape[1], L - 1))                  # (B, E, L-1, d)
         prefixes = torch.cat([root[:, :, None], later], 2)                          # (B, E, L, d)
-        # The output weights of a level are the embeddings of its codes
+        # A level's output weights are its codes' embeddings; one slice, as each has a full gradient
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()            # (B, E, L, K)
         states = ids.nodes[packed][..., :-1]                    # (B, E, L) s_0 … s_{L-1}, by node
@@ -278,8 +278,7 @@ class Policy(torch.nn.Module):
         guide (B, n) ≥ 0 multiplies P: an item scores log P + log guide, a prefix Σ log P_F + log Σ
         guide over the items below it.
         sample > 0 draws the list instead, at this temperature: k items without replacement; a code
-        is drawn ∝ P_F^(1/sample) · Σ guide over the items below it. Scores then only tell the
-        order."""
+        is drawn ∝ P_F^(1/sample) · Σ guide over the items below it. Scores then tell the order."""
         return beam_search(self, histories, k, max(beams or self.beams, k), guide, sample)
 
     def save_pretrained(self, folder):
@@ -294,7 +293,8 @@ class Policy(torch.nn.Module):
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
 def draw(weight, count):
     """N = count items per context (C, N), with replacement, ∝ weight (C, n)."""
-    return torch.multinomial(weight, max(2, count), True)[:, :count]    # torch is slow at one
+    # Two at least, of which one may be cut: torch is slow at drawing one
+    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
 
 def session(batch, count, policy, progress):
     """Other items of the user's own log; the positive if there is no other."""
