@@ -117,7 +117,8 @@ def grade(file, *names):
 
 def grade_class(folder, *names, limit=60):
     """grade for each .py file below a folder, each in a process of its own → 0 if all is right."""
-    files = sorted(Path(folder).rglob("*.py"))
+    below = sorted(Path(folder).rglob("*.py"))
+    files = [file for file in below if "/." not in f"/{file.relative_to(folder).as_posix()}"]
     wrong = not files
     if wrong:
         print(f"{folder} has no .py file")
@@ -415,6 +416,8 @@ def trajectory_balance(z, p, r):
     (course / "anna").mkdir(parents=True)
     assert main(["--grade", str(course)]) == 1 and "has no .py file" in capfd.readouterr().out
     (course / "anna/other.py").write_text(right)
+    (course / ".venv").mkdir()
+    (course / ".venv/other.py").write_text("1 / 0")             # not a student's
     assert main(["--grade", str(course)]) == 0
     other = r"\S+other.py:\ntrajectory_balance: right\n"
     assert re.fullmatch(other, capfd.readouterr().out)
