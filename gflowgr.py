@@ -751,7 +751,7 @@ def check_cm(cm, data):
               and (scores.sum(1) - 1).abs().max() < 1e-3,
               "scores(histories, following) of a CM gets B lists of items and has to return\n"
               f"a tensor of floats (B, n), here n = {n} items, a row for each history, of\n"
-              f"numbers ≥ 0 whose rows sum to 1, no {type(scores)} {getattr(scores, 'shape', '')}")
+              f"numbers ≥ 0 whose rows sum to 1, not {type(scores)} {getattr(scores, 'shape', '')}")
 
 @dataclass
 class World:
@@ -853,7 +853,7 @@ def model_of(name, recipe, world):
         if isinstance(model.cm, CollaborativeModel):
             save_model(model, world.folder(name))
         else:
-            print(f"{name}: not saved, its CM is your own; Guided(load_model(…), cm) is the same")
+            print(f"{name}: not saved, as its CM is yours; use Guided(load_model(…), cm).recommend")
         return model, []
     policy = world.policy("" if base == "sft" else "sft", recipe.dropout)
     curve = train(name, recipe, policy, world)

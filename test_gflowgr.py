@@ -466,7 +466,7 @@ def test_kmeans_finds_clusters_and_ends_at_their_means():
         np.testing.assert_allclose(sorted(found.tolist()), sorted(clouds.mean(1).tolist()))
 
 def test_features_against_loops():
-    texts = ["Red fox (tales), part", "red Fox", "blue fox part", "blue whale", "whale"]
+    texts = ["Red fox (tales),part", "red|Fox", "blue fox part", "blue whale", "whale"]
     terms = []
     for words in [re.findall(r"\w+", text.lower()) for text in texts]:
         terms.append(words + [" ".join(pair) for pair in zip(words, words[1:])])
@@ -1126,6 +1126,7 @@ def test_fifty_users_and_fifty_items_work_as_they_are(tmp_path):
     folder = folder_of(tmp_path / "d", items, "user_id,item_id,position" + "".join(events))
     status, out, err = cli("--data", folder, "--out", tmp_path / "out", "--quick")
     assert status == 0 and "| tb-huber+cm | " in out and "hidden@10" not in out, err
+    assert out.splitlines()[1] == "d: 50 users, 50 items, 300 interactions; text of the items: none"
 
 def test_the_toy_world_is_as_committed_and_popularity_can_be_earned(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--quality=0", f"--out={tmp_path / '0'}"])

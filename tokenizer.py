@@ -17,7 +17,7 @@ def tf_idf(texts):
     column_of = {}                                              # word → column
     places = []
     for row, text in enumerate(texts):
-        words = text.lower().translate(str.maketrans("(),", "   ")).split()
+        words = text.lower().translate(str.maketrans("(),|", "    ")).split()
         for term in words + [f"{first} {second}" for first, second in zip(words, words[1:])]:
             places.append((row, column_of.setdefault(term, len(column_of))))
     rows, columns = np.array(places, np.int64).reshape(-1, 2).T

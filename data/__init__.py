@@ -83,7 +83,8 @@ def load_data(name, quick=False):
         check(row["item_id"] not in items, f"{place}: item {row['item_id']!r} stands twice")
         items[row["item_id"]] = row
     titles = [row.get("title") or row.get("keywords") or item for item, row in items.items()]
-    columns = ("title", "keywords", "genres", "category")
+    first = next(iter(items.values()), {})
+    columns = [name for name in ("title", "keywords", "genres", "category") if name in first]
     texts = [" ".join(filter(None, map(row.get, columns))) for row in items.values()]
     index = {item: number for number, item in enumerate(items)}
     users = _read_users(folder / "interactions.csv", index)
@@ -102,7 +103,8 @@ def load_data(name, quick=False):
     content = repr((list(items), texts, histories, likes))
     sizes = {"name": folder.resolve().name, "users": len(users), "items": len(items),
              "interactions": sum(map(len, histories)), "checksum": zlib.crc32(content.encode())}
-    print("{name}: {users} users, {items} items, {interactions} interactions".format(**sizes))
+    print("{name}: {users} users, {items} items, {interactions} interactions".format(**sizes),
+          "; text of the items: ", ", ".join(columns) or "none", sep="")
     return Dataset(list(items), titles, texts, list(users), histories, likes, train, truth, sizes)
 
 def find_item(name, ids, titles):
