@@ -76,10 +76,11 @@ def verdict(exercise, answer):
         case = f"Case {number}: {what}\n{inputs}"
         try:
             found, expected = map(exercise.read, (answer(*arguments), expected))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             line = ""                                           # the last one in the student's file
+            code = getattr(inspect.unwrap(answer), "__code__", verdict.__code__)
             for frame in traceback.extract_tb(error.__traceback__):
-                if frame.filename == getattr(answer, "__code__", verdict.__code__).co_filename:
+                if frame.filename == code.co_filename:
                     line = f" in line {frame.lineno}"
             return f"{name} raised {written(error)}{line}\n{case}"
         try:
@@ -102,7 +103,7 @@ def grade(file, *names):
     try:
         there = runpy.run_path(file, run_name="student")
     except (Exception, SystemExit) as error:
-        print(f"{file} raised {written(error)}")
+        print(f"{file} raised {type(error).__name__}: {error}")
         return 1
     found = dict.fromkeys(names, "there is no function for it")
     for name in names or EXERCISES:
@@ -126,7 +127,7 @@ def grade_class(folder, *names, limit=60):
         print(f"{file}:", flush=True)
         try:
             job = [sys.executable, __file__, "--grade", str(file), *names]
-            wrong |= subprocess.run(job, timeout=limit).returncode
+            wrong |= subprocess.run(job, timeout=limit, stdin=subprocess.DEVNULL).returncode
         except subprocess.TimeoutExpired:
             print(f"no answer in {limit} seconds", flush=True)
             wrong = 1
@@ -403,6 +404,8 @@ def trajectory_balance(z, p, r):
     assert said.startswith("recall_at: recall_at raised JSONDecodeError(")
     assert said.endswith(" in line 3")                          # of this file, not of json
     assert case == ["Case 1: one user", "ranked = [[4, 2, 7, 1]]; target = [4]; k = 3"]
+    stop = "import torch\n@torch.no_grad()\ndef recall_at(ranked, target, k):\n    exit()"
+    assert graded(stop)[0].endswith("raised SystemExit(None) in line 4")
     assert graded(right, "ndcg_at") == ["ndcg_at: there is no function for it"]
     assert graded("x = 0") == [f"{mine}: there is no function of an exercise in it"]
     assert graded(right, status=0) == ["trajectory_balance: right"]     # ours are not graded
@@ -411,7 +414,7 @@ def trajectory_balance(z, p, r):
     assert expected[9:] == found[9:] == "0.4805" and why.startswith("no gradient flows back")
     mine.write_text("x = ")
     assert main(["--grade", str(mine)]) == 1
-    assert re.fullmatch(r"\S+mine.py raised SyntaxError.*\n", capfd.readouterr().out)
+    assert re.fullmatch(r"\S+mine.py raised SyntaxError: .*line 1.*\n", capfd.readouterr().out)
     course = tmp_path / "course"                                # each file in a process of its own
     (course / "anna").mkdir(parents=True)
     assert main(["--grade", str(course)]) == 1 and "has no .py file" in capfd.readouterr().out
