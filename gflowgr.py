@@ -102,10 +102,10 @@ class Recipe:
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
     exact: bool = True              # F(s), Z(U): sums of known R; False: a head, if a loss needs it
-    # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. Each r sums to 1 over the items, so Z is about 1.
-    # r_a is 1 at the logged item (.1 if it was only clicked); r_s counts common codes
+    # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. r_a is 1 at the logged item (.1 if it was only
+    # clicked); r_ŷ, and r_s, which counts common codes, sum to 1 over the items. So Z is about 1
     teacher: str = "product"        # r_ŷ: "cm", or P_SFT · CM^γ (SFT knows order, CM rare items)
-    gamma: float = 2.0              # γ of the product; only items of SFT's guided beam have one
+    gamma: float = 2.0              # γ; the product is 0 but at items that a beam search finds
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     w_a: float = 0.3
     w_y: float = 0.65               # the largest: only r_ŷ knows of what was not shown
@@ -113,7 +113,7 @@ class Recipe:
     beta: float = 0.1               # S-DPO, GRPO: how strongly the frozen SFT policy holds
     rate: float = 1.5e-3            # peak learning rate: small models like it high
     dropout: float = 0.0            # SFT needs it; R is softer than single logged items
-    epochs: int = 7                 # the last ones bring the gain
+    epochs: int = 7
 
 TB = "log_z log_p log_r"            # TB gets log_p, Σ_l log P_F of a path, as its log_pf
 # The paper's L = L_GR + λ · L_GFN, λ = 1, curriculum, N = 3, learned log Z. Not the paper's: the
@@ -135,8 +135,8 @@ RECIPES = {
 @dataclass
 class Batch:
     """B rows, each a part of a user's history, read once. Every target v in it makes a context: v
-    and the history before it. `ends` counts the items before a target: 0, 1, 2 for the targets a,
-    b, c of a row that reads <user> a b (the last target is never read)."""
+    and the history before it. A row with the targets a, b, c reads <user> a b: their `ends`, the
+    numbers of items read before each, are 0, 1, 2."""
     tokens: torch.Tensor            # (B, H) <user>, the items read, padding on the right
     ends: torch.Tensor              # (B, T) items of the row before each target; −1: padding
     users: list                     # the user of each of C contexts; contexts go row by row
@@ -148,8 +148,9 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """What is known at each context: the teacher's scores, R of every item. The CM has counted
-        the answer in its training: told what is `following`, it takes those counts out again."""
+        """What is known at each context: the teacher's scores, R of every item. The CM counts which
+        item follows which in these very histories, so it has seen the answer. It is told what is
+        `following`, and takes those counts out."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -195,7 +196,7 @@ def tree_mask(ends, H, L):
     place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
     branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) of its branch, up to itself
-    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) 0: for history, own does
+    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) for history, own will do
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
 def pad(lists, value):
@@ -253,7 +254,7 @@ class Policy(torch.nn.Module):
         root = hidden.take_along_dim(ends[..., None], 1)                            # (B, E, d)
         later = hidden[:, H:].unflatten(1, (ends.shape[1], L - 1))                  # (B, E, L-1, d)
         prefixes = torch.cat([root[:, :, None], later], 2)                          # (B, E, L, d)
-        # A level's output weights are its codes' embeddings; one slice, as each has a full gradient
+        # A level's output weights are its codes' embeddings. One slice for all: faster backward
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()            # (B, E, L, K)
         states = ids.nodes[packed][..., :-1]                    # (B, E, L) s_0 … s_{L-1}, by node
@@ -278,7 +279,7 @@ class Policy(torch.nn.Module):
         guide (B, n) ≥ 0 multiplies P: an item scores log P + log guide, a prefix Σ log P_F + log Σ
         guide over the items below it.
         sample > 0 draws the list instead, at this temperature: k items without replacement; a code
-        is drawn ∝ P_F^(1/sample) · Σ guide over the items below it. Scores then tell the order."""
+        is drawn ∝ P_F^(1/sample) · Σ guide over the items below it. The scores are noisy then."""
         return beam_search(self, histories, k, max(beams or self.beams, k), guide, sample)
 
     def save_pretrained(self, folder):
@@ -374,7 +375,6 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
             paths.log_ref = reference(batch.tokens, batch.ends, items).log_pf.sum(-1)   # (C, J)
         paths.ref_pos = paths.log_ref[:, 0]
         paths.ref_neg = paths.log_ref[:, 1:]
-    # L_GFN (or S-DPO, GRPO, KL) is a mean over paths or contexts.
     known = vars(recipe) | vars(paths)
     L_GFN = recipe.loss(*[known[name] for name in recipe.given.split()])
     L_GR = -paths.policy_pos.mean() if recipe.gr else 0.0       # gr > 0 needs recipe.first
@@ -385,7 +385,7 @@ def train(name, recipe, policy, world):
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. policy:
     SFT's, or new for SFT itself; world: data, rows to train on, seed, settings, reward(recipe)."""
     reward = world.reward(recipe) if recipe.loss else None
-    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # at least 20 steps an epoch
+    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # about 20 steps or more
     per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
@@ -397,9 +397,9 @@ def train(name, recipe, policy, world):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        # (seed, epoch) fixes the order of rows, by rng, and what torch draws: dropout and samplers
-        rng = np.random.default_rng((world.seed, epoch))
-        torch.manual_seed(int(np.random.default_rng((world.seed, epoch)).integers(2 ** 63)))
+        seed = (world.seed, epoch)      # of the order of rows, of what torch draws (e.g. dropout)
+        torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
+        rng = np.random.default_rng(seed)
         epoch_batches = batches(world.rows, world.data, size, policy, rng)
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
             loss = loss_of(recipe, policy, reference, batch, reward, len(losses) / steps)
@@ -430,15 +430,15 @@ def children_of(logits, score, value, below, sample):
     log_p = log_p.add_(score[..., None])
     if not sample:
         return log_p, (log_p if below is None else log_p + below)
-    # A draw without replacement (Kool et al. 2019, Stochastic beams): every item has log P and
-    # Gumbel noise, the largest k win. A prefix's value is the largest of its items', and is fixed
-    # before its children are. So draw these freely (own), then shift their largest to the parent's:
-    # exp(−new) = exp(−own) − exp(−largest) + exp(−parent), so new = parent − softplus(v)
+    # A draw without replacement (Kool et al. 2019, Stochastic beams): an item's value is log P +
+    # Gumbel noise, the k largest win. A prefix has the largest value below it; the parent's is
+    # known first. So draw the children's (own), then move them until their largest is the parent's:
+    # exp(−new) = exp(−own) − exp(−largest) + exp(−parent), or new = parent − log(1 + e^v)
     parent = value[..., None]
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
     largest = own.amax(-1, keepdim=True)
     v = parent - own + torch.log1p(-(own - largest).exp())      # −inf at the largest
-    return log_p, parent - v.clamp(min=0) - torch.log1p((-v.abs()).exp())
+    return log_p, parent - v.clamp(min=0) - torch.log1p((-v.abs()).exp())   # no overflow of e^v
 
 def grown(mask, parents):
     """The mask (B, W, S + W) of W new beams, from the old beams' (B, ·, S); parents (B, W).
@@ -466,7 +466,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        child = ids.next_node[node]             # (B, W, K) −1: illegal; so is all after it
+        child = ids.next_node[node]             # (B, W, K) −1: no such node; it has no children
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         below = None
         if guide is not None:                                   # illegal: of node 0, but P is 0
