@@ -55,7 +55,7 @@ def trajectory_balance(log_z, log_pf, log_r):
     return (log_z[:, None] + log_pf - log_r).square().mean()
 
 def huber_balance(log_z, log_pf, log_r):
-    """TB as above, but a few paths with R far above P cannot outweigh all others."""
+    """TB as above, but a few paths with R far from P cannot outweigh all others."""
     # mean of h(log Z(U) + Σ_l log P_F − log R): h(x) = x²/2 up to 1 nat, |x| − 1/2 beyond
     return F.huber_loss(log_z[:, None] + log_pf, log_r)
 
@@ -96,26 +96,26 @@ class Recipe:
     RECIPES. For toy and ml-100k, TUNED (below Settings) changes some as well."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
     given: str = ""                 # names of its arguments, in order: fields of Paths or Recipe
-    gr: float = 0.0                 # weight of L_GR; 0: R itself rewards the logged item
+    gr: float = 0.0                 # weight of L_GR beside L_GFN; R rewards the logged item, too
     lam: float = 1.0                # λ; without L_GR it does little: Adam rescales gradients
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
-    exact: bool = True              # F(s), Z(U): sums of known R; False: a head, if a loss needs it
-    # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. r_a is 1 at the logged item (.1 if it was only
-    # clicked); r_ŷ, and r_s, which counts common codes, sum to 1 over the items. So Z is about 1
+    exact: bool = True              # F(s), Z(U) are sums of R, known from the start; False: learned
+    # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. r_a: 1 at the logged item (.1 if it was only
+    # clicked); r_s: common codes. Over the items, r_ŷ and r_s each sum to 1, so Z is about 1
     teacher: str = "product"        # r_ŷ: "cm", or P_SFT · CM^γ (SFT knows order, CM rare items)
-    gamma: float = 2.0              # γ; the product is 0 but at items that a beam search finds
+    gamma: float = 2.0              # γ; r_ŷ is 0 where no beam of SFT, guided by CM^γ, arrives
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     w_a: float = 0.3
-    w_y: float = 0.65               # the largest: only r_ŷ knows of what was not shown
+    w_y: float = 0.65               # the largest: r_ŷ knows best what users would like
     w_s: float = 0.05
     beta: float = 0.1               # S-DPO, GRPO: how strongly the frozen SFT policy holds
     rate: float = 1.5e-3            # peak learning rate: small models like it high
     dropout: float = 0.0            # SFT needs it; R is softer than single logged items
     epochs: int = 7
 
-TB = "log_z log_p log_r"            # TB gets log_p, Σ_l log P_F of a path, as its log_pf
+TB = "log_z log_p log_r"            # what TB calls log_pf is Paths.log_p, a path's sum
 # The paper's L = L_GR + λ · L_GFN, λ = 1, curriculum, N = 3, learned log Z. Not the paper's: the
 # weights of R, rate and dropout, and that S-DPO, too, has L_GR.
 PAPER = dict(gr=1.0, sampler="curriculum", trajectories=3, first=True, exact=False, teacher="cm",
@@ -165,12 +165,12 @@ class Paths:
     """J paths at each of C contexts: all that a loss may be given. A recipe names the fields."""
     log_pf: torch.Tensor            # (C, J, L) log P_F(s_{l+1} | s_l) of the codes taken
     log_probs: torch.Tensor         # (C, J, L, K) log P_F of all codes, NEVER where illegal
-    log_flow: torch.Tensor          # (C, J, L) log F(s_0) …; loss_of appends log F(s_L) = log R
+    log_flow: torch.Tensor          # (C, J, L) log F(s_0) … F(s_{L-1}); loss_of appends log R
     log_p: torch.Tensor = None      # (C, J) log P of the whole path
     log_z: torch.Tensor = None      # (C,) log Z(U)
     log_r: torch.Tensor = None      # (C, J) log R
     child_flow: torch.Tensor = None     # (C, J, L, K) exact F* of all children, if recipe.exact
-    policy_pos: torch.Tensor = None     # (C,) log P of the logged path, if recipe.first
+    policy_pos: torch.Tensor = None     # (C,) log P of path 0, the logged one if recipe.first
     policy_neg: torch.Tensor = None     # (C, J-1) log P of the others
     log_ref: torch.Tensor = None        # (C, J) log P by the frozen SFT policy
     ref_pos: torch.Tensor = None        # (C,) that of the logged path
@@ -196,7 +196,7 @@ def tree_mask(ends, H, L):
     place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
     branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) of its branch, up to itself
-    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) for history, own will do
+    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) of history: 0, and own
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
 def pad(lists, value):
@@ -254,7 +254,7 @@ class Policy(torch.nn.Module):
         root = hidden.take_along_dim(ends[..., None], 1)                            # (B, E, d)
         later = hidden[:, H:].unflatten(1, (ends.shape[1], L - 1))                  # (B, E, L-1, d)
         prefixes = torch.cat([root[:, :, None], later], 2)                          # (B, E, L, d)
-        # A level's output weights are its codes' embeddings. One slice for all: faster backward
+        # A level's output weights are its codes' embeddings. One slice, not L: faster backward
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()            # (B, E, L, K)
         states = ids.nodes[packed][..., :-1]                    # (B, E, L) s_0 … s_{L-1}, by node
@@ -288,13 +288,13 @@ class Policy(torch.nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dropout=0.0):
-        """The saved Policy in eval mode, or InputError. Its flow head (for training) is new."""
+        """The saved Policy (a guided one without its CM) in eval mode, or InputError."""
         return load_model(folder, dropout, guided=False)
 
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
 def draw(weight, count):
     """N = count items per context (C, N), with replacement, ∝ weight (C, n)."""
-    # Two at least, of which one may be cut: torch is slow at drawing one
+    # torch is slow at drawing one item, so draw two at least, and keep `count`
     return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
 
 def session(batch, count, policy, progress):
@@ -314,7 +314,7 @@ def curriculum(batch, count, policy, progress):
     """The paper's default: unobserved items with low scores early in training, high ones late. The
     scores are the teacher's. Draw a pool of 2N−1 items, item i with P ∝ scores[i]/2 + 1/(2n),
     unlogged ones alone. Sort it from low to high score. Keep N neighbours: those from place
-    round(progress · (N−1)) on. The half 1/(2n) is ours: without it, all scores would be high."""
+    round(progress · (N−1)) on. The half 1/(2n) is ours: else all scores of a pool were high."""
     weight = 0.5 * batch.scores + 0.5 / batch.scores.shape[1]
     weight[batch.logged()] = 1e-12
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -385,7 +385,7 @@ def train(name, recipe, policy, world):
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. policy:
     SFT's, or new for SFT itself; world: data, rows to train on, seed, settings, reward(recipe)."""
     reward = world.reward(recipe) if recipe.loss else None
-    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # about 20 steps or more
+    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # 20 steps an epoch, or more
     per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
@@ -433,7 +433,7 @@ def children_of(logits, score, value, below, sample):
     # A draw without replacement (Kool et al. 2019, Stochastic beams): an item's value is log P +
     # Gumbel noise, the k largest win. A prefix has the largest value below it; the parent's is
     # known first. So draw the children's (own), then move them until their largest is the parent's:
-    # exp(−new) = exp(−own) − exp(−largest) + exp(−parent), or new = parent − log(1 + e^v)
+    # exp(−new) = exp(−own) − exp(−largest) + exp(−parent), new = parent − log(1 + e^v)
     parent = value[..., None]
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
     largest = own.amax(-1, keepdim=True)
@@ -466,10 +466,10 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        child = ids.next_node[node]             # (B, W, K) −1: no such node; it has no children
+        child = ids.next_node[node]             # (B, W, K) −1: none, as in row −1 of the table
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         below = None
-        if guide is not None:                                   # illegal: of node 0, but P is 0
+        if guide is not None:                                   # illegal: any, as P = 0
             below = log_flow.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
         score, value = children_of(logits, score, value, below, sample)
         child, score, value = (x.flatten(1) for x in (child, score, value))         # (B, W·K)
