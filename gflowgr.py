@@ -60,8 +60,8 @@ def huber_balance(log_z, log_pf, log_r):
     return F.huber_loss(log_z[:, None] + log_pf, log_r)
 
 def detailed_balance(log_flow, log_pf):
-    """DB, summed over steps: log F(s_0) … log F(s_L) = log R (C, J, L+1), log P_F (C, J, L)."""
-    # Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))², mean over paths
+    """DB: log F of s_0 to s_L (C, J, L+1), the last is log R; log P_F of the steps (C, J, L)."""
+    # Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))² over steps, mean over paths
     return (log_flow[..., :-1] + log_pf - log_flow[..., 1:]).square().sum(-1).mean()
 
 def distillation(child_flow, log_probs):
@@ -95,8 +95,8 @@ class Recipe:
     """How a method is trained. `--methods tb:lam=1:sampler=random` changes fields of an entry of
     RECIPES. For toy and ml-100k, TUNED (below Settings) changes some as well."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
-    given: str = ""                 # names of its arguments, in order: fields of Paths or Recipe
-    gr: float = 0.0                 # weight of L_GR beside L_GFN; R rewards the logged item, too
+    given: str = ""                 # what it gets, in order: fields of Paths, or of Recipe
+    gr: float = 0.0                 # weight of L_GR beside L_GFN; 0: R rewards the logged item
     lam: float = 1.0                # λ; without L_GR it does little: Adam rescales gradients
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
@@ -104,8 +104,8 @@ class Recipe:
     exact: bool = True              # F(s), Z(U) are sums of R, known from the start; False: learned
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. r_a: 1 at the logged item (.1 if it was only
     # clicked); r_s: common codes. Over the items, r_ŷ and r_s each sum to 1, so Z is about 1
-    teacher: str = "product"        # r_ŷ: "cm", or P_SFT · CM^γ (SFT knows order, CM rare items)
-    gamma: float = 2.0              # γ; r_ŷ is 0 where no beam of SFT, guided by CM^γ, arrives
+    teacher: str = "product"        # r_ŷ: "cm", or "product", P_SFT · CM^γ (SFT knows order, CM
+    gamma: float = 2.0              # rare items), at the items that a beam search by it finds
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     w_a: float = 0.3
     w_y: float = 0.65               # the largest: r_ŷ knows best what users would like
@@ -150,7 +150,7 @@ class Batch:
     def fill(self, reward):
         """What is known at each context: the teacher's scores, R of every item. The CM counts which
         item follows which in these very histories, so it has seen the answer. It is told what is
-        `following`, and takes those counts out."""
+        `following`, and takes those counts out (SFT cannot)."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -162,7 +162,7 @@ class Batch:
 
 @dataclass
 class Paths:
-    """J paths at each of C contexts: all that a loss may be given. A recipe names the fields."""
+    """J paths at each of C contexts: what a loss may be given. A recipe names the fields."""
     log_pf: torch.Tensor            # (C, J, L) log P_F(s_{l+1} | s_l) of the codes taken
     log_probs: torch.Tensor         # (C, J, L, K) log P_F of all codes, NEVER where illegal
     log_flow: torch.Tensor          # (C, J, L) log F(s_0) … F(s_{L-1}); loss_of appends log R
@@ -195,8 +195,8 @@ def tree_mask(ends, H, L):
     """
     place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
     branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
-    own = (branch[:, None] == branch).tril()                    # (S, S) of its branch, up to itself
-    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) of history: 0, and own
+    own = (branch[:, None] == branch).tril()                    # (S, S) in one branch, or history
+    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) a code's end in history
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
 def pad(lists, value):
@@ -241,7 +241,7 @@ class Policy(torch.nn.Module):
         J = items.shape[1]
         valid = ends >= 0
         # From contexts to rows: J items of a context become J branches of its row → (B, E = T·J)
-        # Cells (b, t) that are padding hold item 0; `[valid]` drops them at the end
+        # Contexts go row by row; cells (b, t) that are padding get item 0, `[valid]` drops them
         packed = items.new_zeros(*ends.shape, J).masked_scatter(valid[..., None], items).flatten(1)
         ends = ends.clamp(min=0).repeat_interleave(J, 1)                            # (B, E)
         levels = torch.arange(L, device=ends.device)
@@ -288,7 +288,7 @@ class Policy(torch.nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dropout=0.0):
-        """The saved Policy (a guided one without its CM) in eval mode, or InputError."""
+        """The saved Policy (of NAME+cm: without the CM) in eval mode, or InputError."""
         return load_model(folder, dropout, guided=False)
 
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
@@ -314,7 +314,7 @@ def curriculum(batch, count, policy, progress):
     """The paper's default: unobserved items with low scores early in training, high ones late. The
     scores are the teacher's. Draw a pool of 2N−1 items, item i with P ∝ scores[i]/2 + 1/(2n),
     unlogged ones alone. Sort it from low to high score. Keep N neighbours: those from place
-    round(progress · (N−1)) on. The half 1/(2n) is ours: else all scores of a pool were high."""
+    round(progress · (N−1)) on. The uniform half is ours: else pools hold high scores alone."""
     weight = 0.5 * batch.scores + 0.5 / batch.scores.shape[1]
     weight[batch.logged()] = 1e-12
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -385,7 +385,7 @@ def train(name, recipe, policy, world):
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. policy:
     SFT's, or new for SFT itself; world: data, rows to train on, seed, settings, reward(recipe)."""
     reward = world.reward(recipe) if recipe.loss else None
-    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # 20 steps an epoch, or more
+    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: about 20 steps
     per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
@@ -433,12 +433,12 @@ def children_of(logits, score, value, below, sample):
     # A draw without replacement (Kool et al. 2019, Stochastic beams): an item's value is log P +
     # Gumbel noise, the k largest win. A prefix has the largest value below it; the parent's is
     # known first. So draw the children's (own), then move them until their largest is the parent's:
-    # exp(−new) = exp(−own) − exp(−largest) + exp(−parent), new = parent − log(1 + e^v)
+    # exp(−new) = exp(−own) − exp(−largest) + exp(−parent), which gives new below
     parent = value[..., None]
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
     largest = own.amax(-1, keepdim=True)
     v = parent - own + torch.log1p(-(own - largest).exp())      # −inf at the largest
-    return log_p, parent - v.clamp(min=0) - torch.log1p((-v.abs()).exp())   # no overflow of e^v
+    return log_p, parent - v.clamp(min=0) - torch.log1p((-v.abs()).exp())   # parent − log(1 + e^v)
 
 def grown(mask, parents):
     """The mask (B, W, S + W) of W new beams, from the old beams' (B, ·, S); parents (B, W).
@@ -466,7 +466,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        child = ids.next_node[node]             # (B, W, K) −1: none, as in row −1 of the table
+        child = ids.next_node[node]             # (B, W, K) −1: none; the last row, −1, is all −1
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         below = None
         if guide is not None:                                   # illegal: any, as P = 0
