@@ -8,7 +8,7 @@ of a collaborative model (CM) and the similarity of IDs. The method ends with `t
 search that recommends follows, then the work around both.
 
 Letters in shapes: B users, or rows of a batch (one user each), H tokens of history, T targets per
-row, C contexts (a target and the history before it), N sampled and J all paths per context, E
+row, C contexts (a target and the history before it), N sampled paths of a context and J in all, E
 branches and S places per row, L levels, K codes per level, n items, P prefixes, W beams, d width.
 """
 import copy
@@ -45,7 +45,7 @@ NEVER = -1e9                            # log P of what is illegal; not −inf, 
 
 # --- Losses: pure functions of tensors, natural logs ----------------------------------------------
 def trajectory_balance(log_z, log_pf, log_r):
-    """TB: log Z(U) (C,); of J paths per context log_pf = Σ_l log P_F, log R (C, J) → scalar.
+    """TB of J paths at C contexts: log Z(U) (C,), Σ_l log P_F (C, J), log R (C, J) → scalar.
 
     >>> log_pf, log_r = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
     >>> round(trajectory_balance(torch.zeros(1), log_pf, log_r).item(), 4)   # (0 + (log 1/2)²) / 2
@@ -96,16 +96,17 @@ class Recipe:
     RECIPES. For toy and ml-100k, TUNED (below Settings) changes some as well."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
     given: str = ""                 # what it gets, in order: fields of Paths, or of Recipe
-    gr: float = 0.0                 # weight of L_GR beside L_GFN; 0: R rewards the logged item
+    gr: float = 0.0                 # weight of L_GR; not needed, as r_a rewards the logged item
     lam: float = 1.0                # λ; without L_GR it does little: Adam rescales gradients
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
     exact: bool = True              # F(s), Z(U) are sums of R, known from the start; False: learned
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. r_a: 1 at the logged item (.1 if it was only
-    # clicked); r_s: common codes. Over the items, r_ŷ and r_s each sum to 1, so Z is about 1
-    teacher: str = "product"        # r_ŷ: "cm", or "product", P_SFT · CM^γ (SFT knows order, CM
-    gamma: float = 2.0              # rare items), at the items that a beam search by it finds
+    # clicked); r_s: common codes; r_ŷ: CM's score, or P_SFT · CM^γ (SFT knows order, CM rare items)
+    # at the items that a beam search by it finds, else 0. r_ŷ, r_s sum to 1 each: Z is about 1
+    teacher: str = "product"        # of r_ŷ: "cm", or "product", as above
+    gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     w_a: float = 0.3
     w_y: float = 0.65               # the largest: r_ŷ knows best what users would like
@@ -148,9 +149,8 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """What is known at each context: the teacher's scores, R of every item. The CM counts which
-        item follows which in these very histories, so it has seen the answer. It is told what is
-        `following`, and takes those counts out (SFT cannot)."""
+        """The teacher's scores (of CM, or SFT and CM), R of every item. The CM counted these very
+        histories: it is told what is `following`, and takes those counts out (SFT cannot)."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -423,7 +423,7 @@ def train(name, recipe, policy, world):
 def children_of(logits, score, value, below, sample):
     """Of all children of W beams (B, W, K): log P, and the value by which the best go on.
     Searching: log P = Σ log P_F; value = log P + `below`, which is log Σ guide over items below.
-    Sampling: P as a code is drawn, ∝ P_F^(1/sample) · Σ guide; value = log P + Gumbel noise."""
+    Sampling: log P of a draw, P ∝ P_F^(1/sample) · Σ guide; value = log P + Gumbel noise."""
     log_p = (logits / sample if sample else logits).log_softmax(-1)
     if sample and below is not None:
         log_p = (log_p + below).log_softmax(-1)
@@ -431,8 +431,8 @@ def children_of(logits, score, value, below, sample):
     if not sample:
         return log_p, (log_p if below is None else log_p + below)
     # A draw without replacement (Kool et al. 2019, Stochastic beams): an item's value is log P +
-    # Gumbel noise, the k largest win. A prefix has the largest value below it; the parent's is
-    # known first. So draw the children's (own), then move them until their largest is the parent's:
+    # Gumbel noise, the k largest win. A prefix's value is that of its best item. A parent's is
+    # known before its children's: draw these (own), then move them until the best is the parent's,
     # exp(−new) = exp(−own) − exp(−largest) + exp(−parent), which gives new below
     parent = value[..., None]
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
@@ -466,10 +466,10 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        child = ids.next_node[node]             # (B, W, K) −1: none; the last row, −1, is all −1
+        child = ids.next_node[node]             # (B, W, K) −1: no such child, nor any below
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         below = None
-        if guide is not None:                                   # illegal: any, as P = 0
+        if guide is not None:                                   # illegal: any flow, P is 0
             below = log_flow.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
         score, value = children_of(logits, score, value, below, sample)
         child, score, value = (x.flatten(1) for x in (child, score, value))         # (B, W·K)
