@@ -8,7 +8,7 @@ of a collaborative model (CM) and the similarity of IDs. The method ends with `t
 search that recommends follows, then the work around both.
 
 Letters in shapes: B users, or rows of a batch (one user each), H tokens of history, T targets per
-row, C contexts (a target and the history before it), N sampled paths of a context and J in all, E
+row, C contexts (a target and the history before it); per context N sampled paths, J in all; E
 branches and S places per row, L levels, K codes per level, n items, P prefixes, W beams, d width.
 """
 import copy
@@ -103,9 +103,9 @@ class Recipe:
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
     exact: bool = True              # F(s), Z(U) are sums of R, known from the start; False: learned
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. r_a: 1 at the logged item (.1 if it was only
-    # clicked); r_s: common codes; r_ŷ: CM's score, or P_SFT · CM^γ (SFT knows order, CM rare items)
-    # at the items that a beam search by it finds, else 0. r_ŷ, r_s sum to 1 each: Z is about 1
-    teacher: str = "product"        # of r_ŷ: "cm", or "product", as above
+    # clicked); r_s: codes shared with it; r_ŷ: the CM's score, or the product P_SFT · CM^γ, at the
+    # items that SFT's beam guided by CM finds (SFT knows order, CM rare items). Z is about 1
+    teacher: str = "product"        # whose score is r_ŷ: "cm", or "product"
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     w_a: float = 0.3
@@ -149,8 +149,8 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """The teacher's scores (of CM, or SFT and CM), R of every item. The CM counted these very
-        histories: it is told what is `following`, and takes those counts out (SFT cannot)."""
+        """The teacher's scores, R of every item. The CM counted these histories, so it has seen the
+        answer: told what is `following`, it takes those counts out (SFT cannot)."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -385,7 +385,7 @@ def train(name, recipe, policy, world):
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. policy:
     SFT's, or new for SFT itself; world: data, rows to train on, seed, settings, reward(recipe)."""
     reward = world.reward(recipe) if recipe.loss else None
-    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: about 20 steps
+    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: some 20 an epoch
     per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
