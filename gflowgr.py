@@ -79,15 +79,15 @@ def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
     margin = beta * ((policy_neg - ref_neg) - (policy_pos - ref_pos)[:, None])
     return -F.logsigmoid(-margin.logsumexp(1)).mean()
 
-def grpo(log_p, log_ref, log_r, beta):
+def grpo(log_pf, log_ref, log_r, beta):
     """GRPO, a maximiser of R. Of J paths that the policy drew: log P, log P_ref, log R,
     all (C, J) → scalar. A draw serves one step, so the ratio of new to old policy is 1."""
     # mean of −A · log P + β · KL; A = (R − mean R) / std R over a context's paths;
     # KL(P ‖ P_ref) is estimated by x − log x − 1, x = P_ref / P
     r = log_r.exp()
     advantage = (r - r.mean(1, keepdim=True)) / r.std(1, keepdim=True).clamp(min=1e-8)
-    log_x = log_ref - log_p
-    return (beta * (log_x.exp() - log_x - 1) - advantage * log_p).mean()
+    log_x = log_ref - log_pf
+    return (beta * (log_x.exp() - log_x - 1) - advantage * log_pf).mean()
 
 # --- Recipes: how a method is fine-tuned ----------------------------------------------------------
 @dataclass
@@ -116,7 +116,7 @@ class Recipe:
     dropout: float = 0.0            # SFT needs it; R is softer than single logged items
     epochs: int = 7
 
-TB = "log_z log_p log_r"            # what TB calls log_pf is Paths.log_p, a path's sum
+TB = "log_z log_pf log_r"           # fields of Paths
 # The paper's L = L_GR + λ · L_GFN, λ = 1, curriculum, N = 3, learned log Z. Not the paper's: the
 # weights of R, rate and dropout, and that S-DPO, too, has L_GR.
 PAPER = dict(gr=1.0, sampler="curriculum", trajectories=3, first=True, exact=False, teacher="cm",
@@ -125,9 +125,9 @@ RECIPES = {
     "sft": Recipe(dropout=0.2, epochs=8),
     "sft-continued": Recipe(dropout=0.2, rate=4.5e-4),          # more of the same, to compare
     "sdpo": Recipe(sdpo, "policy_pos policy_neg ref_pos ref_neg beta", **PAPER),
-    "grpo": Recipe(grpo, "log_p log_ref log_r beta", sampler="drawn", trajectories=8, exact=False),
+    "grpo": Recipe(grpo, "log_pf log_ref log_r beta", sampler="drawn", trajectories=8, exact=False),
     "tb-paper": Recipe(trajectory_balance, TB, **PAPER),
-    "db": Recipe(detailed_balance, "log_flow log_pf"),
+    "db": Recipe(detailed_balance, "log_flow log_steps"),
     "tb": Recipe(trajectory_balance, TB),
     "tb-huber": Recipe(huber_balance, TB),
     "distill": Recipe(distillation, "child_flow log_probs", trajectories=1)}
@@ -163,10 +163,10 @@ class Batch:
 @dataclass
 class Paths:
     """J paths at each of C contexts: what a loss may be given. A recipe names the fields."""
-    log_pf: torch.Tensor            # (C, J, L) log P_F(s_{l+1} | s_l) of the codes taken
+    log_steps: torch.Tensor         # (C, J, L) log P_F(s_{l+1} | s_l) of the codes taken
     log_probs: torch.Tensor         # (C, J, L, K) log P_F of all codes, NEVER where illegal
     log_flow: torch.Tensor          # (C, J, L) log F(s_0) … F(s_{L-1}); loss_of appends log R
-    log_p: torch.Tensor = None      # (C, J) log P of the whole path
+    log_pf: torch.Tensor = None     # (C, J) log P of the whole path, Σ_l log P_F
     log_z: torch.Tensor = None      # (C,) log Z(U)
     log_r: torch.Tensor = None      # (C, J) log R
     child_flow: torch.Tensor = None     # (C, J, L, K) exact F* of all children, if recipe.exact
@@ -263,13 +263,13 @@ class Policy(torch.nn.Module):
         log_flow = self.flow_head(prefixes)[..., 0]                                 # (B, E, L)
         # Back from rows to contexts: (B, E, …) → (B, T, J, …) → (C, J, …)
         log_probs, log_flow = (x.unflatten(1, (-1, J))[valid] for x in (log_probs, log_flow))
-        log_pf = log_probs.gather(-1, ids.codes[items][..., None])[..., 0]          # (C, J, L)
-        return Paths(log_pf, log_probs, log_flow)
+        log_steps = log_probs.gather(-1, ids.codes[items][..., None])[..., 0]       # (C, J, L)
+        return Paths(log_steps, log_probs, log_flow)
 
     def path_log_probs(self, histories, items):
         """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L)."""
         tokens, ends = self.tokens(histories)                   # one target, after all items
-        return self(tokens, ends, torch.as_tensor(items)).log_pf
+        return self(tokens, ends, torch.as_tensor(items)).log_steps
 
     def recommend(self, histories, k=10, beams=None, guide=None, sample=0.0):
         """The k best items of B histories: items (B, k), best first, and their scores (B, k).
@@ -349,7 +349,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
     """L = gr · L_GR(U, v) + λ · L_GFN, the means over the batch. L_GR alone without recipe.loss.
     reference: the frozen SFT policy; progress: the share of training that is done."""
     if not recipe.loss:
-        return -policy(batch.tokens, batch.ends, batch.positives[:, None]).log_pf.sum(-1).mean()
+        return -policy(batch.tokens, batch.ends, batch.positives[:, None]).log_steps.sum(-1).mean()
     batch.fill(reward)
     # Which paths to learn from: N of the sampler, maybe after the logged one. Off-policy: any will
     # do, since at P = R/Z a GFlowNet loss (TB, DB) is 0 on every path, whoever drew it.
@@ -360,19 +360,19 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         items = torch.cat([batch.positives[:, None], items], 1)                     # (C, J)
     # What the policy says of them, and R. log F(s_L) is log R.
     paths = policy(batch.tokens, batch.ends, items)
-    device = paths.log_pf.device
-    paths.log_p = paths.log_pf.sum(-1)                          # Σ_l log P_F      (C, J)
+    device = paths.log_steps.device
+    paths.log_pf = paths.log_steps.sum(-1)                      # Σ_l log P_F      (C, J)
     paths.log_r = batch.r.gather(1, items).log().to(device)                         # (C, J)
     if recipe.exact:                                            # F*(s) = Σ R of the items below s
         paths.child_flow = reward.ids.child_flows(batch.r, items).to(device)        # (C, J, L, K)
         paths.log_flow = paths.child_flow.sum(-1).log()         # of s: the sum over its children
     paths.log_flow = torch.cat([paths.log_flow, paths.log_r[..., None]], -1)        # (C, J, L+1)
     paths.log_z = paths.log_flow[:, 0, 0]                       # Z = F(s_0), s_0 is in all J paths
-    paths.policy_pos = paths.log_p[:, 0]                        # the logged path, if recipe.first
-    paths.policy_neg = paths.log_p[:, 1:]
+    paths.policy_pos = paths.log_pf[:, 0]                       # the logged path, if recipe.first
+    paths.policy_neg = paths.log_pf[:, 1:]
     if "ref" in recipe.given:                                   # log_ref, ref_pos or ref_neg
         with torch.no_grad():
-            paths.log_ref = reference(batch.tokens, batch.ends, items).log_pf.sum(-1)   # (C, J)
+            paths.log_ref = reference(batch.tokens, batch.ends, items).log_steps.sum(-1)    # (C, J)
         paths.ref_pos = paths.log_ref[:, 0]
         paths.ref_neg = paths.log_ref[:, 1:]
     known = vars(recipe) | vars(paths)

@@ -826,7 +826,7 @@ def newest(batch, count, policy, progress):
 
 def test_an_own_loss_and_sampler_and_a_bug_that_keeps_its_traceback(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(RECIPES, "mine", Recipe(another_loss, gflowgr.TB, sampler="newest"))
-    monkeypatch.setitem(RECIPES, "bug", Recipe(lambda log_p: log_p.shape[2], "log_p"))
+    monkeypatch.setitem(RECIPES, "bug", Recipe(lambda log_pf: log_pf.shape[2], "log_pf"))
     monkeypatch.setitem(SAMPLERS, "newest", newest)
     flags = [*tiny, f"--out={tmp_path}", "--sft=epochs=1", "--recipe=epochs=1:dropout=.25"]
     status, out, err = cli(*flags, "--methods=mine:trajectories=3,tb:sampler=newest")
@@ -1261,7 +1261,7 @@ def packing(J, n, length, rows):              # a TB step: rows of J branches; J
     items = torch.randint(n, (rows, J))
     def tb(tokens, items):
         paths = policy(tokens, torch.full((len(items), 1), length), items)
-        log_z, log_pf = paths.log_flow.view(rows, -1)[:, 0], paths.log_pf.sum(-1).view(rows, J)
+        log_z, log_pf = paths.log_flow.view(rows, -1)[:, 0], paths.log_steps.sum(-1).view(rows, J)
         gflowgr.trajectory_balance(log_z, log_pf, log_r).backward()
     many = tokens.repeat_interleave(J, 0), items.view(-1, 1)
     return partial(tb, tokens, items), partial(tb, *many)
