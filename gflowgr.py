@@ -96,15 +96,15 @@ class Recipe:
     RECIPES. For toy and ml-100k, TUNED (below Settings) changes some as well."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
     given: str = ""                 # what it gets, in order: fields of Paths, or of Recipe
-    gr: float = 0.0                 # weight of L_GR; not needed, as r_a rewards the logged item
+    gr: float = 0.0                 # weight of L_GR beside L_GFN; needless: r_a rewards the log
     lam: float = 1.0                # λ; without L_GR it does little: Adam rescales gradients
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
     exact: bool = True              # F(s), Z(U) are sums of R, known from the start; False: learned
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. r_a: 1 at the logged item (.1 if it was only
-    # clicked); r_s: codes shared with it; r_ŷ: the CM's score, or the product P_SFT · CM^γ, at the
-    # items that SFT's beam guided by CM finds (SFT knows order, CM rare items). Z is about 1
+    # clicked); r_s: codes shared with it; r_ŷ: the CM, or P_SFT · CM^γ (SFT knows order, CM rare
+    # items), 0 where no beam of SFT, guided by the CM, ends. r_s, r_ŷ sum to 1, so Z to about 1
     teacher: str = "product"        # whose score is r_ŷ: "cm", or "product"
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
@@ -241,7 +241,7 @@ class Policy(torch.nn.Module):
         J = items.shape[1]
         valid = ends >= 0
         # From contexts to rows: J items of a context become J branches of its row → (B, E = T·J)
-        # Contexts go row by row; cells (b, t) that are padding get item 0, `[valid]` drops them
+        # Contexts go row by row. Cells (b, t) that are padding get item 0; dropped at the end
         packed = items.new_zeros(*ends.shape, J).masked_scatter(valid[..., None], items).flatten(1)
         ends = ends.clamp(min=0).repeat_interleave(J, 1)                            # (B, E)
         levels = torch.arange(L, device=ends.device)
@@ -288,7 +288,7 @@ class Policy(torch.nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dropout=0.0):
-        """The saved Policy (of NAME+cm: without the CM) in eval mode, or InputError."""
+        """The saved Policy (of a method guided by the CM: without it) in eval mode, or InputError."""
         return load_model(folder, dropout, guided=False)
 
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
@@ -385,7 +385,7 @@ def train(name, recipe, policy, world):
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. policy:
     SFT's, or new for SFT itself; world: data, rows to train on, seed, settings, reward(recipe)."""
     reward = world.reward(recipe) if recipe.loss else None
-    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: some 20 an epoch
+    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # 20 steps an epoch, or so
     per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
@@ -397,7 +397,7 @@ def train(name, recipe, policy, world):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = (world.seed, epoch)      # of the order of rows, of what torch draws (e.g. dropout)
+        seed = (world.seed, epoch)      # for torch (dropout, samplers), and for the order of rows
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         rng = np.random.default_rng(seed)
         epoch_batches = batches(world.rows, world.data, size, policy, rng)
@@ -466,10 +466,10 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        child = ids.next_node[node]             # (B, W, K) −1: no such child, nor any below
+        child = ids.next_node[node]             # (B, W, K) −1: none; spare last row: all −1
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         below = None
-        if guide is not None:                                   # illegal: any flow, P is 0
+        if guide is not None:                                   # illegal: root's, as P = 0
             below = log_flow.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
         score, value = children_of(logits, score, value, below, sample)
         child, score, value = (x.flatten(1) for x in (child, score, value))         # (B, W·K)
