@@ -288,7 +288,7 @@ class Policy(torch.nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dropout=0.0):
-        """The saved Policy (of a method guided by the CM: without it) in eval mode, or InputError."""
+        """The saved Policy in eval mode, or InputError. Of a guided method: without its CM."""
         return load_model(folder, dropout, guided=False)
 
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
