@@ -195,7 +195,7 @@ def tree_mask(ends, H, L):
     """
     place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
     branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
-    own = (branch[:, None] == branch).tril()                    # (S, S) in one branch, or history
+    own = (branch[:, None] == branch).tril()                    # (S, S) same branch, up to itself
     last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) a code's end in history
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
