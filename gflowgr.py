@@ -196,7 +196,7 @@ def tree_mask(ends, H, L):
     place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
     branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) same branch, up to itself
-    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) a code's end in history
+    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) ends; 0: in the history
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
 def pad(lists, value):
@@ -240,9 +240,9 @@ class Policy(torch.nn.Module):
         L = ids.num_levels
         J = items.shape[1]
         valid = ends >= 0
-        # From contexts to rows: J items of a context become J branches of its row → (B, E = T·J)
-        # Contexts go row by row. Cells (b, t) that are padding get item 0; dropped at the end
-        packed = items.new_zeros(*ends.shape, J).masked_scatter(valid[..., None], items).flatten(1)
+        # The J items of a context become J branches of its row, E = T·J; padding gets item 0
+        packed = items.new_zeros(len(ends), ends.shape[1] * J)                      # (B, E)
+        packed.unflatten(1, (-1, J))[valid] = items             # a view (B, T, J), row by row
         ends = ends.clamp(min=0).repeat_interleave(J, 1)                            # (B, E)
         levels = torch.arange(L, device=ends.device)
         code_tokens = ids.codes[packed] + ids.num_codes * levels                    # (B, E, L)
@@ -261,7 +261,7 @@ class Policy(torch.nn.Module):
         illegal = ids.next_node[states] < 0                     # (B, E, L, K) −1: no such child
         log_probs = logits.masked_fill(illegal, NEVER).log_softmax(-1)
         log_flow = self.flow_head(prefixes)[..., 0]                                 # (B, E, L)
-        # Back from rows to contexts: (B, E, …) → (B, T, J, …) → (C, J, …)
+        # Back from rows to contexts, without padding: (B, E, …) → (B, T, J, …) → (C, J, …)
         log_probs, log_flow = (x.unflatten(1, (-1, J))[valid] for x in (log_probs, log_flow))
         log_steps = log_probs.gather(-1, ids.codes[items][..., None])[..., 0]       # (C, J, L)
         return Paths(log_steps, log_probs, log_flow)
@@ -431,14 +431,14 @@ def children_of(logits, score, value, below, sample):
     if not sample:
         return log_p, (log_p if below is None else log_p + below)
     # A draw without replacement (Kool et al. 2019, Stochastic beams): an item's value is log P +
-    # Gumbel noise, the k largest win. A prefix's value is that of its best item. A parent's is
-    # known before its children's: draw these (own), then move them until the best is the parent's,
-    # exp(−new) = exp(−own) − exp(−largest) + exp(−parent), which gives new below
+    # Gumbel noise, the k largest win. A prefix's value is that of its best item. So the best child
+    # must have the parent's value, which is known. Draw the children freely (own), then move them:
+    # exp(−new) = exp(−own) − exp(−largest own) + exp(−parent), so new = parent − log(1 + e^v)
     parent = value[..., None]
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
     largest = own.amax(-1, keepdim=True)
     v = parent - own + torch.log1p(-(own - largest).exp())      # −inf at the largest
-    return log_p, parent - v.clamp(min=0) - torch.log1p((-v.abs()).exp())   # parent − log(1 + e^v)
+    return log_p, parent - F.softplus(v)                        # softplus: log(1 + e^v)
 
 def grown(mask, parents):
     """The mask (B, W, S + W) of W new beams, from the old beams' (B, ·, S); parents (B, W).
