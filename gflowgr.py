@@ -68,7 +68,7 @@ def distillation(child_flow, log_probs):
     """KL(R/Z ‖ P), ours: flows F* of all children (C, J, L, K), log P_F (C, J, L, K) → scalar.
     The flow of a prefix is the sum of R below it (0 for an illegal child). TB and DB see only
     the codes that a path takes; this loss compares all children at each step: a yardstick for
-    TB and DB. On paths drawn ∝ R, the expected sum over steps is the KL (chain rule)."""
+    TB and DB. Paths drawn ∝ R visit prefixes ∝ F*: so the mean is the KL of items (chain rule)."""
     # Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), mean over paths
     target = child_flow / child_flow.sum(-1, keepdim=True)
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
@@ -81,7 +81,7 @@ def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
 
 def grpo(log_pf, log_ref, log_r, beta):
     """GRPO, a maximiser of R. Of J paths that the policy drew: log P, log P_ref, log R,
-    all (C, J) → scalar. A draw serves one step, so the ratio of new to old policy is 1."""
+    all (C, J) → scalar. Paths are drawn anew for each step: the ratio of new to old policy is 1."""
     # mean of −A · log P + β · KL; A = (R − mean R) / std R over a context's paths;
     # KL(P ‖ P_ref) is estimated by x − log x − 1, x = P_ref / P
     r = log_r.exp()
@@ -96,16 +96,16 @@ class Recipe:
     RECIPES. For toy and ml-100k, TUNED (below Settings) changes some as well."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
     given: str = ""                 # what it gets, in order: fields of Paths, or of Recipe
-    gr: float = 0.0                 # weight of L_GR beside L_GFN; needless: r_a rewards the log
+    gr: float = 0.0                 # weight of L_GR; 0 will do, as r_a rewards the logged item
     lam: float = 1.0                # λ; without L_GR it does little: Adam rescales gradients
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
-    exact: bool = True              # F(s), Z(U) are sums of R, known from the start; False: learned
-    # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. r_a: 1 at the logged item (.1 if it was only
-    # clicked); r_s: codes shared with it; r_ŷ: the CM, or P_SFT · CM^γ (SFT knows order, CM rare
-    # items), 0 where no beam of SFT, guided by the CM, ends. r_s, r_ŷ sum to 1, so Z to about 1
-    teacher: str = "product"        # whose score is r_ŷ: "cm", or "product"
+    exact: bool = True              # F(s), Z(U): sums of R; False: learned, by losses that use them
+    # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. r_a: 1 at the logged item, .1 if only clicked; r_s:
+    # codes shared with it; r_ŷ: the teacher's score; both sum to 1, so Z is about 1. The product is
+    # P_SFT · CM^γ (SFT knows order, the CM rare items) at items that a CM-guided beam finds, else 0
+    teacher: str = "product"        # "cm": r_ŷ is the CM's score; "product": see above
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     w_a: float = 0.3
@@ -135,8 +135,8 @@ RECIPES = {
 # --- What a step of training works on -------------------------------------------------------------
 @dataclass
 class Batch:
-    """B rows, each a part of a user's history, read once. Every target v in it makes a context: v
-    and the history before it. A row with the targets a, b, c reads <user> a b: their `ends`, the
+    """B rows, each a part of a user's history. Every target v in it makes a context: v and the
+    history before it. A row with the targets a, b, c reads <user> a b: their `ends`, the
     numbers of items read before each, are 0, 1, 2."""
     tokens: torch.Tensor            # (B, H) <user>, the items read, padding on the right
     ends: torch.Tensor              # (B, T) items of the row before each target; −1: padding
@@ -149,8 +149,8 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """The teacher's scores, R of every item. The CM counted these histories, so it has seen the
-        answer: told what is `following`, it takes those counts out (SFT cannot)."""
+        """The teacher's scores, R of every item. The CM has counted these histories, v included:
+        told what is `following`, it subtracts those counts. (SFT has seen v, too, and cannot.)"""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -196,7 +196,7 @@ def tree_mask(ends, H, L):
     place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
     branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) same branch, up to itself
-    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0))      # (B, S) ends; 0: in the history
+    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0), value=-1)    # (B, S) −1: none
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
 def pad(lists, value):
@@ -218,7 +218,7 @@ class Policy(torch.nn.Module):
         self.catalogue = {}                                     # item_ids and titles, for saving
         self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch, not pretrained
             vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
-            n_head=math.gcd(width, max(1, width // 32)),        # heads 32 wide, if 32 divides it
+            n_head=math.gcd(width, max(1, width // 32)),        # of 32, if 32 divides width
             n_positions=window + semantic_ids.num_levels,
             resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,   # 0: else twice the time
             bos_token_id=self.user_token, eos_token_id=self.user_token,
@@ -229,7 +229,7 @@ class Policy(torch.nn.Module):
 
     def tokens(self, histories):
         """Tokens (B, H): <user>, the last `window` items, padding; counts (B, 1) of the items."""
-        rows = [[-1, *history[-self.window:]] for history in histories]     # −1: <user>, padding
+        rows = [[-1, *history[-self.window:]] for history in histories]     # −1: will be <user>
         return pad(rows, -1) + self.user_token + 1, torch.tensor([[len(row) - 1] for row in rows])
 
     def forward(self, tokens, ends, items):
@@ -257,7 +257,7 @@ class Policy(torch.nn.Module):
         # A level's output weights are its codes' embeddings. One slice, not L: faster backward
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()            # (B, E, L, K)
-        states = ids.nodes[packed][..., :-1]                    # (B, E, L) s_0 … s_{L-1}, by node
+        states = ids.nodes[packed][..., :-1]                    # (B, E, L) of s_0 … s_{L-1}
         illegal = ids.next_node[states] < 0                     # (B, E, L, K) −1: no such child
         log_probs = logits.masked_fill(illegal, NEVER).log_softmax(-1)
         log_flow = self.flow_head(prefixes)[..., 0]                                 # (B, E, L)
@@ -288,7 +288,7 @@ class Policy(torch.nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dropout=0.0):
-        """The saved Policy in eval mode, or InputError. Of a guided method: without its CM."""
+        """The saved Policy in eval mode, or InputError; of a guided method its policy."""
         return load_model(folder, dropout, guided=False)
 
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
@@ -314,7 +314,7 @@ def curriculum(batch, count, policy, progress):
     """The paper's default: unobserved items with low scores early in training, high ones late. The
     scores are the teacher's. Draw a pool of 2N−1 items, item i with P ∝ scores[i]/2 + 1/(2n),
     unlogged ones alone. Sort it from low to high score. Keep N neighbours: those from place
-    round(progress · (N−1)) on. The uniform half is ours: else pools hold high scores alone."""
+    round(progress · (N−1)) on. The uniform half is ours: else few scores are low."""
     weight = 0.5 * batch.scores + 0.5 / batch.scores.shape[1]
     weight[batch.logged()] = 1e-12
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -385,7 +385,7 @@ def train(name, recipe, policy, world):
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. policy:
     SFT's, or new for SFT itself; world: data, rows to train on, seed, settings, reward(recipe)."""
     reward = world.reward(recipe) if recipe.loss else None
-    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # 20 steps an epoch, or so
+    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # 20 steps at least
     per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
@@ -431,14 +431,14 @@ def children_of(logits, score, value, below, sample):
     if not sample:
         return log_p, (log_p if below is None else log_p + below)
     # A draw without replacement (Kool et al. 2019, Stochastic beams): an item's value is log P +
-    # Gumbel noise, the k largest win. A prefix's value is that of its best item. So the best child
-    # must have the parent's value, which is known. Draw the children freely (own), then move them:
-    # exp(−new) = exp(−own) − exp(−largest own) + exp(−parent), so new = parent − log(1 + e^v)
+    # Gumbel noise, the k best win. A prefix's value is that of its best item; so the best child
+    # has to get its parent's value. Draw the children freely (own), then move all of them:
+    # exp(−new) = exp(−own) − exp(−best) + exp(−parent), so new = parent − log(1 + e^v)
     parent = value[..., None]
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
-    largest = own.amax(-1, keepdim=True)
-    v = parent - own + torch.log1p(-(own - largest).exp())      # −inf at the largest
-    return log_p, parent - F.softplus(v)                        # softplus: log(1 + e^v)
+    best = own.amax(-1, keepdim=True)
+    v = parent - own + torch.log1p(-(own - best).exp())  # e^v: e^(parent−own) − e^(parent−best)
+    return log_p, parent - F.softplus(v)                        # log(1 + e^v)
 
 def grown(mask, parents):
     """The mask (B, W, S + W) of W new beams, from the old beams' (B, ·, S); parents (B, W).
@@ -466,10 +466,11 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        child = ids.next_node[node]             # (B, W, K) −1: none; spare last row: all −1
+        # −1: no child. A beam may end there; it keeps log P = NEVER, as next_node[-1] is all −1
+        child = ids.next_node[node]                                                 # (B, W, K)
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         below = None
-        if guide is not None:                                   # illegal: root's, as P = 0
+        if guide is not None:                                   # where illegal: any number
             below = log_flow.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
         score, value = children_of(logits, score, value, below, sample)
         child, score, value = (x.flatten(1) for x in (child, score, value))         # (B, W·K)
