@@ -431,7 +431,7 @@ def children_of(logits, score, value, below, sample):
     if not sample:
         return log_p, (log_p if below is None else log_p + below)
     # A draw without replacement (Kool et al. 2019, Stochastic beams): an item's value is log P +
-    # Gumbel noise, the k best win. A prefix's value is that of its best item; so the best child
+    # Gumbel noise, the k largest win. A prefix's value is that of its best item; so the best child
     # has to get its parent's value. Draw the children freely (own), then move all of them:
     # exp(−new) = exp(−own) − exp(−best) + exp(−parent), so new = parent − log(1 + e^v)
     parent = value[..., None]
