@@ -68,7 +68,7 @@ def distillation(child_flow, log_probs):
     """KL(R/Z ‖ P), ours: flows F* of all children (C, J, L, K), log P_F (C, J, L, K) → scalar.
     The flow of a prefix is the sum of R below it (0 for an illegal child). TB and DB see only
     the codes that a path takes; this loss compares all children at each step: a yardstick for
-    TB and DB. Paths drawn ∝ R visit prefixes ∝ F*: so the mean is the KL of items (chain rule)."""
+    TB and DB. Averaged over paths drawn ∝ R, as in its recipe, it is the KL over items."""
     # Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), mean over paths
     target = child_flow / child_flow.sum(-1, keepdim=True)
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
@@ -92,20 +92,20 @@ def grpo(log_pf, log_ref, log_r, beta):
 # --- Recipes: how a method is fine-tuned ----------------------------------------------------------
 @dataclass
 class Recipe:
-    """How a method is trained. `--methods tb:lam=1:sampler=random` changes fields of an entry of
-    RECIPES. For toy and ml-100k, TUNED (below Settings) changes some as well."""
+    """How a method is trained. `--methods tb:lam=1` changes a field of its entry in RECIPES; TUNED
+    (below Settings), some for toy and ml-100k."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
-    given: str = ""                 # what it gets, in order: fields of Paths, or of Recipe
-    gr: float = 0.0                 # weight of L_GR; 0 will do, as r_a rewards the logged item
+    given: str = ""                 # its arguments, in order: fields of Paths, or of Recipe
+    gr: float = 0.0                 # weight of L_GR beside it; 0: none, R rewards the log, too
     lam: float = 1.0                # λ; without L_GR it does little: Adam rescales gradients
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
-    exact: bool = True              # F(s), Z(U): sums of R; False: learned, by losses that use them
+    exact: bool = True              # F(s), Z(U): sums of R, right from step 1; False: learned
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. r_a: 1 at the logged item, .1 if only clicked; r_s:
-    # codes shared with it; r_ŷ: the teacher's score; both sum to 1, so Z is about 1. The product is
-    # P_SFT · CM^γ (SFT knows order, the CM rare items) at items that a CM-guided beam finds, else 0
-    teacher: str = "product"        # "cm": r_ŷ is the CM's score; "product": see above
+    # codes shared with it; r_ŷ: the teacher's score. r_s, r_ŷ each sum to 1 over items. The product
+    # is P_SFT · CM^γ at what a beam of SFT, guided by the CM, finds (SFT knows order), 0 elsewhere
+    teacher: str = "product"        # "cm" or "product"
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     w_a: float = 0.3
@@ -149,8 +149,8 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """The teacher's scores, R of every item. The CM has counted these histories, v included:
-        told what is `following`, it subtracts those counts. (SFT has seen v, too, and cannot.)"""
+        """The teacher's scores, R of every item. The CM consists of counts of these histories.
+        So that it does not know v, it subtracts the counts of what is `following`."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -218,7 +218,7 @@ class Policy(torch.nn.Module):
         self.catalogue = {}                                     # item_ids and titles, for saving
         self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch, not pretrained
             vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
-            n_head=math.gcd(width, max(1, width // 32)),        # of 32, if 32 divides width
+            n_head=math.gcd(width, max(1, width // 32)),        # heads of size 32, if possible
             n_positions=window + semantic_ids.num_levels,
             resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,   # 0: else twice the time
             bos_token_id=self.user_token, eos_token_id=self.user_token,
@@ -288,7 +288,7 @@ class Policy(torch.nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dropout=0.0):
-        """The saved Policy in eval mode, or InputError; of a guided method its policy."""
+        """The saved Policy in eval mode, or InputError. (Of a Guided: its policy.)"""
         return load_model(folder, dropout, guided=False)
 
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
@@ -314,7 +314,7 @@ def curriculum(batch, count, policy, progress):
     """The paper's default: unobserved items with low scores early in training, high ones late. The
     scores are the teacher's. Draw a pool of 2N−1 items, item i with P ∝ scores[i]/2 + 1/(2n),
     unlogged ones alone. Sort it from low to high score. Keep N neighbours: those from place
-    round(progress · (N−1)) on. The uniform half is ours: else few scores are low."""
+    round(progress · (N−1)) on. The uniform half is ours: without it, few scores are low."""
     weight = 0.5 * batch.scores + 0.5 / batch.scores.shape[1]
     weight[batch.logged()] = 1e-12
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -430,14 +430,14 @@ def children_of(logits, score, value, below, sample):
     log_p = log_p.add_(score[..., None])
     if not sample:
         return log_p, (log_p if below is None else log_p + below)
-    # A draw without replacement (Kool et al. 2019, Stochastic beams): an item's value is log P +
-    # Gumbel noise, the k largest win. A prefix's value is that of its best item; so the best child
-    # has to get its parent's value. Draw the children freely (own), then move all of them:
-    # exp(−new) = exp(−own) − exp(−best) + exp(−parent), so new = parent − log(1 + e^v)
+    # Stochastic beams (Kool et al. 2019): an item's value is log P + Gumbel noise; the k largest
+    # are a draw without replacement. A prefix has its best item's value. So draw the children's
+    # (own), then move all until the best has the parent's: e^−new = e^−own − e^−best + e^−parent,
+    # or new = parent − log(1 + e^v) with e^v = e^(parent − own) − e^(parent − best)
     parent = value[..., None]
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
     best = own.amax(-1, keepdim=True)
-    v = parent - own + torch.log1p(-(own - best).exp())  # e^v: e^(parent−own) − e^(parent−best)
+    v = parent - own + torch.log1p(-(own - best).exp())
     return log_p, parent - F.softplus(v)                        # log(1 + e^v)
 
 def grown(mask, parents):
@@ -455,8 +455,8 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     K = ids.num_codes
     lm = policy.lm.transformer
     tokens, lengths = (x.to(ids.codes.device) for x in policy.tokens(histories))
-    cache = DynamicCache()
-    hidden = lm(tokens, cache).last_hidden_state                # (B, H, d); fills the cache
+    cache = DynamicCache()                                      # lm fills it
+    hidden = lm(tokens, cache).last_hidden_state                # (B, H, d)
     hidden = hidden.take_along_dim(lengths[..., None], 1)                           # (B, W = 1, d)
     place = torch.arange(tokens.shape[1], device=tokens.device)
     mask = torch.where(place > lengths[..., None], NEVER, 0.0)                      # (B, W, H + …)
@@ -466,7 +466,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        # −1: no child. A beam may end there; it keeps log P = NEVER, as next_node[-1] is all −1
+        # −1: no such child. A beam there is dead: log P = NEVER, and next_node[-1] is all −1
         child = ids.next_node[node]                                                 # (B, W, K)
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         below = None
