@@ -92,20 +92,20 @@ def grpo(log_pf, log_ref, log_r, beta):
 # --- Recipes: how a method is fine-tuned ----------------------------------------------------------
 @dataclass
 class Recipe:
-    """How a method is trained. `--methods tb:lam=1` changes a field of its entry in RECIPES; TUNED
-    (below Settings), some for toy and ml-100k."""
+    """How a method is trained. `--methods tb:lam=1` changes a field of an entry of RECIPES. TUNED,
+    below Settings, changes some for the data sets toy and ml-100k."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
     given: str = ""                 # its arguments, in order: fields of Paths, or of Recipe
-    gr: float = 0.0                 # weight of L_GR beside it; 0: none, R rewards the log, too
+    gr: float = 0.0                 # weight of L_GR; 0 is fine, since R rewards the logged item
     lam: float = 1.0                # λ; without L_GR it does little: Adam rescales gradients
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
     exact: bool = True              # F(s), Z(U): sums of R, right from step 1; False: learned
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. r_a: 1 at the logged item, .1 if only clicked; r_s:
-    # codes shared with it; r_ŷ: the teacher's score. r_s, r_ŷ each sum to 1 over items. The product
-    # is P_SFT · CM^γ at what a beam of SFT, guided by the CM, finds (SFT knows order), 0 elsewhere
-    teacher: str = "product"        # "cm" or "product"
+    # codes shared with it; r_ŷ: the teacher's score; r_s and r_ŷ each sum to 1 over the items
+    teacher: str = "product"        # "cm": the CM. "product": P_SFT · CM^γ (SFT knows order) at the
+                                    # items that SFT's beam, guided by the CM, finds; 0 at others
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     w_a: float = 0.3
@@ -149,8 +149,8 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """The teacher's scores, R of every item. The CM consists of counts of these histories.
-        So that it does not know v, it subtracts the counts of what is `following`."""
+        """The teacher's scores, R of every item. The CM counts whole training histories. So that
+        it does not know v, it takes out the counts of `following`, v and the user's later items."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -196,8 +196,8 @@ def tree_mask(ends, H, L):
     place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
     branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) same branch, up to itself
-    last = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0), value=-1)    # (B, S) −1: none
-    return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
+    code_ends = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0), value=-1)   # (B, S) −1: no code
+    return torch.where(own | (place <= code_ends[..., None]), 0.0, NEVER)           # (B, S, S)
 
 def pad(lists, value):
     """Lists of integers as one tensor, filled up with `value` on the right."""
@@ -257,7 +257,7 @@ class Policy(torch.nn.Module):
         # A level's output weights are its codes' embeddings. One slice, not L: faster backward
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()            # (B, E, L, K)
-        states = ids.nodes[packed][..., :-1]                    # (B, E, L) of s_0 … s_{L-1}
+        states = ids.nodes[packed][..., :-1]                    # (B, E, L) nodes s_0…s_{L-1}
         illegal = ids.next_node[states] < 0                     # (B, E, L, K) −1: no such child
         log_probs = logits.masked_fill(illegal, NEVER).log_softmax(-1)
         log_flow = self.flow_head(prefixes)[..., 0]                                 # (B, E, L)
@@ -288,7 +288,7 @@ class Policy(torch.nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dropout=0.0):
-        """The saved Policy in eval mode, or InputError. (Of a Guided: its policy.)"""
+        """The saved Policy in eval mode, or InputError. Of NAME+cm: NAME's policy."""
         return load_model(folder, dropout, guided=False)
 
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
@@ -314,7 +314,7 @@ def curriculum(batch, count, policy, progress):
     """The paper's default: unobserved items with low scores early in training, high ones late. The
     scores are the teacher's. Draw a pool of 2N−1 items, item i with P ∝ scores[i]/2 + 1/(2n),
     unlogged ones alone. Sort it from low to high score. Keep N neighbours: those from place
-    round(progress · (N−1)) on. The uniform half is ours: without it, few scores are low."""
+    round(progress · (N−1)) on. The uniform half is ours: else the pool has few low scores."""
     weight = 0.5 * batch.scores + 0.5 / batch.scores.shape[1]
     weight[batch.logged()] = 1e-12
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -432,8 +432,8 @@ def children_of(logits, score, value, below, sample):
         return log_p, (log_p if below is None else log_p + below)
     # Stochastic beams (Kool et al. 2019): an item's value is log P + Gumbel noise; the k largest
     # are a draw without replacement. A prefix has its best item's value. So draw the children's
-    # (own), then move all until the best has the parent's: e^−new = e^−own − e^−best + e^−parent,
-    # or new = parent − log(1 + e^v) with e^v = e^(parent − own) − e^(parent − best)
+    # (own), then move all until the best has the parent's: e^−new = e^−parent + e^−own − e^−best,
+    # so new = parent − log(1 + e^v), v = parent − own + log(1 − e^(own − best))
     parent = value[..., None]
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
     best = own.amax(-1, keepdim=True)
@@ -461,12 +461,12 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     place = torch.arange(tokens.shape[1], device=tokens.device)
     mask = torch.where(place > lengths[..., None], NEVER, 0.0)                      # (B, W, H + …)
     node = torch.zeros_like(lengths)                            # (B, W) nodes of the tree; 0: root
-    score = value = node.float()            # (B, W) log P of each beam; what they compete by
+    score = value = hidden.new_zeros(node.shape)    # (B, W) log P; what beams compete by
     if guide is not None:
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        # −1: no such child. A beam there is dead: log P = NEVER, and next_node[-1] is all −1
+        # −1: no such child. A beam at node −1 is dead: log P is NEVER, its children are all −1, too
         child = ids.next_node[node]                                                 # (B, W, K)
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         below = None
