@@ -7,9 +7,9 @@ probability of an item shall be proportional to its reward R. R mixes the logged
 of a collaborative model (CM) and the similarity of IDs. The method ends with `train`; the beam
 search that recommends follows, then the work around both.
 
-Letters in shapes: B users, or rows of a batch (one user each), H tokens of history, T targets per
-row, C contexts (a target and the history before it); per context N sampled paths, J in all; E
-branches and S places per row, L levels, K codes per level, n items, P prefixes, W beams, d width.
+Letters in shapes: B users or rows of a batch, H tokens of history, T targets per row, C contexts (a
+target and the history before it), J paths per context (N sampled, maybe the logged one), E branches
+and S places per row, L levels, K codes per level, n items, P prefixes, W beams, d width.
 """
 import copy
 import inspect
@@ -65,10 +65,10 @@ def detailed_balance(log_flow, log_pf):
     return (log_flow[..., :-1] + log_pf - log_flow[..., 1:]).square().sum(-1).mean()
 
 def distillation(child_flow, log_probs):
-    """KL(R/Z ‖ P), ours: flows F* of all children (C, J, L, K), log P_F (C, J, L, K) → scalar.
-    The flow of a prefix is the sum of R below it (0 for an illegal child). TB and DB see only
-    the codes that a path takes; this loss compares all children at each step: a yardstick for
-    TB and DB. Averaged over paths drawn ∝ R, as in its recipe, it is the KL over items."""
+    """Ours, KL(R/Z ‖ P): flows F* of all children (C, J, L, K), log P_F (C, J, L, K) → scalar.
+    The flow of a prefix is the sum of R below it (0 for an illegal child). TB and DB see only the
+    codes that a path takes; this loss, a yardstick for them, compares all children at each step. By
+    the chain rule, its mean over paths drawn ∝ R is the KL of whole items."""
     # Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), mean over paths
     target = child_flow / child_flow.sum(-1, keepdim=True)
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
@@ -96,16 +96,16 @@ class Recipe:
     below Settings, changes some for the data sets toy and ml-100k."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
     given: str = ""                 # its arguments, in order: fields of Paths, or of Recipe
-    gr: float = 0.0                 # weight of L_GR; 0 is fine, since R rewards the logged item
+    gr: float = 0.0                 # weight of L_GR beside L_GFN; 0 is fine: R rewards the log
     lam: float = 1.0                # λ; without L_GR it does little: Adam rescales gradients
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
-    exact: bool = True              # F(s), Z(U): sums of R, right from step 1; False: learned
+    exact: bool = True              # F(s), Z(U) are sums of R; False: they are learned
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. r_a: 1 at the logged item, .1 if only clicked; r_s:
     # codes shared with it; r_ŷ: the teacher's score; r_s and r_ŷ each sum to 1 over the items
-    teacher: str = "product"        # "cm": the CM. "product": P_SFT · CM^γ (SFT knows order) at the
-                                    # items that SFT's beam, guided by the CM, finds; 0 at others
+    teacher: str = "product"        # r_ŷ: "cm", the CM's score, or "product", P_SFT · CM^γ, of the
+                                    # items that a beam search for this product finds (others: 0)
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     w_a: float = 0.3
@@ -149,8 +149,8 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """The teacher's scores, R of every item. The CM counts whole training histories. So that
-        it does not know v, it takes out the counts of `following`, v and the user's later items."""
+        """The teacher's scores, R of every item. The CM was made from whole training histories. So
+        that it does not know v, it leaves out `following`: v and the user's later items."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -196,7 +196,7 @@ def tree_mask(ends, H, L):
     place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
     branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) same branch, up to itself
-    code_ends = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0), value=-1)   # (B, S) −1: no code
+    code_ends = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0), value=-1)   # (B, S) −1: history
     return torch.where(own | (place <= code_ends[..., None]), 0.0, NEVER)           # (B, S, S)
 
 def pad(lists, value):
@@ -218,7 +218,7 @@ class Policy(torch.nn.Module):
         self.catalogue = {}                                     # item_ids and titles, for saving
         self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch, not pretrained
             vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
-            n_head=math.gcd(width, max(1, width // 32)),        # heads of size 32, if possible
+            n_head=math.gcd(width, max(1, width // 32)),        # a divisor, about width / 32
             n_positions=window + semantic_ids.num_levels,
             resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,   # 0: else twice the time
             bos_token_id=self.user_token, eos_token_id=self.user_token,
@@ -254,7 +254,7 @@ class Policy(torch.nn.Module):
         root = hidden.take_along_dim(ends[..., None], 1)                            # (B, E, d)
         later = hidden[:, H:].unflatten(1, (ends.shape[1], L - 1))                  # (B, E, L-1, d)
         prefixes = torch.cat([root[:, :, None], later], 2)                          # (B, E, L, d)
-        # A level's output weights are its codes' embeddings. One slice, not L: faster backward
+        # A level's output weights are its codes' embeddings (one slice for all: faster backward)
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()            # (B, E, L, K)
         states = ids.nodes[packed][..., :-1]                    # (B, E, L) nodes s_0…s_{L-1}
@@ -288,7 +288,7 @@ class Policy(torch.nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dropout=0.0):
-        """The saved Policy in eval mode, or InputError. Of NAME+cm: NAME's policy."""
+        """The saved Policy in eval mode, or InputError."""
         return load_model(folder, dropout, guided=False)
 
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
@@ -385,7 +385,7 @@ def train(name, recipe, policy, world):
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. policy:
     SFT's, or new for SFT itself; world: data, rows to train on, seed, settings, reward(recipe)."""
     reward = world.reward(recipe) if recipe.loss else None
-    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # 20 steps at least
+    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # ≥ 20 steps an epoch
     per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
@@ -430,18 +430,10 @@ def children_of(logits, score, value, below, sample):
     log_p = log_p.add_(score[..., None])
     if not sample:
         return log_p, (log_p if below is None else log_p + below)
-    # Stochastic beams (Kool et al. 2019): an item's value is log P + Gumbel noise; the k largest
-    # are a draw without replacement. A prefix has its best item's value. So draw the children's
-    # (own), then move all until the best has the parent's: e^−new = e^−parent + e^−own − e^−best,
-    # so new = parent − log(1 + e^v), v = parent − own + log(1 − e^(own − best))
-    parent = value[..., None]
-    own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
-    best = own.amax(-1, keepdim=True)
-    v = parent - own + torch.log1p(-(own - best).exp())
-    return log_p, parent - F.softplus(v)                        # log(1 + e^v)
+    return log_p, with_noise(log_p, value[..., None])
 
 def grown(mask, parents):
-    """The mask (B, W, S + W) of W new beams, from the old beams' (B, ·, S); parents (B, W).
+    """The mask of W new beams (B, W, S + W), from that of the old ones (B, …, S); parents (B, W).
     The cache keeps the beams of all levels, nothing is copied or evicted. A beam takes its parent's
     row, which shows the history and its ancestors, and gets a column for itself."""
     B, W = parents.shape
@@ -455,7 +447,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     K = ids.num_codes
     lm = policy.lm.transformer
     tokens, lengths = (x.to(ids.codes.device) for x in policy.tokens(histories))
-    cache = DynamicCache()                                      # lm fills it
+    cache = DynamicCache()                                      # keys and values; lm fills it
     hidden = lm(tokens, cache).last_hidden_state                # (B, H, d)
     hidden = hidden.take_along_dim(lengths[..., None], 1)                           # (B, W = 1, d)
     place = torch.arange(tokens.shape[1], device=tokens.device)
@@ -466,7 +458,8 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        # −1: no such child. A beam at node −1 is dead: log P is NEVER, its children are all −1, too
+        # −1: no such child. A beam ends at −1 if a user has too few legal ones; its log P is NEVER,
+        # and stays so: index −1 reads the last row of next_node, which is all −1
         child = ids.next_node[node]                                                 # (B, W, K)
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         below = None
@@ -483,6 +476,17 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         mask = grown(mask, parents=best // K)
         hidden = lm(level * K + best % K, cache, attention_mask=mask[:, None],
                     position_ids=(lengths + 1 + level).expand_as(best)).last_hidden_state  # (B,W,d)
+
+def with_noise(log_p, parent):
+    """Values log P + Gumbel noise of children (B, W, K); parent (B, W, 1): their parents' values.
+    The k largest values of items are a draw without replacement (Kool et al. 2019, Stochastic
+    beams). A prefix's value is the largest of its items' values; so the largest child's has to be
+    the parent's. Draw all children's freely (own), then move them, in their order, until it is."""
+    own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
+    largest = own.amax(-1, keepdim=True)
+    # exp(−new) = exp(−parent) + exp(−own) − exp(−largest), so new = parent − log(1 + exp(v))
+    v = parent - own + torch.log1p(-(own - largest).exp())
+    return parent - F.softplus(v)                               # softplus(v) = log(1 + exp(v))
 
 # --- Rows of a batch ------------------------------------------------------------------------------
 Row = namedtuple("Row", "user start target stop")  # read: start … stop-2; targets: target … stop-1
