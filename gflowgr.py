@@ -68,7 +68,7 @@ def distillation(child_flow, log_probs):
     """Ours, KL(R/Z ‖ P): flows F* of all children (C, J, L, K), log P_F (C, J, L, K) → scalar.
     The flow of a prefix is the sum of R below it (0 for an illegal child). TB and DB see only the
     codes that a path takes; this loss, a yardstick for them, compares all children at each step. By
-    the chain rule, its mean over paths drawn ∝ R is the KL of whole items."""
+    the chain rule, the mean of this sum over paths drawn ∝ R is the KL of whole items."""
     # Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), mean over paths
     target = child_flow / child_flow.sum(-1, keepdim=True)
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
@@ -96,7 +96,7 @@ class Recipe:
     below Settings, changes some for the data sets toy and ml-100k."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
     given: str = ""                 # its arguments, in order: fields of Paths, or of Recipe
-    gr: float = 0.0                 # weight of L_GR beside L_GFN; 0 is fine: R rewards the log
+    gr: float = 0.0                 # weight of L_GR; 0 is fine: R rewards the logged item
     lam: float = 1.0                # λ; without L_GR it does little: Adam rescales gradients
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
@@ -104,8 +104,8 @@ class Recipe:
     exact: bool = True              # F(s), Z(U) are sums of R; False: they are learned
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. r_a: 1 at the logged item, .1 if only clicked; r_s:
     # codes shared with it; r_ŷ: the teacher's score; r_s and r_ŷ each sum to 1 over the items
-    teacher: str = "product"        # r_ŷ: "cm", the CM's score, or "product", P_SFT · CM^γ, of the
-                                    # items that a beam search for this product finds (others: 0)
+    teacher: str = "product"        # where r_ŷ comes from: "cm", or, ours, "product": P_SFT · CM^γ
+                                    # of the items for which a beam search finds it largest, else 0
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     w_a: float = 0.3
@@ -149,8 +149,8 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """The teacher's scores, R of every item. The CM was made from whole training histories. So
-        that it does not know v, it leaves out `following`: v and the user's later items."""
+        """The teacher's scores, R of every item. The CM counts which items follow which in the
+        log. So that it does not know v, it subtracts what `following` has added to its counts."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -196,7 +196,7 @@ def tree_mask(ends, H, L):
     place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
     branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) same branch, up to itself
-    code_ends = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0), value=-1)   # (B, S) −1: history
+    code_ends = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0), value=-1)   # (B, S) −1: own only
     return torch.where(own | (place <= code_ends[..., None]), 0.0, NEVER)           # (B, S, S)
 
 def pad(lists, value):
@@ -251,7 +251,7 @@ class Policy(torch.nn.Module):
         hidden = self.lm.transformer(
             torch.cat([tokens, code_tokens[..., :-1].flatten(1)], 1), attention_mask=mask[:, None],
             position_ids=(mask == 0).sum(-1) - 1, use_cache=False).last_hidden_state    # (B, S, d)
-        root = hidden.take_along_dim(ends[..., None], 1)                            # (B, E, d)
+        root = hidden.take_along_dim(ends[..., None], 1)        # (B, E, d); <user> is place 0
         later = hidden[:, H:].unflatten(1, (ends.shape[1], L - 1))                  # (B, E, L-1, d)
         prefixes = torch.cat([root[:, :, None], later], 2)                          # (B, E, L, d)
         # A level's output weights are its codes' embeddings (one slice for all: faster backward)
@@ -301,7 +301,7 @@ def session(batch, count, policy, progress):
     """Other items of the user's own log; the positive if there is no other."""
     weight = torch.zeros_like(batch.r)
     weight[batch.logged()] = 1
-    weight.scatter_(1, batch.positives[:, None], 1e-6)          # of use if it is the only one
+    weight.scatter_(1, batch.positives[:, None], 1e-6)          # drawn if there is no other
     return draw(weight, count)
 
 def random(batch, count, policy, progress):
@@ -423,7 +423,7 @@ def train(name, recipe, policy, world):
 def children_of(logits, score, value, below, sample):
     """Of all children of W beams (B, W, K): log P, and the value by which the best go on.
     Searching: log P = Σ log P_F; value = log P + `below`, which is log Σ guide over items below.
-    Sampling: log P of a draw, P ∝ P_F^(1/sample) · Σ guide; value = log P + Gumbel noise."""
+    Sampling: log P of a draw, P ∝ P_F^(1/sample) · Σ guide; value: see with_noise."""
     log_p = (logits / sample if sample else logits).log_softmax(-1)
     if sample and below is not None:
         log_p = (log_p + below).log_softmax(-1)
@@ -433,7 +433,7 @@ def children_of(logits, score, value, below, sample):
     return log_p, with_noise(log_p, value[..., None])
 
 def grown(mask, parents):
-    """The mask of W new beams (B, W, S + W), from that of the old ones (B, …, S); parents (B, W).
+    """The mask of W new beams (B, W, S + W), from the old ones' (B, old W, S); parents (B, W).
     The cache keeps the beams of all levels, nothing is copied or evicted. A beam takes its parent's
     row, which shows the history and its ancestors, and gets a column for itself."""
     B, W = parents.shape
@@ -458,8 +458,8 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        # −1: no such child. A beam ends at −1 if a user has too few legal ones; its log P is NEVER,
-        # and stays so: index −1 reads the last row of next_node, which is all −1
+        # −1: no such child. A beam goes there if a user has too few legal ones, and stays there: the
+        # last row of next_node, read by index −1, is all −1, and log P stays NEVER
         child = ids.next_node[node]                                                 # (B, W, K)
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         below = None
@@ -469,7 +469,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         child, score, value = (x.flatten(1) for x in (child, score, value))         # (B, W·K)
         if level == ids.num_levels - 1:                         # children are items, node P + i
             scores = value.new_full((len(value), ids.num_prefixes + len(ids.codes)), -math.inf)
-            scores.scatter_(1, child.clamp(min=0), value)       # illegal: to node 0, which is cut
+            scores.scatter_(1, child.clamp(min=0), value)       # illegal: to the root, node 0
             return best_unseen(scores[:, ids.num_prefixes:], histories, k)
         best = value.topk(min(beams, value.shape[1]), 1).indices                    # (B, W)
         node, score, value = (x.gather(1, best) for x in (child, score, value))

@@ -67,7 +67,7 @@ def plot_flows(path, flow):
             axis.axis("off")
         code = tuple(flow["codes"][chosen].tolist())
         text = (f"The user's last items: {', '.join(flow['history'][-8:])}. Height: share. Orange: "
-                f"the left panel's largest item, {flow['titles'][chosen]}, ID {code}, in both.")
+                f"the path to the left panel's largest item, {flow['titles'][chosen]}, ID {code}.")
         axes[0].text(0, -0.09, textwrap.fill(text, int(22 * width)), va="top")
 
 def plot_curves(path, results):
