@@ -95,7 +95,7 @@ class Recipe:
     """How a method is trained. `--methods tb:lam=1` changes a field of an entry of RECIPES. TUNED,
     below Settings, changes some for the data sets toy and ml-100k."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
-    given: str = ""                 # its arguments, in order: fields of Paths, or of Recipe
+    given: str = ""                 # names of its arguments: fields of Paths, or of Recipe
     gr: float = 0.0                 # weight of L_GR; 0 is fine: R rewards the logged item
     lam: float = 1.0                # λ; without L_GR it does little: Adam rescales gradients
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
@@ -423,7 +423,8 @@ def train(name, recipe, policy, world):
 def children_of(logits, score, value, below, sample):
     """Of all children of W beams (B, W, K): log P, and the value by which the best go on.
     Searching: log P = Σ log P_F; value = log P + `below`, which is log Σ guide over items below.
-    Sampling: log P of a draw, P ∝ P_F^(1/sample) · Σ guide; value: see with_noise."""
+    Sampling, a stochastic beam search: log P of a draw, P ∝ P_F^(1/sample) · Σ guide; value = log
+    P + Gumbel noise, such that the largest value among children is that of their parent."""
     log_p = (logits / sample if sample else logits).log_softmax(-1)
     if sample and below is not None:
         log_p = (log_p + below).log_softmax(-1)
@@ -458,8 +459,8 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        # −1: no such child. A beam goes there if a user has too few legal ones, and stays there: the
-        # last row of next_node, read by index −1, is all −1, and log P stays NEVER
+        # −1: no such child. A beam goes there if a user has too few legal ones, and stays there
+        # (index −1 reads the last row of next_node, all −1); its log P stays below NEVER
         child = ids.next_node[node]                                                 # (B, W, K)
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         below = None
