@@ -92,8 +92,8 @@ def grpo(log_pf, log_ref, log_r, beta):
 # --- Recipes: how a method is fine-tuned ----------------------------------------------------------
 @dataclass
 class Recipe:
-    """How a method is trained. `--methods tb:lam=1` changes a field of an entry of RECIPES. TUNED,
-    below Settings, changes some for the data sets toy and ml-100k."""
+    """How a method is trained. `--methods tb:epochs=4` changes a field of an entry of RECIPES. The
+    table TUNED, after Settings, changes fields for the data sets toy and ml-100k."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
     given: str = ""                 # names of its arguments: fields of Paths, or of Recipe
     gr: float = 0.0                 # weight of L_GR; 0 is fine: R rewards the logged item
@@ -104,8 +104,8 @@ class Recipe:
     exact: bool = True              # F(s), Z(U) are sums of R; False: they are learned
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. r_a: 1 at the logged item, .1 if only clicked; r_s:
     # codes shared with it; r_ŷ: the teacher's score; r_s and r_ŷ each sum to 1 over the items
-    teacher: str = "product"        # where r_ŷ comes from: "cm", or, ours, "product": P_SFT · CM^γ
-                                    # of the items for which a beam search finds it largest, else 0
+    teacher: str = "product"        # where r_ŷ comes from: "cm", or "product" (ours): P_SFT · CM^γ of
+                                    # items that SFT's beam search, guided by CM^γ, finds; else 0
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     w_a: float = 0.3
@@ -145,7 +145,7 @@ class Batch:
     following: list                 # C lists: the target and the user's later training items
     positives: torch.Tensor         # (C,) the targets v
     liked: torch.Tensor             # (C,) bool: v was liked, not only clicked
-    scores: torch.Tensor = None     # (C, n) of the teacher, filled in by `fill`
+    scores: torch.Tensor = None     # (C, n) the teacher's, of sum 1, filled in by `fill`
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
@@ -385,7 +385,7 @@ def train(name, recipe, policy, world):
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. policy:
     SFT's, or new for SFT itself; world: data, rows to train on, seed, settings, reward(recipe)."""
     reward = world.reward(recipe) if recipe.loss else None
-    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # ≥ 20 steps an epoch
+    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: 20 steps or so
     per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
@@ -459,8 +459,8 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        # −1: no such child. A beam goes there if a user has too few legal ones, and stays there
-        # (index −1 reads the last row of next_node, all −1); its log P stays below NEVER
+        # −1: no such child. If legal ones are too few, a beam goes there. It stays there (index −1
+        # reads the last row of next_node, all −1), and its score stays below NEVER
         child = ids.next_node[node]                                                 # (B, W, K)
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         below = None
