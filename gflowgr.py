@@ -9,7 +9,8 @@ search that recommends follows, then the work around both.
 
 Letters in shapes: B users or rows of a batch, H tokens of history, T targets per row, C contexts (a
 target and the history before it), J paths per context (N sampled, maybe the logged one), E branches
-and S places per row, L levels, K codes per level, n items, P prefixes, W beams, d width.
+and S places per row, L levels, K codes per level, n items, W beams, d width. The tree of IDs has P
+prefixes, its nodes 0 (the root) to P − 1; item i is node P + i.
 """
 import copy
 import inspect
@@ -92,8 +93,7 @@ def grpo(log_pf, log_ref, log_r, beta):
 # --- Recipes: how a method is fine-tuned ----------------------------------------------------------
 @dataclass
 class Recipe:
-    """How a method is trained. `--methods tb:epochs=4` changes a field of an entry of RECIPES. The
-    table TUNED, after Settings, changes fields for the data sets toy and ml-100k."""
+    """How a method is trained. `--methods tb:epochs=4` changes a field of an entry of RECIPES."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
     given: str = ""                 # names of its arguments: fields of Paths, or of Recipe
     gr: float = 0.0                 # weight of L_GR; 0 is fine: R rewards the logged item
@@ -101,11 +101,11 @@ class Recipe:
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
-    exact: bool = True              # F(s), Z(U) are sums of R; False: they are learned
+    exact: bool = True              # F(s), Z(U) are summed from R, as all R are known; False: learned
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. r_a: 1 at the logged item, .1 if only clicked; r_s:
     # codes shared with it; r_ŷ: the teacher's score; r_s and r_ŷ each sum to 1 over the items
-    teacher: str = "product"        # where r_ŷ comes from: "cm", or "product" (ours): P_SFT · CM^γ of
-                                    # items that SFT's beam search, guided by CM^γ, finds; else 0
+    teacher: str = "product"        # whose score r_ŷ is: "cm", or, ours, "product": P_SFT · CM^γ. It
+                                    # is 0 for items that a beam search for it does not find
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     w_a: float = 0.3
@@ -114,7 +114,7 @@ class Recipe:
     beta: float = 0.1               # S-DPO, GRPO: how strongly the frozen SFT policy holds
     rate: float = 1.5e-3            # peak learning rate: small models like it high
     dropout: float = 0.0            # SFT needs it; R is softer than single logged items
-    epochs: int = 7
+    epochs: int = 7                 # TUNED, after Settings, has changes for toy and ml-100k
 
 TB = "log_z log_pf log_r"           # fields of Paths
 # The paper's L = L_GR + λ · L_GFN, λ = 1, curriculum, N = 3, learned log Z. Not the paper's: the
@@ -149,8 +149,8 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """The teacher's scores, R of every item. The CM counts which items follow which in the
-        log. So that it does not know v, it subtracts what `following` has added to its counts."""
+        """The teacher's scores, R of every item. The CM's counts come from a log that holds v.
+        So that v does not leak, it subtracts what `following`, v and later items, has added."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -276,8 +276,8 @@ class Policy(torch.nn.Module):
         Never an item of the history, never a duplicate; −1 and −inf where the beam holds no more.
         Beam search over legal codes: the score of a prefix is Σ log P_F of its codes, and the best
         max(beams or self.beams, k) of a user go on to the next level: exact with enough beams.
-        guide (B, n) ≥ 0 multiplies P: an item scores log P + log guide, a prefix Σ log P_F + log Σ
-        guide over the items below it.
+        guide (B, n) ≥ 0 multiplies P: the score of an item is log P + log guide, that of a prefix
+        Σ log P_F + log(sum of guide over the items below it).
         sample > 0 draws the list instead, at this temperature: k items without replacement; a code
         is drawn ∝ P_F^(1/sample) · Σ guide over the items below it. The scores are noisy then."""
         return beam_search(self, histories, k, max(beams or self.beams, k), guide, sample)
@@ -365,7 +365,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
     paths.log_r = batch.r.gather(1, items).log().to(device)                         # (C, J)
     if recipe.exact:                                            # F*(s) = Σ R of the items below s
         paths.child_flow = reward.ids.child_flows(batch.r, items).to(device)        # (C, J, L, K)
-        paths.log_flow = paths.child_flow.sum(-1).log()         # of s: the sum over its children
+        paths.log_flow = paths.child_flow.sum(-1).log()         # F*(s) = Σ F* of its children
     paths.log_flow = torch.cat([paths.log_flow, paths.log_r[..., None]], -1)        # (C, J, L+1)
     paths.log_z = paths.log_flow[:, 0, 0]                       # Z = F(s_0), s_0 is in all J paths
     paths.policy_pos = paths.log_pf[:, 0]                       # the logged path, if recipe.first
@@ -385,7 +385,7 @@ def train(name, recipe, policy, world):
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. policy:
     SFT's, or new for SFT itself; world: data, rows to train on, seed, settings, reward(recipe)."""
     reward = world.reward(recipe) if recipe.loss else None
-    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: 20 steps or so
+    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: 20 an epoch
     per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
@@ -423,8 +423,9 @@ def train(name, recipe, policy, world):
 def children_of(logits, score, value, below, sample):
     """Of all children of W beams (B, W, K): log P, and the value by which the best go on.
     Searching: log P = Σ log P_F; value = log P + `below`, which is log Σ guide over items below.
-    Sampling, a stochastic beam search: log P of a draw, P ∝ P_F^(1/sample) · Σ guide; value = log
-    P + Gumbel noise, such that the largest value among children is that of their parent."""
+    Sampling, a stochastic beam search: log P of a draw, P ∝ P_F^(1/sample) · Σ guide. The k items
+    with the largest log P + Gumbel noise are a draw without replacement; value is this sum, of a
+    prefix the largest below it, so the best child has its parent's value."""
     log_p = (logits / sample if sample else logits).log_softmax(-1)
     if sample and below is not None:
         log_p = (log_p + below).log_softmax(-1)
@@ -459,8 +460,8 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        # −1: no such child. If legal ones are too few, a beam goes there. It stays there (index −1
-        # reads the last row of next_node, all −1), and its score stays below NEVER
+        # −1: no such child. A beam without a legal child leaves the tree: it goes to −1 and stays
+        # there, since index −1 reads the last row of next_node, which is all −1
         child = ids.next_node[node]                                                 # (B, W, K)
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         below = None
@@ -470,7 +471,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         child, score, value = (x.flatten(1) for x in (child, score, value))         # (B, W·K)
         if level == ids.num_levels - 1:                         # children are items, node P + i
             scores = value.new_full((len(value), ids.num_prefixes + len(ids.codes)), -math.inf)
-            scores.scatter_(1, child.clamp(min=0), value)       # illegal: to the root, node 0
+            scores.scatter_(1, child.clamp(min=0), value)       # illegal: to column 0, cut below
             return best_unseen(scores[:, ids.num_prefixes:], histories, k)
         best = value.topk(min(beams, value.shape[1]), 1).indices                    # (B, W)
         node, score, value = (x.gather(1, best) for x in (child, score, value))
