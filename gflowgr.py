@@ -101,11 +101,11 @@ class Recipe:
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
-    exact: bool = True              # F(s), Z(U) are summed from R, as all R are known; False: learned
+    exact: bool = True              # F(s), Z(U) summed from R, as all R are known; False: learned
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. r_a: 1 at the logged item, .1 if only clicked; r_s:
     # codes shared with it; r_ŷ: the teacher's score; r_s and r_ŷ each sum to 1 over the items
-    teacher: str = "product"        # whose score r_ŷ is: "cm", or, ours, "product": P_SFT · CM^γ. It
-                                    # is 0 for items that a beam search for it does not find
+    teacher: str = "product"        # whose score r_ŷ is: "cm", or (ours) "product", P_SFT · CM^γ, 0
+                                    # for all items that a beam search for it does not find
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     w_a: float = 0.3
