@@ -95,7 +95,7 @@ def grpo(log_pf, log_ref, log_r, beta):
 class Recipe:
     """How a method is trained. `--methods tb:epochs=4` changes a field of an entry of RECIPES."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
-    given: str = ""                 # names of its arguments: fields of Paths, or of Recipe
+    given: str = ""                 # names of the loss's arguments: fields of Paths, Recipe
     gr: float = 0.0                 # weight of L_GR; 0 is fine: R rewards the logged item
     lam: float = 1.0                # λ; without L_GR it does little: Adam rescales gradients
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
@@ -104,8 +104,8 @@ class Recipe:
     exact: bool = True              # F(s), Z(U) summed from R, as all R are known; False: learned
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. r_a: 1 at the logged item, .1 if only clicked; r_s:
     # codes shared with it; r_ŷ: the teacher's score; r_s and r_ŷ each sum to 1 over the items
-    teacher: str = "product"        # whose score r_ŷ is: "cm", or (ours) "product", P_SFT · CM^γ, 0
-                                    # for all items that a beam search for it does not find
+    teacher: str = "product"        # whose score r_ŷ is: "cm", or (ours) "product", P_SFT · CM^γ at
+                                    # items that SFT's beam finds with CM^γ as its guide, else 0
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     w_a: float = 0.3
@@ -114,7 +114,7 @@ class Recipe:
     beta: float = 0.1               # S-DPO, GRPO: how strongly the frozen SFT policy holds
     rate: float = 1.5e-3            # peak learning rate: small models like it high
     dropout: float = 0.0            # SFT needs it; R is softer than single logged items
-    epochs: int = 7                 # TUNED, after Settings, has changes for toy and ml-100k
+    epochs: int = 7                 # the table TUNED has changes for toy and ml-100k
 
 TB = "log_z log_pf log_r"           # fields of Paths
 # The paper's L = L_GR + λ · L_GFN, λ = 1, curriculum, N = 3, learned log Z. Not the paper's: the
@@ -149,8 +149,8 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """The teacher's scores, R of every item. The CM's counts come from a log that holds v.
-        So that v does not leak, it subtracts what `following`, v and later items, has added."""
+        """The teacher's scores, R of every item. The CM counted the log, v included. So that v
+        does not leak, the CM subtracts what v and the later items (`following`) had added."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -196,7 +196,7 @@ def tree_mask(ends, H, L):
     place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
     branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) same branch, up to itself
-    code_ends = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0), value=-1)   # (B, S) −1: own only
+    code_ends = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0), value=-1)   # (B, S) −1: none
     return torch.where(own | (place <= code_ends[..., None]), 0.0, NEVER)           # (B, S, S)
 
 def pad(lists, value):
@@ -385,7 +385,7 @@ def train(name, recipe, policy, world):
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. policy:
     SFT's, or new for SFT itself; world: data, rows to train on, seed, settings, reward(recipe)."""
     reward = world.reward(recipe) if recipe.loss else None
-    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: 20 an epoch
+    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: 20 steps
     per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
@@ -423,9 +423,9 @@ def train(name, recipe, policy, world):
 def children_of(logits, score, value, below, sample):
     """Of all children of W beams (B, W, K): log P, and the value by which the best go on.
     Searching: log P = Σ log P_F; value = log P + `below`, which is log Σ guide over items below.
-    Sampling, a stochastic beam search: log P of a draw, P ∝ P_F^(1/sample) · Σ guide. The k items
-    with the largest log P + Gumbel noise are a draw without replacement; value is this sum, of a
-    prefix the largest below it, so the best child has its parent's value."""
+    Sampling: log P of a draw, P ∝ P_F^(1/sample) · Σ guide. value is, for an item, log P + Gumbel
+    noise: the k items of the largest are a draw without replacement. For a prefix it is the largest
+    of its items'. with_noise draws it level by level: the largest of children is their parent's."""
     log_p = (logits / sample if sample else logits).log_softmax(-1)
     if sample and below is not None:
         log_p = (log_p + below).log_softmax(-1)
@@ -435,7 +435,7 @@ def children_of(logits, score, value, below, sample):
     return log_p, with_noise(log_p, value[..., None])
 
 def grown(mask, parents):
-    """The mask of W new beams (B, W, S + W), from the old ones' (B, old W, S); parents (B, W).
+    """The mask of W new beams, (B, W, keys + W), from the old (B, old W, keys); parents (B, W).
     The cache keeps the beams of all levels, nothing is copied or evicted. A beam takes its parent's
     row, which shows the history and its ancestors, and gets a column for itself."""
     B, W = parents.shape
@@ -460,8 +460,8 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        # −1: no such child. A beam without a legal child leaves the tree: it goes to −1 and stays
-        # there, since index −1 reads the last row of next_node, which is all −1
+        # −1: no such child. With fewer legal children than beams, a surplus beam goes to −1 and stays
+        # there: index −1 reads the extra last row of next_node, which is all −1
         child = ids.next_node[node]                                                 # (B, W, K)
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         below = None
@@ -471,7 +471,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         child, score, value = (x.flatten(1) for x in (child, score, value))         # (B, W·K)
         if level == ids.num_levels - 1:                         # children are items, node P + i
             scores = value.new_full((len(value), ids.num_prefixes + len(ids.codes)), -math.inf)
-            scores.scatter_(1, child.clamp(min=0), value)       # illegal: to column 0, cut below
+            scores.scatter_(1, child.clamp(min=0), value)       # illegal: to column 0, cut off next
             return best_unseen(scores[:, ids.num_prefixes:], histories, k)
         best = value.topk(min(beams, value.shape[1]), 1).indices                    # (B, W)
         node, score, value = (x.gather(1, best) for x in (child, score, value))
