@@ -460,7 +460,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        # −1: no such child. With fewer legal children than beams, a surplus beam goes to −1 and stays
+        # −1: no such child. With fewer legal children than beams, surplus beams go to −1 and stay
         # there: index −1 reads the extra last row of next_node, which is all −1
         child = ids.next_node[node]                                                 # (B, W, K)
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
