@@ -752,13 +752,15 @@ def check_cm(cm, data):
     some = [[], *data.train[:99]]                               # an empty history, too
     past = [history[:len(history) // 2] for history in some]
     after = [history[len(history) // 2:] for history in some]
+    asked = "scores(histories, following) of a CM gets B lists of items and has to return"
     for scores in (cm.scores(past), cm.scores(past, after)):    # as when it serves, as in training
-        fine = torch.is_tensor(scores) and scores.is_floating_point()
-        check(fine and scores.shape == (len(past), n) and scores.min() >= 0
-              and (scores.sum(1) - 1).abs().max() < 1e-3,
-              "scores(histories, following) of a CM gets B lists of items and has to return\n"
-              f"a tensor of floats (B, n), here n = {n} items, a row for each history, of\n"
-              f"numbers ≥ 0 whose rows sum to 1, not {type(scores)} {getattr(scores, 'shape', '')}")
+        shape = tuple(getattr(scores, "shape", ()))
+        check(torch.is_tensor(scores) and scores.is_floating_point() and shape == (len(past), n),
+              f"{asked} a tensor of floats (B, n), here {len(past), n}, not {type(scores)} {shape}")
+        sums = scores.sum(1)
+        check(scores.min() >= 0 and (sums - 1).abs().max() < 1e-3,
+              f"{asked} numbers ≥ 0, a row's sum is 1; here the smallest number is "
+              f"{scores.min():.3g}, the sums go from {sums.min():.3g} to {sums.max():.3g}")
 
 @dataclass
 class World:
@@ -867,7 +869,7 @@ def model_of(name, recipe, world):
     best = max(curve[base == "sft":], key=lambda point: point["ndcg@10"])   # SFT starts by chance
     if curve[-1]["ndcg@10"] < 0.9 * best["ndcg@10"]:
         flag = "--sft" if base == "sft" else "--recipe"
-        print(f"{name} over-fits: validation was best after epoch {best['epoch']}; {flag} epochs=…")
+        print(f"{name}: validation was best after epoch {best['epoch']}; {flag} epochs=… or rate=…")
     save_model(policy, world.folder(name))
     return world.policy(name), curve                            # tested as it was saved
 
@@ -904,6 +906,20 @@ def run_method(name, world):
             entry["flow"] = flow_of(model, history, r, data, teacher, name)
     report.write_json(world.folder(name) / "run.json", {"key": key_of(name, world), **entry})
     return entry
+
+def check_own(name, world):
+    """Try a sampler and a loss on one row, with a new policy and the CM in R; InputError if they
+    return the wrong thing. So a mistake of yours shows now, not after SFT."""
+    recipe = replace(recipe_of(name, world.settings), teacher="cm")
+    policy = world.policy("", recipe.dropout)
+    batch = batch_of(world.rows[:1], world.data, policy)
+    batch.fill(world.reward(recipe))
+    shape = (len(batch.positives), recipe.trajectories)
+    items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy.eval(), 0.0)
+    check(items.shape == shape, f"{name}: sampler {recipe.sampler} has to return item numbers of "
+          f"shape (C, N), here {shape}, not {tuple(items.shape)}")
+    loss = loss_of(recipe, policy, policy, batch, world.reward(recipe), 0.0)
+    check(loss.numel() == 1, f"{name}: its loss has to be a scalar, not {tuple(loss.shape)}")
 
 @torch.no_grad()
 def distribution(policy, histories):
@@ -950,6 +966,9 @@ def run(settings, cm=None):
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
     worlds = [World.prepare(seed, data, settings, cm) for seed in seeds]
+    for name in names:
+        if base_of(name) in RECIPES and recipe_of(name, settings).loss:
+            check_own(name, worlds[0])
     kept = {}
     for world, name in itertools.product(worlds, names):        # refuse now, not after hours
         path = world.folder(name) / "run.json"                  # written last: a finished run

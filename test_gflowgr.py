@@ -782,7 +782,7 @@ def test_a_method_that_over_fits_is_told(tiny, tmp_path, monkeypatch):
         with contextlib.redirect_stdout(said):
             gflowgr.model_of(name, recipe_of(name, world.settings), world)
         best = f"validation was best after epoch {np.argmax(curve)}; {flag} epochs"
-        assert (f"{name} over-fits: {best}" in said.getvalue()) == told
+        assert (f"{name}: {best}" in said.getvalue()) == told
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_users(tiny, monkeypatch):
     monkeypatch.setitem(RECIPES, "mine", Recipe(lambda log_r: log_r.sum() * math.nan, "log_r"))
@@ -833,6 +833,12 @@ def test_an_own_loss_and_sampler_and_a_bug_that_keeps_its_traceback(tiny, tmp_pa
     assert status == 0 and "loss=another_loss" in out and "| tb:sampler=newest |" in out, err
     with pytest.raises(IndexError):                             # with its traceback
         cli(*flags, "--methods=bug")
+    monkeypatch.setattr(gflowgr, "train", None)                 # before anything is trained
+    monkeypatch.setitem(RECIPES, "list", Recipe(lambda log_pf: log_pf, "log_pf", trajectories=3))
+    refused("list: its loss has to be a scalar, not (9, 3)", *flags, "--methods=list")
+    monkeypatch.setitem(SAMPLERS, "newest", lambda batch, count, *others: newest(batch, 7, *others))
+    refused("newest has to return item numbers of shape (C, N), here (9, 3), not (9, 7)", *flags,
+            "--methods=mine:trajectories=3")
     monkeypatch.setitem(RECIPES, "typo", Recipe(another_loss, "log_z log_P log_r"))
     refused("log_P is not available", *flags, "--methods=typo")
 
@@ -1048,7 +1054,7 @@ def test_resume_refuses_what_was_made_otherwise(finished, tmp_path, monkeypatch)
     for table, name, value, message in (
             (RECIPES, "tb", replace(RECIPES["tb"], w_a=0.5), "w_a = 0.3, now it is 0.5"),
             (RECIPES, "tb", Recipe(another_loss, gflowgr.TB), "code of loss"),
-            (SAMPLERS, "reward", newest, "and sampler")):
+            (SAMPLERS, "reward", SAMPLERS["random"], "and sampler")):
         with monkeypatch.context() as patch:
             patch.setitem(table, name, value)
             refused(message, *flags)
@@ -1088,10 +1094,13 @@ def test_an_own_cm(tiny, tmp_path, capsys):
     Guided(made(48), mine).scores([[1]])                        # no `following`: none is made up
     assert calls[2][1] is None
     refused("never saved", "--recommend", "x", "--model", tmp_path / "sft+cm-42")
-    bads = (good.numpy(), good[:1], good[:, 1:], good.long(), good - 1 / 48, 2 * good, 0 / good)
-    for bad in bads:
+    for bad in (good.numpy(), good[:1], good[:, 1:], good.long()):
         mine.scores = lambda rows, following=None: bad
-        with pytest.raises(InputError, match="rows sum to 1"):
+        with pytest.raises(InputError, match=r"tensor of floats \(B, n\), here \(60, 48\), not <"):
+            gflowgr.run(settings, mine)
+    for bad, said in ((good - 1 / 48, "is -0.02"), (2 * good, "2 to 2"), (0 / good, "is nan")):
+        mine.scores = lambda rows, following=None: bad
+        with pytest.raises(InputError, match=f"sum is 1; here .*{said}"):
             gflowgr.run(settings, mine)
 
 def test_ids_from_a_file_one_code_an_item_and_devices(tiny, tmp_path):
