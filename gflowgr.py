@@ -68,8 +68,8 @@ def detailed_balance(log_flow, log_pf):
 def distillation(child_flow, log_probs):
     """Ours, KL(R/Z ‖ P): flows F* of all children (C, J, L, K), log P_F (C, J, L, K) → scalar.
     The flow of a prefix is the sum of R below it (0 for an illegal child). TB and DB see only the
-    codes that a path takes; this loss, a yardstick for them, compares all children at each step. By
-    the chain rule, the mean of this sum over paths drawn ∝ R is the KL of whole items."""
+    codes that a path takes; this loss, a yardstick for them, compares all children at each step.
+    Averaged over paths drawn ∝ R, the sum over steps is the KL of whole items (chain rule)."""
     # Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), mean over paths
     target = child_flow / child_flow.sum(-1, keepdim=True)
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
@@ -104,8 +104,8 @@ class Recipe:
     exact: bool = True              # F(s), Z(U) summed from R, as all R are known; False: learned
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. r_a: 1 at the logged item, .1 if only clicked; r_s:
     # codes shared with it; r_ŷ: the teacher's score; r_s and r_ŷ each sum to 1 over the items
-    teacher: str = "product"        # whose score r_ŷ is: "cm", or (ours) "product", P_SFT · CM^γ at
-                                    # items that SFT's beam finds with CM^γ as its guide, else 0
+    teacher: str = "product"        # whose score r_ŷ is: "cm", or (ours) "product": P_SFT · CM^γ
+                                    # at the items that a beam search for it finds, 0 elsewhere
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     w_a: float = 0.3
@@ -196,7 +196,7 @@ def tree_mask(ends, H, L):
     place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
     branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) same branch, up to itself
-    code_ends = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0), value=-1)   # (B, S) −1: none
+    code_ends = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0), value=-1)   # (B, S) history: −1
     return torch.where(own | (place <= code_ends[..., None]), 0.0, NEVER)           # (B, S, S)
 
 def pad(lists, value):
@@ -385,7 +385,7 @@ def train(name, recipe, policy, world):
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. policy:
     SFT's, or new for SFT itself; world: data, rows to train on, seed, settings, reward(recipe)."""
     reward = world.reward(recipe) if recipe.loss else None
-    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: 20 steps
+    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # or 20 steps an epoch
     per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
@@ -423,12 +423,12 @@ def train(name, recipe, policy, world):
 def children_of(logits, score, value, below, sample):
     """Of all children of W beams (B, W, K): log P, and the value by which the best go on.
     Searching: log P = Σ log P_F; value = log P + `below`, which is log Σ guide over items below.
-    Sampling: log P of a draw, P ∝ P_F^(1/sample) · Σ guide. value is, for an item, log P + Gumbel
-    noise: the k items of the largest are a draw without replacement. For a prefix it is the largest
-    of its items'. with_noise draws it level by level: the largest of children is their parent's."""
+    Sampling: log P of a draw, P ∝ P_F^(1/sample) · Σ guide. An item's value: log P + Gumbel noise;
+    the k items with the largest are a draw without replacement. A prefix's value is the maximum of
+    its items'. So with_noise draws children's values given that their maximum is the parent's."""
     log_p = (logits / sample if sample else logits).log_softmax(-1)
     if sample and below is not None:
-        log_p = (log_p + below).log_softmax(-1)
+        log_p = (log_p + below).log_softmax(-1)                 # a distribution again
     log_p = log_p.add_(score[..., None])
     if not sample:
         return log_p, (log_p if below is None else log_p + below)
