@@ -480,10 +480,9 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
                     position_ids=(lengths + 1 + level).expand_as(best)).last_hidden_state  # (B,W,d)
 
 def with_noise(log_p, parent):
-    """Values log P + Gumbel noise of children (B, W, K); parent (B, W, 1): their parents' values.
-    The k largest values of items are a draw without replacement (Kool et al. 2019, Stochastic
-    beams). A prefix's value is the largest of its items' values; so the largest child's has to be
-    the parent's. Draw all children's freely (own), then move them, in their order, until it is."""
+    """The values (B, W, K) of children, see children_of; parent (B, W, 1): their parents' values.
+    Draw them freely (own), then move them, in their order, until the largest is the parent's (Kool
+    et al. 2019, Stochastic beams)."""
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
     largest = own.amax(-1, keepdim=True)
     # exp(−new) = exp(−parent) + exp(−own) − exp(−largest), so new = parent − log(1 + exp(v))
@@ -762,6 +761,21 @@ def check_cm(cm, data):
               f"{asked} numbers ≥ 0, a row's sum is 1; here the smallest number is "
               f"{scores.min():.3g}, the sums go from {sums.min():.3g} to {sums.max():.3g}")
 
+def check_own(name, world):
+    """Raise InputError if a method's sampler or loss does not return what training needs. They are
+    tried on one row, with a new policy and the CM in R: a mistake shows now, not after SFT."""
+    recipe = replace(recipe_of(name, world.settings), teacher="cm")
+    reward = world.reward(recipe)
+    policy = world.policy("", recipe.dropout)
+    batch = batch_of(world.rows[:1], world.data, policy)
+    batch.fill(reward)
+    shape = (len(batch.positives), recipe.trajectories)
+    items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy.eval(), 0.0)
+    check(items.shape == shape, f"{name}: sampler {recipe.sampler} has to return item numbers of "
+          f"shape (C, N), here {shape}, not {tuple(items.shape)}")
+    loss = loss_of(recipe, policy, policy, batch, reward, 0.0)
+    check(loss.numel() == 1, f"{name}: its loss has to be a scalar, not {tuple(loss.shape)}")
+
 @dataclass
 class World:
     """What all methods of one seed share, made from training items alone."""
@@ -906,20 +920,6 @@ def run_method(name, world):
             entry["flow"] = flow_of(model, history, r, data, teacher, name)
     report.write_json(world.folder(name) / "run.json", {"key": key_of(name, world), **entry})
     return entry
-
-def check_own(name, world):
-    """Try a sampler and a loss on one row, with a new policy and the CM in R; InputError if they
-    return the wrong thing. So a mistake of yours shows now, not after SFT."""
-    recipe = replace(recipe_of(name, world.settings), teacher="cm")
-    policy = world.policy("", recipe.dropout)
-    batch = batch_of(world.rows[:1], world.data, policy)
-    batch.fill(world.reward(recipe))
-    shape = (len(batch.positives), recipe.trajectories)
-    items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy.eval(), 0.0)
-    check(items.shape == shape, f"{name}: sampler {recipe.sampler} has to return item numbers of "
-          f"shape (C, N), here {shape}, not {tuple(items.shape)}")
-    loss = loss_of(recipe, policy, policy, batch, world.reward(recipe), 0.0)
-    check(loss.numel() == 1, f"{name}: its loss has to be a scalar, not {tuple(loss.shape)}")
 
 @torch.no_grad()
 def distribution(policy, histories):
