@@ -196,8 +196,9 @@ def tree_mask(ends, H, L):
     place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
     branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) same branch, up to itself
-    code_ends = F.pad(ends.repeat_interleave(L - 1, 1), (H, 0), value=-1)   # (B, S) history: −1
-    return torch.where(own | (place <= code_ends[..., None]), 0.0, NEVER)           # (B, S, S)
+    # How far a place sees into the history: up to itself, or, a code, up to its branch's end
+    last = torch.cat([place[:H].expand(len(ends), H), ends.repeat_interleave(L - 1, 1)], 1)
+    return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
 def pad(lists, value):
     """Lists of integers as one tensor, filled up with `value` on the right."""
@@ -241,8 +242,9 @@ class Policy(torch.nn.Module):
         J = items.shape[1]
         valid = ends >= 0
         # The J items of a context become J branches of its row, E = T·J; padding gets item 0
-        packed = items.new_zeros(len(ends), ends.shape[1] * J)                      # (B, E)
-        packed.unflatten(1, (-1, J))[valid] = items             # a view (B, T, J), row by row
+        packed = items.new_zeros(*ends.shape, J)                                    # (B, T, J)
+        packed[valid] = items                                   # contexts go row by row
+        packed = packed.flatten(1)                                                  # (B, E)
         ends = ends.clamp(min=0).repeat_interleave(J, 1)                            # (B, E)
         levels = torch.arange(L, device=ends.device)
         code_tokens = ids.codes[packed] + ids.num_codes * levels                    # (B, E, L)
@@ -761,20 +763,13 @@ def check_cm(cm, data):
               f"{asked} numbers ≥ 0, a row's sum is 1; here the smallest number is "
               f"{scores.min():.3g}, the sums go from {sums.min():.3g} to {sums.max():.3g}")
 
-def check_own(name, world):
-    """Raise InputError if a method's sampler or loss does not return what training needs. They are
-    tried on one row, with a new policy and the CM in R: a mistake shows now, not after SFT."""
+def try_out(name, world):
+    """One step on one row with a new policy, the CM in R: a bug in a sampler or a loss of your own
+    shows now, not after SFT."""
     recipe = replace(recipe_of(name, world.settings), teacher="cm")
-    reward = world.reward(recipe)
     policy = world.policy("", recipe.dropout)
     batch = batch_of(world.rows[:1], world.data, policy)
-    batch.fill(reward)
-    shape = (len(batch.positives), recipe.trajectories)
-    items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy.eval(), 0.0)
-    check(items.shape == shape, f"{name}: sampler {recipe.sampler} has to return item numbers of "
-          f"shape (C, N), here {shape}, not {tuple(items.shape)}")
-    loss = loss_of(recipe, policy, policy, batch, reward, 0.0)
-    check(loss.numel() == 1, f"{name}: its loss has to be a scalar, not {tuple(loss.shape)}")
+    loss_of(recipe, policy, policy, batch, world.reward(recipe), 0.0).backward()
 
 @dataclass
 class World:
@@ -968,7 +963,7 @@ def run(settings, cm=None):
     worlds = [World.prepare(seed, data, settings, cm) for seed in seeds]
     for name in names:
         if base_of(name) in RECIPES and recipe_of(name, settings).loss:
-            check_own(name, worlds[0])
+            try_out(name, worlds[0])
     kept = {}
     for world, name in itertools.product(worlds, names):        # refuse now, not after hours
         path = world.folder(name) / "run.json"                  # written last: a finished run
