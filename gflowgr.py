@@ -81,8 +81,9 @@ def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
     return -F.logsigmoid(-margin.logsumexp(1)).mean()
 
 def grpo(log_pf, log_ref, log_r, beta):
-    """GRPO, a maximiser of R. Of J paths that the policy drew: log P, log P_ref, log R,
-    all (C, J) → scalar. Paths are drawn anew for each step: the ratio of new to old policy is 1."""
+    """GRPO, a maximiser of R. Of J paths: log P, log P_ref, log R, all (C, J) → scalar. The policy
+    draws them anew for each step, so the ratio of new to old policy is 1. (Ours are drawn without
+    replacement: means over them are only close to means over P.)"""
     # mean of −A · log P + β · KL; A = (R − mean R) / std R over a context's paths;
     # KL(P ‖ P_ref) is estimated by x − log x − 1, x = P_ref / P
     r = log_r.exp()
@@ -95,22 +96,20 @@ def grpo(log_pf, log_ref, log_r, beta):
 class Recipe:
     """How a method is trained. `--methods tb:epochs=4` changes a field of an entry of RECIPES."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
-    given: str = ""                 # names of the loss's arguments: fields of Paths, Recipe
+    given: str = ""                 # what it is given, in order: fields of Paths and Recipe
     gr: float = 0.0                 # weight of L_GR; 0 is fine: R rewards the logged item
-    lam: float = 1.0                # λ; without L_GR it does little: Adam rescales gradients
+    lam: float = 1.0                # λ; if gr = 0 it only scales the loss: Adam undoes that
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
     exact: bool = True              # F(s), Z(U) summed from R, as all R are known; False: learned
-    # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n. r_a: 1 at the logged item, .1 if only clicked; r_s:
-    # codes shared with it; r_ŷ: the teacher's score; r_s and r_ŷ each sum to 1 over the items
-    teacher: str = "product"        # whose score r_ŷ is: "cm", or (ours) "product": P_SFT · CM^γ
-                                    # at the items that a beam search for it finds, 0 elsewhere
+    # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n; r_ŷ and r_s each sum to 1 over the items
+    w_a: float = 0.3                # r_a: 1 at the logged item v if it is liked, .1 if only clicked
+    w_y: float = 0.65               # r_ŷ: the teacher's scores
+    w_s: float = 0.05               # r_s: codes shared with v
+    teacher: str = "product"        # ours: P_SFT · CM^γ at its best items, 0 elsewhere; or "cm"
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
-    w_a: float = 0.3
-    w_y: float = 0.65               # the largest: r_ŷ knows best what users would like
-    w_s: float = 0.05
     beta: float = 0.1               # S-DPO, GRPO: how strongly the frozen SFT policy holds
     rate: float = 1.5e-3            # peak learning rate: small models like it high
     dropout: float = 0.0            # SFT needs it; R is softer than single logged items
@@ -156,8 +155,8 @@ class Batch:
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
         self.r = reward(self.scores, self.positives, self.liked.to(device))
 
-    def logged(self):
-        """Row and column indices of each context's logged items, v among them, in (C, n)."""
+    def observed(self):
+        """Where the user's logged items, v and later ones too, stand in (C, n): rows, columns."""
         return entries([past + after for past, after in zip(self.histories, self.following)])
 
 @dataclass
@@ -193,10 +192,10 @@ def tree_mask(ends, H, L):
     e 1 1 1 . . 1 .
     f 1 1 1 . . 1 1
     """
-    place = torch.arange(H + ends.shape[1] * (L - 1), device=ends.device)           # (S,)
-    branch = ((place - H) // max(1, L - 1)).clamp(min=-1)       # (S,) −1: the history
-    own = (branch[:, None] == branch).tril()                    # (S, S) same branch, up to itself
-    # How far a place sees into the history: up to itself, or, a code, up to its branch's end
+    branch = torch.arange(ends.shape[1], device=ends.device).repeat_interleave(L - 1)   # of a code
+    own = F.pad((branch[:, None] == branch).tril(), (H, 0, H, 0))   # (S, S) same branch, tril: past
+    place = torch.arange(len(own), device=ends.device)
+    # The last place of the history that a place sees: itself, or, for a code, its branch's end
     last = torch.cat([place[:H].expand(len(ends), H), ends.repeat_interleave(L - 1, 1)], 1)
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
@@ -256,7 +255,7 @@ class Policy(torch.nn.Module):
         root = hidden.take_along_dim(ends[..., None], 1)        # (B, E, d); <user> is place 0
         later = hidden[:, H:].unflatten(1, (ends.shape[1], L - 1))                  # (B, E, L-1, d)
         prefixes = torch.cat([root[:, :, None], later], 2)                          # (B, E, L, d)
-        # A level's output weights are its codes' embeddings (one slice for all: faster backward)
+        # A level's output weights are its codes' embeddings. (L slices: a slower backward pass)
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()            # (B, E, L, K)
         states = ids.nodes[packed][..., :-1]                    # (B, E, L) nodes s_0…s_{L-1}
@@ -302,14 +301,14 @@ def draw(weight, count):
 def session(batch, count, policy, progress):
     """Other items of the user's own log; the positive if there is no other."""
     weight = torch.zeros_like(batch.r)
-    weight[batch.logged()] = 1
+    weight[batch.observed()] = 1
     weight.scatter_(1, batch.positives[:, None], 1e-6)          # drawn if there is no other
     return draw(weight, count)
 
 def random(batch, count, policy, progress):
     """Any unobserved items."""
     weight = torch.ones_like(batch.r)
-    weight[batch.logged()] = 1e-12                              # not 0: all items may be logged
+    weight[batch.observed()] = 1e-12                              # not 0: maybe all are observed
     return draw(weight, count)
 
 def curriculum(batch, count, policy, progress):
@@ -318,7 +317,7 @@ def curriculum(batch, count, policy, progress):
     unlogged ones alone. Sort it from low to high score. Keep N neighbours: those from place
     round(progress · (N−1)) on. The uniform half is ours: else the pool has few low scores."""
     weight = 0.5 * batch.scores + 0.5 / batch.scores.shape[1]
-    weight[batch.logged()] = 1e-12
+    weight[batch.observed()] = 1e-12
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
     ranked = pool.gather(1, batch.scores.gather(1, pool).argsort(1))
     start = round(progress * (count - 1))
@@ -349,7 +348,7 @@ SAMPLERS = {"session": session, "random": random, "curriculum": curriculum, "pol
 # --- Training -------------------------------------------------------------------------------------
 def loss_of(recipe, policy, reference, batch, reward, progress):
     """L = gr · L_GR(U, v) + λ · L_GFN, the means over the batch. L_GR alone without recipe.loss.
-    reference: the frozen SFT policy; progress: the share of training that is done."""
+    reference: the frozen SFT policy, or None; progress: the share of training that is done."""
     if not recipe.loss:
         return -policy(batch.tokens, batch.ends, batch.positives[:, None]).log_steps.sum(-1).mean()
     batch.fill(reward)
@@ -372,7 +371,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
     paths.log_z = paths.log_flow[:, 0, 0]                       # Z = F(s_0), s_0 is in all J paths
     paths.policy_pos = paths.log_pf[:, 0]                       # the logged path, if recipe.first
     paths.policy_neg = paths.log_pf[:, 1:]
-    if "ref" in recipe.given:                                   # log_ref, ref_pos or ref_neg
+    if reference:
         with torch.no_grad():
             paths.log_ref = reference(batch.tokens, batch.ends, items).log_steps.sum(-1)    # (C, J)
         paths.ref_pos = paths.log_ref[:, 0]
@@ -387,7 +386,7 @@ def train(name, recipe, policy, world):
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. policy:
     SFT's, or new for SFT itself; world: data, rows to train on, seed, settings, reward(recipe)."""
     reward = world.reward(recipe) if recipe.loss else None
-    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # or 20 steps an epoch
+    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: ≥ 20 steps
     per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
@@ -401,8 +400,7 @@ def train(name, recipe, policy, world):
         policy.train()
         seed = (world.seed, epoch)      # for torch (dropout, samplers), and for the order of rows
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
-        rng = np.random.default_rng(seed)
-        epoch_batches = batches(world.rows, world.data, size, policy, rng)
+        epoch_batches = batches(world.rows, world.data, size, policy, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
             loss = loss_of(recipe, policy, reference, batch, reward, len(losses) / steps)
             if not torch.isfinite(loss).all():
@@ -422,24 +420,22 @@ def train(name, recipe, policy, world):
     return curve
 
 # --- Recommending: beam search down the tree ------------------------------------------------------
-def children_of(logits, score, value, below, sample):
-    """Of all children of W beams (B, W, K): log P, and the value by which the best go on.
-    Searching: log P = Σ log P_F; value = log P + `below`, which is log Σ guide over items below.
-    Sampling: log P of a draw, P ∝ P_F^(1/sample) · Σ guide. An item's value: log P + Gumbel noise;
-    the k items with the largest are a draw without replacement. A prefix's value is the maximum of
-    its items'. So with_noise draws children's values given that their maximum is the parent's."""
-    log_p = (logits / sample if sample else logits).log_softmax(-1)
-    if sample and below is not None:
-        log_p = (log_p + below).log_softmax(-1)                 # a distribution again
-    log_p = log_p.add_(score[..., None])
-    if not sample:
-        return log_p, (log_p if below is None else log_p + below)
-    return log_p, with_noise(log_p, value[..., None])
+def with_noise(log_p, parent):
+    """Values by which children (B, W, K) compete when a list is drawn (Kool et al. 2019, Stochastic
+    beams); log_p: their log P, parent (B, W, 1): the values of their parents.
+    Give each item the value log P + Gumbel noise: the k items with the largest values are a draw
+    without replacement. A prefix has the largest value of the items below it. So, down the tree,
+    children get noise on the condition that their largest value is their parent's."""
+    own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
+    largest = own.amax(-1, keepdim=True)
+    # Shift them in their order, until the largest is the parent's: exp(−new) = exp(−parent) +
+    # exp(−own) − exp(−largest), so new = parent − log(1 + exp(v)), and softplus(v) is that log
+    v = parent - own + torch.log1p(-(own - largest).exp())
+    return parent - F.softplus(v)
 
 def grown(mask, parents):
-    """The mask of W new beams, (B, W, keys + W), from the old (B, old W, keys); parents (B, W).
-    The cache keeps the beams of all levels, nothing is copied or evicted. A beam takes its parent's
-    row, which shows the history and its ancestors, and gets a column for itself."""
+    """A new beam sees all that its parent saw, and itself: mask (B, old W, keys), parents (B, W) →
+    (B, W, keys + W). The cache keeps the beams of all levels; the mask hides what is not seen."""
     B, W = parents.shape
     itself = torch.full((W, W), NEVER, device=mask.device).fill_diagonal_(0)
     return torch.cat([mask.take_along_dim(parents[..., None], 1), itself.expand(B, W, W)], 2)
@@ -450,46 +446,41 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     ids = policy.semantic_ids
     K = ids.num_codes
     lm = policy.lm.transformer
-    tokens, lengths = (x.to(ids.codes.device) for x in policy.tokens(histories))
+    tokens, ends = (x.to(ids.codes.device) for x in policy.tokens(histories))       # ends (B, 1)
     cache = DynamicCache()                                      # keys and values; lm fills it
     hidden = lm(tokens, cache).last_hidden_state                # (B, H, d)
-    hidden = hidden.take_along_dim(lengths[..., None], 1)                           # (B, W = 1, d)
+    hidden = hidden.take_along_dim(ends[..., None], 1)                           # (B, W = 1, d)
     place = torch.arange(tokens.shape[1], device=tokens.device)
-    mask = torch.where(place > lengths[..., None], NEVER, 0.0)                      # (B, W, H + …)
-    node = torch.zeros_like(lengths)                            # (B, W) nodes of the tree; 0: root
-    score = value = hidden.new_zeros(node.shape)    # (B, W) log P; what beams compete by
+    mask = torch.where(place > ends[..., None], NEVER, 0.0)                      # (B, W, H + …)
+    node = torch.zeros_like(ends)                               # (B, W) nodes of the tree; 0: root
+    score = value = hidden.new_zeros(node.shape)    # (B, W) log P so far; what beams compete by
+    below = 0.0                                                 # log Σ guide of the items below
     if guide is not None:
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        # −1: no such child. With fewer legal children than beams, surplus beams go to −1 and stay
-        # there: index −1 reads the extra last row of next_node, which is all −1
+        # −1: no such child. A surplus beam, with no legal child left, is at node −1 and stays
+        # there: index −1 reads the last row of next_node, an extra one that is all −1
         child = ids.next_node[node]                                                 # (B, W, K)
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
-        below = None
         if guide is not None:                                   # where illegal: any number
             below = log_flow.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
-        score, value = children_of(logits, score, value, below, sample)
+        if sample:                                              # draw ∝ P_F^(1/sample) · Σ guide
+            score = (logits / sample + below).log_softmax(-1) + score[..., None]    # (B, W, K)
+            value = with_noise(score, value[..., None])
+        else:
+            score = logits.log_softmax(-1) + score[..., None]
+            value = score + below
         child, score, value = (x.flatten(1) for x in (child, score, value))         # (B, W·K)
         if level == ids.num_levels - 1:                         # children are items, node P + i
-            scores = value.new_full((len(value), ids.num_prefixes + len(ids.codes)), -math.inf)
-            scores.scatter_(1, child.clamp(min=0), value)       # illegal: to column 0, cut off next
-            return best_unseen(scores[:, ids.num_prefixes:], histories, k)
+            scores = value.new_full((len(value), 1 + len(ids.codes)), -math.inf)
+            column = (child - ids.num_prefixes + 1).clamp(min=0)        # illegal: 0, cut off next
+            return best_unseen(scores.scatter_(1, column, value)[:, 1:], histories, k)
         best = value.topk(min(beams, value.shape[1]), 1).indices                    # (B, W)
         node, score, value = (x.gather(1, best) for x in (child, score, value))
         mask = grown(mask, parents=best // K)
         hidden = lm(level * K + best % K, cache, attention_mask=mask[:, None],
-                    position_ids=(lengths + 1 + level).expand_as(best)).last_hidden_state  # (B,W,d)
-
-def with_noise(log_p, parent):
-    """The values (B, W, K) of children, see children_of; parent (B, W, 1): their parents' values.
-    Draw them freely (own), then move them, in their order, until the largest is the parent's (Kool
-    et al. 2019, Stochastic beams)."""
-    own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
-    largest = own.amax(-1, keepdim=True)
-    # exp(−new) = exp(−parent) + exp(−own) − exp(−largest), so new = parent − log(1 + exp(v))
-    v = parent - own + torch.log1p(-(own - largest).exp())
-    return parent - F.softplus(v)                               # softplus(v) = log(1 + exp(v))
+                    position_ids=(ends + 1 + level).expand_as(best)).last_hidden_state  # (B,W,d)
 
 # --- Rows of a batch ------------------------------------------------------------------------------
 Row = namedtuple("Row", "user start target stop")  # read: start … stop-2; targets: target … stop-1

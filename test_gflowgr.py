@@ -258,14 +258,14 @@ def mask_loops(ends, H, L, order=True):
 
 def scored(own):                              # what `curriculum` reads of a Batch; own: logged
     logged = list(range(3000)), [own] * 3000
-    return SimpleNamespace(scores=torch.tensor([SCORES]).repeat(3000, 1), logged=lambda: logged)
+    return SimpleNamespace(scores=torch.tensor([SCORES]).repeat(3000, 1), observed=lambda: logged)
 
 def often(items):                             # (C, N) → share of each of 6 items at each place
     return torch.stack([(items == item).float().mean(0) for item in range(6)])
 
 def curriculum_loops(batch, count, policy, progress, even=0.5, more=-1, clear=True):
     weight = (1 - even) * batch.scores + even / batch.scores.shape[1]
-    for b, item in zip(*batch.logged()):
+    for b, item in zip(*batch.observed()):
         weight[b, item] *= not clear
     pools = torch.multinomial(weight, 2 * count + more, replacement=True).tolist()
     start = round(progress * (count - 1))
@@ -507,7 +507,7 @@ def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
                 assert past + after == histories[batch.users[c]] and batch.positives[c] == after[0]
                 assert batch.liked[c] == (after[0] % 3 > 0)
                 orders[-1].append((batch.users[c], after[0]))
-            logged, sizes = batch.logged()[0], [len(histories[user]) for user in batch.users]
+            logged, sizes = batch.observed()[0], [len(histories[user]) for user in batch.users]
             assert [logged.count(c) for c in range(len(sizes))] == sizes
         assert len({*orders[-1]}) == len(orders[-1]) == sum(map(len, histories))
     assert orders[0] == orders[1] != orders[2]
@@ -611,7 +611,7 @@ def test_samplers_draw_from_where_they_say():
     before = [[3], [5, 0, 7], [9, 1]]
     def sampled(name, count, past=before):
         batch = SimpleNamespace(r=r, scores=r.clone(), positives=positives, histories=past,
-                                logged=lambda: reward.entries(logged))
+                                observed=lambda: reward.entries(logged))
         items = SAMPLERS[name](batch, count, policy, 0.5)
         assert items.shape == (3, count) and batch.scores.equal(r)
         return items
