@@ -98,7 +98,7 @@ class Recipe:
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
     given: str = ""                 # what it is given, in order: fields of Paths and Recipe
     gr: float = 0.0                 # weight of L_GR; 0 is fine: R rewards the logged item
-    lam: float = 1.0                # λ; if gr = 0 it only scales the loss: Adam undoes that
+    lam: float = 1.0                # λ; if gr = 0 it scales the loss: Adam nearly undoes that
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
@@ -107,17 +107,17 @@ class Recipe:
     w_a: float = 0.3                # r_a: 1 at the logged item v if it is liked, .1 if only clicked
     w_y: float = 0.65               # r_ŷ: the teacher's scores
     w_s: float = 0.05               # r_s: codes shared with v
-    teacher: str = "product"        # ours: P_SFT · CM^γ at its best items, 0 elsewhere; or "cm"
+    teacher: str = "product"        # ours: P_SFT · CM^γ for its --beams best items, else 0; or "cm"
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     beta: float = 0.1               # S-DPO, GRPO: how strongly the frozen SFT policy holds
     rate: float = 1.5e-3            # peak learning rate: small models like it high
-    dropout: float = 0.0            # SFT needs it; R is softer than single logged items
+    dropout: float = 0.0            # SFT over-fits without it; R is softer than single items
     epochs: int = 7                 # the table TUNED has changes for toy and ml-100k
 
 TB = "log_z log_pf log_r"           # fields of Paths
-# The paper's L = L_GR + λ · L_GFN, λ = 1, curriculum, N = 3, learned log Z. Not the paper's: the
-# weights of R, rate and dropout, and that S-DPO, too, has L_GR.
+# The paper's L = L_GR + λ · L_GFN, λ = 1, curriculum, N = 3, learned log Z. Ours: the weights of
+# R, the rate, the dropout, and L_GR in S-DPO.
 PAPER = dict(gr=1.0, sampler="curriculum", trajectories=3, first=True, exact=False, teacher="cm",
              rate=4.5e-4, dropout=0.2)
 RECIPES = {
@@ -138,7 +138,7 @@ class Batch:
     history before it. A row with the targets a, b, c reads <user> a b: their `ends`, the
     numbers of items read before each, are 0, 1, 2."""
     tokens: torch.Tensor            # (B, H) <user>, the items read, padding on the right
-    ends: torch.Tensor              # (B, T) items of the row before each target; −1: padding
+    ends: torch.Tensor              # (B, T) items read before it: the last one's place; −1: padding
     users: list                     # the user of each of C contexts; contexts go row by row
     histories: list                 # C lists: the user's items before the target
     following: list                 # C lists: the target and the user's later training items
@@ -148,8 +148,8 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """The teacher's scores, R of every item. The CM counted the log, v included. So that v
-        does not leak, the CM subtracts what v and the later items (`following`) had added."""
+        """The teacher's scores, R of every item. The CM is a table of counts over the log. So that
+        v does not leak, it subtracts what v and later items (`following`) had added to them."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -192,8 +192,8 @@ def tree_mask(ends, H, L):
     e 1 1 1 . . 1 .
     f 1 1 1 . . 1 1
     """
-    branch = torch.arange(ends.shape[1], device=ends.device).repeat_interleave(L - 1)   # of a code
-    own = F.pad((branch[:, None] == branch).tril(), (H, 0, H, 0))   # (S, S) same branch, tril: past
+    branch = torch.arange(ends.shape[1], device=ends.device).repeat_interleave(L - 1)   # (S-H,)
+    own = F.pad((branch[:, None] == branch).tril(), (H, 0, H, 0))   # (S, S) own branch so far
     place = torch.arange(len(own), device=ends.device)
     # The last place of the history that a place sees: itself, or, for a code, its branch's end
     last = torch.cat([place[:H].expand(len(ends), H), ends.repeat_interleave(L - 1, 1)], 1)
@@ -219,7 +219,7 @@ class Policy(torch.nn.Module):
         self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch, not pretrained
             vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
             n_head=math.gcd(width, max(1, width // 32)),        # a divisor, about width / 32
-            n_positions=window + semantic_ids.num_levels,
+            n_positions=window + semantic_ids.num_levels,       # <user>, items, L−1 codes
             resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,   # 0: else twice the time
             bos_token_id=self.user_token, eos_token_id=self.user_token,
             activation_function="gelu_pytorch_tanh"))           # gelu_new's values, faster on CPU
@@ -229,7 +229,7 @@ class Policy(torch.nn.Module):
 
     def tokens(self, histories):
         """Tokens (B, H): <user>, the last `window` items, padding; counts (B, 1) of the items."""
-        rows = [[-1, *history[-self.window:]] for history in histories]     # −1: will be <user>
+        rows = [[-1, *history[-self.window:]] for history in histories]     # −1 becomes <user>
         return pad(rows, -1) + self.user_token + 1, torch.tensor([[len(row) - 1] for row in rows])
 
     def forward(self, tokens, ends, items):
@@ -255,7 +255,7 @@ class Policy(torch.nn.Module):
         root = hidden.take_along_dim(ends[..., None], 1)        # (B, E, d); <user> is place 0
         later = hidden[:, H:].unflatten(1, (ends.shape[1], L - 1))                  # (B, E, L-1, d)
         prefixes = torch.cat([root[:, :, None], later], 2)                          # (B, E, L, d)
-        # A level's output weights are its codes' embeddings. (L slices: a slower backward pass)
+        # A level's output weights are its codes' embeddings: one slice, L of them were slower
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()            # (B, E, L, K)
         states = ids.nodes[packed][..., :-1]                    # (B, E, L) nodes s_0…s_{L-1}
@@ -302,7 +302,7 @@ def session(batch, count, policy, progress):
     """Other items of the user's own log; the positive if there is no other."""
     weight = torch.zeros_like(batch.r)
     weight[batch.observed()] = 1
-    weight.scatter_(1, batch.positives[:, None], 1e-6)          # drawn if there is no other
+    weight.scatter_(1, batch.positives[:, None], 1e-6)          # v: only if there is no other
     return draw(weight, count)
 
 def random(batch, count, policy, progress):
@@ -314,8 +314,8 @@ def random(batch, count, policy, progress):
 def curriculum(batch, count, policy, progress):
     """The paper's default: unobserved items with low scores early in training, high ones late. The
     scores are the teacher's. Draw a pool of 2N−1 items, item i with P ∝ scores[i]/2 + 1/(2n),
-    unlogged ones alone. Sort it from low to high score. Keep N neighbours: those from place
-    round(progress · (N−1)) on. The uniform half is ours: else the pool has few low scores."""
+    unobserved ones alone. Sort it from low to high score. Keep N neighbours, the first of
+    which is at place round(progress · (N−1)). The uniform half is ours: else few scores are low."""
     weight = 0.5 * batch.scores + 0.5 / batch.scores.shape[1]
     weight[batch.observed()] = 1e-12
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -361,7 +361,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         items = torch.cat([batch.positives[:, None], items], 1)                     # (C, J)
     # What the policy says of them, and R. log F(s_L) is log R.
     paths = policy(batch.tokens, batch.ends, items)
-    device = paths.log_steps.device
+    device = paths.log_steps.device                             # on mps, R is on the CPU
     paths.log_pf = paths.log_steps.sum(-1)                      # Σ_l log P_F      (C, J)
     paths.log_r = batch.r.gather(1, items).log().to(device)                         # (C, J)
     if recipe.exact:                                            # F*(s) = Σ R of the items below s
@@ -376,9 +376,9 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
             paths.log_ref = reference(batch.tokens, batch.ends, items).log_steps.sum(-1)    # (C, J)
         paths.ref_pos = paths.log_ref[:, 0]
         paths.ref_neg = paths.log_ref[:, 1:]
-    known = vars(recipe) | vars(paths)
+    known = vars(recipe) | vars(paths)                          # TB is given log_z, log_pf, log_r
     L_GFN = recipe.loss(*[known[name] for name in recipe.given.split()])
-    L_GR = -paths.policy_pos.mean() if recipe.gr else 0.0       # gr > 0 needs recipe.first
+    L_GR = -paths.policy_pos.mean() if recipe.gr else 0.0       # gr > 0: first=1 is checked
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
 def train(name, recipe, policy, world):
@@ -386,14 +386,14 @@ def train(name, recipe, policy, world):
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. policy:
     SFT's, or new for SFT itself; world: data, rows to train on, seed, settings, reward(recipe)."""
     reward = world.reward(recipe) if recipe.loss else None
-    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: ≥ 20 steps
+    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: ~20 steps
     per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
               {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # idle if exact
     optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10 + 1), steps)
-    reference = copy.deepcopy(policy).eval() if "ref" in recipe.given else None     # frozen SFT
+    reference = copy.deepcopy(policy).eval() if "ref" in recipe.given else None     # log_ref …
     curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, world.data)}]
     losses = []
     for epoch in range(1, recipe.epochs + 1):
@@ -428,10 +428,10 @@ def with_noise(log_p, parent):
     children get noise on the condition that their largest value is their parent's."""
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
     largest = own.amax(-1, keepdim=True)
-    # Shift them in their order, until the largest is the parent's: exp(−new) = exp(−parent) +
-    # exp(−own) − exp(−largest), so new = parent − log(1 + exp(v)), and softplus(v) is that log
-    v = parent - own + torch.log1p(-(own - largest).exp())
-    return parent - F.softplus(v)
+    # Shift them, in the same order, until the largest is the parent's. From
+    # exp(−new) = exp(−parent) + exp(−own) − exp(−largest) follows new = parent − log(1 + exp(v)),
+    v = parent - own + torch.log1p(-(own - largest).exp())      # −∞ for the largest: new = parent
+    return parent - F.softplus(v)                               # softplus(v) = log(1 + exp(v))
 
 def grown(mask, parents):
     """A new beam sees all that its parent saw, and itself: mask (B, old W, keys), parents (B, W) →
@@ -448,19 +448,19 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     lm = policy.lm.transformer
     tokens, ends = (x.to(ids.codes.device) for x in policy.tokens(histories))       # ends (B, 1)
     cache = DynamicCache()                                      # keys and values; lm fills it
-    hidden = lm(tokens, cache).last_hidden_state                # (B, H, d)
+    hidden = lm(tokens, cache).last_hidden_state                # (B, H, d), padding comes last
     hidden = hidden.take_along_dim(ends[..., None], 1)                           # (B, W = 1, d)
     place = torch.arange(tokens.shape[1], device=tokens.device)
     mask = torch.where(place > ends[..., None], NEVER, 0.0)                      # (B, W, H + …)
     node = torch.zeros_like(ends)                               # (B, W) nodes of the tree; 0: root
-    score = value = hidden.new_zeros(node.shape)    # (B, W) log P so far; what beams compete by
+    score = value = hidden.new_zeros(node.shape)    # (B, W) log P; beams compete by value
     below = 0.0                                                 # log Σ guide of the items below
     if guide is not None:
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        # −1: no such child. A surplus beam, with no legal child left, is at node −1 and stays
-        # there: index −1 reads the last row of next_node, an extra one that is all −1
+        # −1: no such child. Where fewer than W prefixes are legal, other beams are at node −1 and
+        # stay there: next_node has an extra last row, all −1, which index −1 reads
         child = ids.next_node[node]                                                 # (B, W, K)
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
         if guide is not None:                                   # where illegal: any number
@@ -474,7 +474,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         child, score, value = (x.flatten(1) for x in (child, score, value))         # (B, W·K)
         if level == ids.num_levels - 1:                         # children are items, node P + i
             scores = value.new_full((len(value), 1 + len(ids.codes)), -math.inf)
-            column = (child - ids.num_prefixes + 1).clamp(min=0)        # illegal: 0, cut off next
+            column = (child - ids.num_prefixes + 1).clamp(min=0)        # 1 + i; 0: illegal, cut off
             return best_unseen(scores.scatter_(1, column, value)[:, 1:], histories, k)
         best = value.topk(min(beams, value.shape[1]), 1).indices                    # (B, W)
         node, score, value = (x.gather(1, best) for x in (child, score, value))
