@@ -4,8 +4,7 @@ A generative recommender reads a user's history and writes the semantic ID of th
 by code. Supervised fine-tuning (SFT) on the log teaches what was shown, not what the user would
 like: exposure bias. GFlowGR reads an ID as a path down a tree and trains a GFlowNet on it: the
 probability of an item shall be proportional to its reward R. R mixes the logged action, the score
-of a collaborative model (CM) and the similarity of IDs. The method ends with `train`; the beam
-search that recommends follows, then the work around both.
+of a collaborative model (CM) and the similarity of IDs. The method ends with `train`.
 
 Letters in shapes: B users or rows of a batch, H tokens of history, T targets per row, C contexts (a
 target and the history before it), J paths per context (N sampled, maybe the logged one), E branches
@@ -98,16 +97,17 @@ class Recipe:
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
     given: str = ""                 # what it is given, in order: fields of Paths and Recipe
     gr: float = 0.0                 # weight of L_GR; 0 is fine: R rewards the logged item
-    lam: float = 1.0                # λ; if gr = 0 it scales the loss: Adam nearly undoes that
+    lam: float = 1.0                # λ, weight of L_GFN; if gr = 0, Adam nearly undoes any scale
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
     exact: bool = True              # F(s), Z(U) summed from R, as all R are known; False: learned
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n; r_ŷ and r_s each sum to 1 over the items
     w_a: float = 0.3                # r_a: 1 at the logged item v if it is liked, .1 if only clicked
-    w_y: float = 0.65               # r_ŷ: the teacher's scores
+    w_y: float = 0.65               # r_ŷ: the scores of the teacher
     w_s: float = 0.05               # r_s: codes shared with v
-    teacher: str = "product"        # ours: P_SFT · CM^γ for its --beams best items, else 0; or "cm"
+    teacher: str = "product"        # whose scores r_ŷ are: "cm", or (ours) "product": P_SFT · CM^γ
+                                    # at the --beams items that a beam search for it finds, else 0
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     beta: float = 0.1               # S-DPO, GRPO: how strongly the frozen SFT policy holds
@@ -116,8 +116,8 @@ class Recipe:
     epochs: int = 7                 # the table TUNED has changes for toy and ml-100k
 
 TB = "log_z log_pf log_r"           # fields of Paths
-# The paper's L = L_GR + λ · L_GFN, λ = 1, curriculum, N = 3, learned log Z. Ours: the weights of
-# R, the rate, the dropout, and L_GR in S-DPO.
+# The paper's L = L_GR + λ · L_GFN, λ = 1, curriculum, N = 3, learned log Z. Chosen by us, as
+# we do not know them: the weights of R, rate, dropout, and that S-DPO has L_GR, too.
 PAPER = dict(gr=1.0, sampler="curriculum", trajectories=3, first=True, exact=False, teacher="cm",
              rate=4.5e-4, dropout=0.2)
 RECIPES = {
@@ -136,9 +136,9 @@ RECIPES = {
 class Batch:
     """B rows, each a part of a user's history. Every target v in it makes a context: v and the
     history before it. A row with the targets a, b, c reads <user> a b: their `ends`, the
-    numbers of items read before each, are 0, 1, 2."""
+    numbers of items read before each, are 0, 1, 2; these are places, as <user> is place 0."""
     tokens: torch.Tensor            # (B, H) <user>, the items read, padding on the right
-    ends: torch.Tensor              # (B, T) items read before it: the last one's place; −1: padding
+    ends: torch.Tensor              # (B, T) for a target: place of the last item read; −1: padding
     users: list                     # the user of each of C contexts; contexts go row by row
     histories: list                 # C lists: the user's items before the target
     following: list                 # C lists: the target and the user's later training items
@@ -164,7 +164,7 @@ class Paths:
     """J paths at each of C contexts: what a loss may be given. A recipe names the fields."""
     log_steps: torch.Tensor         # (C, J, L) log P_F(s_{l+1} | s_l) of the codes taken
     log_probs: torch.Tensor         # (C, J, L, K) log P_F of all codes, NEVER where illegal
-    log_flow: torch.Tensor          # (C, J, L) log F(s_0) … F(s_{L-1}); loss_of appends log R
+    log_flow: torch.Tensor          # (C, J, L+1) log F of s_0 … s_L; forward gives it without s_L
     log_pf: torch.Tensor = None     # (C, J) log P of the whole path, Σ_l log P_F
     log_z: torch.Tensor = None      # (C,) log Z(U)
     log_r: torch.Tensor = None      # (C, J) log R
@@ -192,9 +192,10 @@ def tree_mask(ends, H, L):
     e 1 1 1 . . 1 .
     f 1 1 1 . . 1 1
     """
-    branch = torch.arange(ends.shape[1], device=ends.device).repeat_interleave(L - 1)   # (S-H,)
-    own = F.pad((branch[:, None] == branch).tril(), (H, 0, H, 0))   # (S, S) own branch so far
-    place = torch.arange(len(own), device=ends.device)
+    branch = torch.arange(ends.shape[1], device=ends.device).repeat_interleave(L - 1)
+    branch = F.pad(branch, (H, 0), value=-1)                    # (S,) −1: the history
+    own = (branch[:, None] == branch).tril()                    # (S, S) same branch, not later
+    place = torch.arange(len(branch), device=ends.device)
     # The last place of the history that a place sees: itself, or, for a code, its branch's end
     last = torch.cat([place[:H].expand(len(ends), H), ends.repeat_interleave(L - 1, 1)], 1)
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
@@ -255,7 +256,7 @@ class Policy(torch.nn.Module):
         root = hidden.take_along_dim(ends[..., None], 1)        # (B, E, d); <user> is place 0
         later = hidden[:, H:].unflatten(1, (ends.shape[1], L - 1))                  # (B, E, L-1, d)
         prefixes = torch.cat([root[:, :, None], later], 2)                          # (B, E, L, d)
-        # A level's output weights are its codes' embeddings: one slice, L of them were slower
+        # A level's output weights are its codes' embeddings (all levels at once: it is faster)
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()            # (B, E, L, K)
         states = ids.nodes[packed][..., :-1]                    # (B, E, L) nodes s_0…s_{L-1}
@@ -314,8 +315,8 @@ def random(batch, count, policy, progress):
 def curriculum(batch, count, policy, progress):
     """The paper's default: unobserved items with low scores early in training, high ones late. The
     scores are the teacher's. Draw a pool of 2N−1 items, item i with P ∝ scores[i]/2 + 1/(2n),
-    unobserved ones alone. Sort it from low to high score. Keep N neighbours, the first of
-    which is at place round(progress · (N−1)). The uniform half is ours: else few scores are low."""
+    unobserved ones alone. Sort it from low to high score. Keep N in a row, the first of them
+    at place round(progress · (N−1)). Without the uniform half, ours, few low scores are drawn."""
     weight = 0.5 * batch.scores + 0.5 / batch.scores.shape[1]
     weight[batch.observed()] = 1e-12
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -332,8 +333,7 @@ def beam(batch, count, policy, progress):
     return items.where(items >= 0, positives)                   # fewer than N found: the positive
 
 def drawn(batch, count, policy, progress):
-    """Ours: N items drawn from the policy itself, without replacement and none of the history.
-    (N independent draws from all items, the usual on-policy paths, were worse for TB and GRPO.)"""
+    """Ours: N items drawn from the policy itself, without replacement and none of the history."""
     items = policy.recommend(batch.histories, count, beams=count, sample=1.0)[0].to(batch.r.device)
     return items.where(items >= 0, batch.positives[:, None])    # fewer than N unseen: the positive
 
@@ -361,7 +361,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         items = torch.cat([batch.positives[:, None], items], 1)                     # (C, J)
     # What the policy says of them, and R. log F(s_L) is log R.
     paths = policy(batch.tokens, batch.ends, items)
-    device = paths.log_steps.device                             # on mps, R is on the CPU
+    device = paths.log_steps.device                             # on mps, R stays on the CPU
     paths.log_pf = paths.log_steps.sum(-1)                      # Σ_l log P_F      (C, J)
     paths.log_r = batch.r.gather(1, items).log().to(device)                         # (C, J)
     if recipe.exact:                                            # F*(s) = Σ R of the items below s
@@ -378,7 +378,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         paths.ref_neg = paths.log_ref[:, 1:]
     known = vars(recipe) | vars(paths)                          # TB is given log_z, log_pf, log_r
     L_GFN = recipe.loss(*[known[name] for name in recipe.given.split()])
-    L_GR = -paths.policy_pos.mean() if recipe.gr else 0.0       # gr > 0: first=1 is checked
+    L_GR = -paths.policy_pos.mean() if recipe.gr else 0.0       # gr > 0 needs first: see recipe_of
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
 def train(name, recipe, policy, world):
@@ -393,12 +393,12 @@ def train(name, recipe, policy, world):
               {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # idle if exact
     optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10 + 1), steps)
-    reference = copy.deepcopy(policy).eval() if "ref" in recipe.given else None     # log_ref …
+    reference = copy.deepcopy(policy).eval() if "ref" in recipe.given else None     # log_ref, …
     curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, world.data)}]
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = (world.seed, epoch)      # for torch (dropout, samplers), and for the order of rows
+        seed = (world.seed, epoch)      # for torch, as one integer, and for the order of rows
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         epoch_batches = batches(world.rows, world.data, size, policy, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
@@ -428,9 +428,10 @@ def with_noise(log_p, parent):
     children get noise on the condition that their largest value is their parent's."""
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
     largest = own.amax(-1, keepdim=True)
-    # Shift them, in the same order, until the largest is the parent's. From
-    # exp(−new) = exp(−parent) + exp(−own) − exp(−largest) follows new = parent − log(1 + exp(v)),
-    v = parent - own + torch.log1p(-(own - largest).exp())      # −∞ for the largest: new = parent
+    # Shift them, in the same order, until the largest is the parent's:
+    #     new = −log(exp(−parent) + exp(−own) − exp(−largest)) = parent − log(1 + exp(v)),
+    #     v = parent − own + log(1 − exp(own − largest)), −∞ for the largest
+    v = parent - own + torch.log1p(-torch.exp(own - largest))
     return parent - F.softplus(v)                               # softplus(v) = log(1 + exp(v))
 
 def grown(mask, parents):
@@ -453,17 +454,17 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     place = torch.arange(tokens.shape[1], device=tokens.device)
     mask = torch.where(place > ends[..., None], NEVER, 0.0)                      # (B, W, H + …)
     node = torch.zeros_like(ends)                               # (B, W) nodes of the tree; 0: root
-    score = value = hidden.new_zeros(node.shape)    # (B, W) log P; beams compete by value
+    score = value = hidden.new_zeros(node.shape)    # (B, W) log P so far; what ranks beams
     below = 0.0                                                 # log Σ guide of the items below
     if guide is not None:
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        # −1: no such child. Where fewer than W prefixes are legal, other beams are at node −1 and
-        # stay there: next_node has an extra last row, all −1, which index −1 reads
+        # −1: no such child. Where fewer than W prefixes are legal, other beams are at node −1, with
+        # a score of NEVER, and stay there: index −1 reads next_node's extra last row, all −1
         child = ids.next_node[node]                                                 # (B, W, K)
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
-        if guide is not None:                                   # where illegal: any number
+        if guide is not None:                                   # illegal: NEVER outweighs it
             below = log_flow.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
         if sample:                                              # draw ∝ P_F^(1/sample) · Σ guide
             score = (logits / sample + below).log_softmax(-1) + score[..., None]    # (B, W, K)
