@@ -95,19 +95,19 @@ def grpo(log_pf, log_ref, log_r, beta):
 class Recipe:
     """How a method is trained. `--methods tb:epochs=4` changes a field of an entry of RECIPES."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
-    given: str = ""                 # what it is given, in order: fields of Paths and Recipe
+    given: str = ""                 # what it is given, in order, by name: fields of Paths, Recipe
     gr: float = 0.0                 # weight of L_GR; 0 is fine: R rewards the logged item
     lam: float = 1.0                # λ, weight of L_GFN; if gr = 0, Adam nearly undoes any scale
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
-    exact: bool = True              # F(s), Z(U) summed from R, as all R are known; False: learned
+    exact: bool = True              # F(s), Z(U) are sums of R, as all R are known; False: learned
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n; r_ŷ and r_s each sum to 1 over the items
     w_a: float = 0.3                # r_a: 1 at the logged item v if it is liked, .1 if only clicked
     w_y: float = 0.65               # r_ŷ: the scores of the teacher
     w_s: float = 0.05               # r_s: codes shared with v
     teacher: str = "product"        # whose scores r_ŷ are: "cm", or (ours) "product": P_SFT · CM^γ
-                                    # at the --beams items that a beam search for it finds, else 0
+                                    # at the --beams items that rank best by it, 0 at all others
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     beta: float = 0.1               # S-DPO, GRPO: how strongly the frozen SFT policy holds
@@ -135,10 +135,10 @@ RECIPES = {
 @dataclass
 class Batch:
     """B rows, each a part of a user's history. Every target v in it makes a context: v and the
-    history before it. A row with the targets a, b, c reads <user> a b: their `ends`, the
-    numbers of items read before each, are 0, 1, 2; these are places, as <user> is place 0."""
+    history before it. A row with the targets a, b, c reads <user> a b. Its place 0 is <user>, so
+    their histories end at places 0, 1, 2: these are the `ends`."""
     tokens: torch.Tensor            # (B, H) <user>, the items read, padding on the right
-    ends: torch.Tensor              # (B, T) for a target: place of the last item read; −1: padding
+    ends: torch.Tensor              # (B, T) where the history of each target ends; −1: padding
     users: list                     # the user of each of C contexts; contexts go row by row
     histories: list                 # C lists: the user's items before the target
     following: list                 # C lists: the target and the user's later training items
@@ -148,8 +148,8 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """The teacher's scores, R of every item. The CM is a table of counts over the log. So that
-        v does not leak, it subtracts what v and later items (`following`) had added to them."""
+        """The teacher's scores, R of every item. The CM has counted the log, v and later items
+        included. It takes out what these (`following`) had added, so that v does not leak."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -316,7 +316,7 @@ def curriculum(batch, count, policy, progress):
     """The paper's default: unobserved items with low scores early in training, high ones late. The
     scores are the teacher's. Draw a pool of 2N−1 items, item i with P ∝ scores[i]/2 + 1/(2n),
     unobserved ones alone. Sort it from low to high score. Keep N in a row, the first of them
-    at place round(progress · (N−1)). Without the uniform half, ours, few low scores are drawn."""
+    at place round(progress · (N−1)). The uniform half is ours: else, few low ones are drawn."""
     weight = 0.5 * batch.scores + 0.5 / batch.scores.shape[1]
     weight[batch.observed()] = 1e-12
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -460,22 +460,23 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        # −1: no such child. Where fewer than W prefixes are legal, other beams are at node −1, with
-        # a score of NEVER, and stay there: index −1 reads next_node's extra last row, all −1
+        # −1: illegal. If fewer than W children are legal, illegal ones fill the beam, with score
+        # NEVER, and stay illegal: next_node[−1] is an extra row, all −1
         child = ids.next_node[node]                                                 # (B, W, K)
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
-        if guide is not None:                                   # illegal: NEVER outweighs it
+        if guide is not None:                                   # illegal: the root's; NEVER wins
             below = log_flow.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
         if sample:                                              # draw ∝ P_F^(1/sample) · Σ guide
             score = (logits / sample + below).log_softmax(-1) + score[..., None]    # (B, W, K)
             value = with_noise(score, value[..., None])
         else:
             score = logits.log_softmax(-1) + score[..., None]
-            value = score + below
+            value = score + below       # a sum over items, so not added up over levels
         child, score, value = (x.flatten(1) for x in (child, score, value))         # (B, W·K)
-        if level == ids.num_levels - 1:                         # children are items, node P + i
+        if level == ids.num_levels - 1:                         # children are items, nodes P + i
             scores = value.new_full((len(value), 1 + len(ids.codes)), -math.inf)
-            column = (child - ids.num_prefixes + 1).clamp(min=0)        # 1 + i; 0: illegal, cut off
+            # Item i goes to column 1 + i; column 0 takes what is illegal, and is cut off
+            column = (child - ids.num_prefixes + 1).clamp(min=0)
             return best_unseen(scores.scatter_(1, column, value)[:, 1:], histories, k)
         best = value.topk(min(beams, value.shape[1]), 1).indices                    # (B, W)
         node, score, value = (x.gather(1, best) for x in (child, score, value))
