@@ -97,7 +97,7 @@ class Recipe:
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
     given: str = ""                 # what it is given, in order, by name: fields of Paths, Recipe
     gr: float = 0.0                 # weight of L_GR; 0 is fine: R rewards the logged item
-    lam: float = 1.0                # λ, weight of L_GFN; if gr = 0, Adam nearly undoes any scale
+    lam: float = 1.0                # λ, weight of L_GFN beside L_GR; alone, Adam cancels a factor
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
@@ -149,7 +149,7 @@ class Batch:
 
     def fill(self, reward):
         """The teacher's scores, R of every item. The CM has counted the log, v and later items
-        included. It takes out what these (`following`) had added, so that v does not leak."""
+        included. Given `following`, it subtracts their counts, so that v does not leak."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -181,16 +181,16 @@ def tree_mask(ends, H, L):
     A row is H tokens of history, <user> first, then E branches of L−1 codes: S = H + E·(L−1). A
     place of the history sees itself and all before it. A code of branch e in row b sees the history
     up to place ends[b, e], and its own branch up to itself; ends (B, E).
-    <user> a b, with branch c d after a, and e f after b:
-    >>> for place, row in zip("uabcdef", tree_mask(torch.tensor([[1, 2]]), H=3, L=3)[0]):
-    ...     print(place, *["1" if x == 0 else "." for x in row])
-    u 1 . . . . . .
-    a 1 1 . . . . .
-    b 1 1 1 . . . .
-    c 1 1 . 1 . . .
-    d 1 1 . 1 1 . .
-    e 1 1 1 . . 1 .
-    f 1 1 1 . . 1 1
+    <user> a b, with the codes 1 2 after a, and 3 4 after b:
+    >>> for place, row in zip("uab1234", tree_mask(torch.tensor([[1, 2]]), H=3, L=3)[0]):
+    ...     print(place, *["x" if x == 0 else "." for x in row])
+    u x . . . . . .
+    a x x . . . . .
+    b x x x . . . .
+    1 x x . x . . .
+    2 x x . x x . .
+    3 x x x . . x .
+    4 x x x . . x x
     """
     branch = torch.arange(ends.shape[1], device=ends.device).repeat_interleave(L - 1)
     branch = F.pad(branch, (H, 0), value=-1)                    # (S,) −1: the history
@@ -229,7 +229,7 @@ class Policy(torch.nn.Module):
             torch.nn.init.zeros_(parameter)                     # log F = 0: R sums to about 1
 
     def tokens(self, histories):
-        """Tokens (B, H): <user>, the last `window` items, padding; counts (B, 1) of the items."""
+        """Tokens (B, H): <user>, the last `window` items, padding. Ends (B, 1): of the last item."""
         rows = [[-1, *history[-self.window:]] for history in histories]     # −1 becomes <user>
         return pad(rows, -1) + self.user_token + 1, torch.tensor([[len(row) - 1] for row in rows])
 
@@ -382,11 +382,11 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
 def train(name, recipe, policy, world):
-    """The one training loop → the curve, a list of {"epoch", "loss", "ndcg@10"}, 0 being the start.
+    """The one training loop → the curve, a list of {"epoch", "loss", "ndcg@10"}, epoch 0: before.
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. policy:
     SFT's, or new for SFT itself; world: data, rows to train on, seed, settings, reward(recipe)."""
     reward = world.reward(recipe) if recipe.loss else None
-    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: ~20 steps
+    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few: ~20 an epoch
     per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
@@ -457,21 +457,21 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     score = value = hidden.new_zeros(node.shape)    # (B, W) log P so far; what ranks beams
     below = 0.0                                                 # log Σ guide of the items below
     if guide is not None:
-        log_flow = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n) by node
+        log_guide = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n), by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
         # −1: illegal. If fewer than W children are legal, illegal ones fill the beam, with score
         # NEVER, and stay illegal: next_node[−1] is an extra row, all −1
         child = ids.next_node[node]                                                 # (B, W, K)
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
-        if guide is not None:                                   # illegal: the root's; NEVER wins
-            below = log_flow.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
+        if guide is not None:                                   # illegal: the root's, but NEVER
+            below = log_guide.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
         if sample:                                              # draw ∝ P_F^(1/sample) · Σ guide
             score = (logits / sample + below).log_softmax(-1) + score[..., None]    # (B, W, K)
             value = with_noise(score, value[..., None])
         else:
             score = logits.log_softmax(-1) + score[..., None]
-            value = score + below       # a sum over items, so not added up over levels
+            value = score + below       # `below` is of all levels to come: it replaces the last
         child, score, value = (x.flatten(1) for x in (child, score, value))         # (B, W·K)
         if level == ids.num_levels - 1:                         # children are items, nodes P + i
             scores = value.new_full((len(value), 1 + len(ids.codes)), -math.inf)
