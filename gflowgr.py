@@ -229,7 +229,7 @@ class Policy(torch.nn.Module):
             torch.nn.init.zeros_(parameter)                     # log F = 0: R sums to about 1
 
     def tokens(self, histories):
-        """Tokens (B, H): <user>, the last `window` items, padding. Ends (B, 1): of the last item."""
+        """Tokens (B, H): <user>, the last `window` items, padding; ends (B, 1): the last item."""
         rows = [[-1, *history[-self.window:]] for history in histories]     # −1 becomes <user>
         return pad(rows, -1) + self.user_token + 1, torch.tensor([[len(row) - 1] for row in rows])
 
