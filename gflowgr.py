@@ -491,12 +491,10 @@ def training_rows(histories, window):
     """Rows in which every item is a target once. The last target of a row sees the `window` items
     before it (or all, if fewer), the first of a user's later rows at least half as many. Ten items
     0–9, window 4, as (read: targets): (0–3: 0–4) (2–5: 5–6) (4–7: 7–8) (5–8: 9)."""
-    rows = []
     for user, history in enumerate(histories):
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
         for target, stop in zip(cuts, cuts[1:]):
-            rows.append(Row(user, max(0, stop - 1 - window), target, stop))
-    return rows
+            yield Row(user, max(0, stop - 1 - window), target, stop)
 
 def batch_of(rows, data, policy):
     """The Batch of some rows: a context for every target, row by row."""
@@ -515,10 +513,8 @@ def batches(rows, data, size, policy, rng):
     rows = [rows[r] for r in rng.permutation(len(rows))]
     # By length, but only within 32 batches: the order of an epoch has to stay random
     order = sorted(range(len(rows)), key=lambda i: (i // (32 * size), rows[i].stop - rows[i].start))
-    groups = [order[i:i + size] for i in range(0, len(rows), size)]
-    rng.shuffle(groups)
-    for group in groups:
-        yield batch_of([rows[i] for i in group], data, policy)
+    for start in rng.permutation(range(0, len(rows), size)):
+        yield batch_of([rows[i] for i in order[start:start + size]], data, policy)
 
 # --- Evaluation: leave one out, the whole catalogue, the same for every method --------------------
 def recall_at(ranked, target, k):
@@ -651,9 +647,8 @@ def parse(argv):
         parser.error("--recommend and --model go together")
     name = Path(settings.data).resolve().name
     settings.out = settings.out or f"runs/{name}" + "-quick" * settings.quick
-    if settings.quick:
-        settings.sft += ":epochs=1"
-        settings.recipe += ":epochs=1"
+    settings.sft += ":epochs=1" * settings.quick
+    settings.recipe += ":epochs=1" * settings.quick
     return settings
 
 def check_numbers(where, values):
@@ -699,9 +694,8 @@ def recipe_of(name, settings):
     check_choice(recipe.sampler, SAMPLERS, f"{name}: sampler={recipe.sampler}")
     check_choice(recipe.teacher, ("cm", "product"), f"{name}: teacher={recipe.teacher}")
     check(recipe.given == RECIPES.get(base, Recipe()).given, f"{name}: given belongs to the loss")
-    known = [*Paths.__dataclass_fields__, *fields]
     for what in recipe.given.split():
-        check_choice(what, known, f"{name}: given: {what}")
+        check_choice(what, [*Paths.__dataclass_fields__, *fields], f"{name}: given: {what}")
     check(recipe.w_a + recipe.w_y + recipe.w_s > 0, f"{name}: w_a, w_y and w_s are all 0")
     check(recipe.exact or "child" not in recipe.given, f"{name}: its loss needs exact=1")
     several = "log_ref" not in recipe.given or recipe.first + recipe.trajectories > 1
@@ -756,14 +750,6 @@ def check_cm(cm, data):
               f"{asked} numbers ≥ 0, a row's sum is 1; here the smallest number is "
               f"{scores.min():.3g}, the sums go from {sums.min():.3g} to {sums.max():.3g}")
 
-def try_out(name, world):
-    """One step on one row with a new policy, the CM in R: a bug in a sampler or a loss of your own
-    shows now, not after SFT."""
-    recipe = replace(recipe_of(name, world.settings), teacher="cm")
-    policy = world.policy("", recipe.dropout)
-    batch = batch_of(world.rows[:1], world.data, policy)
-    loss_of(recipe, policy, policy, batch, world.reward(recipe), 0.0).backward()
-
 @dataclass
 class World:
     """What all methods of one seed share, made from training items alone."""
@@ -793,7 +779,7 @@ class World:
         print(f"seed {seed}: {ids.health()}", flush=True)
         device = "cuda" if settings.device == "cuda" else "cpu"     # mps has no sparse matrices
         cm = cm or CollaborativeModel.fit(data.train, n).to(device)
-        rows = training_rows(data.train, settings.window)
+        rows = list(training_rows(data.train, settings.window))
         return cls(data, settings, seed, ids.to(device), cm, rows)
 
     def folder(self, name):
@@ -883,16 +869,13 @@ def run_method(name, world):
     print(f"{name}, seed {world.seed}:", *[f"{what}={value}" for what, value in facts.items()])
     started = time.time()
     model, curve = model_of(name, recipe, world)
-    def by_scores(histories):
-        return best_unseen(model.scores(histories), histories)
     middle = time.time()
-    recommend = getattr(model, "recommend", by_scores)
+    recommend = getattr(model, "recommend", lambda past: best_unseen(model.scores(past), past))
     metrics, by_user, ranked = evaluate(recommend, data, world.ids)
     drawn = {}                                                  # metrics of lists that are drawn
-    for temperature in world.settings.temperatures if recommend != by_scores else ():
+    for temperature in world.settings.temperatures if hasattr(model, "recommend") else ():
         torch.manual_seed(world.seed)
-        one = partial(recommend, sample=temperature)
-        drawn[temperature] = evaluate(one, data, world.ids)[0]
+        drawn[temperature] = evaluate(partial(recommend, sample=temperature), data, world.ids)[0]
     entry = {"method": name, "seed": world.seed, "recipe": facts, "metrics": metrics,
              "drawn": drawn, "curve": curve, "by_user": by_user,
              "seconds": {"train": middle - started, "eval": time.time() - middle},
@@ -954,9 +937,12 @@ def run(settings, cm=None):
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
     worlds = [World.prepare(seed, data, settings, cm) for seed in seeds]
-    for name in names:
-        if base_of(name) in RECIPES and recipe_of(name, settings).loss:
-            try_out(name, worlds[0])
+    for name in names:          # a step on one row: a bug in your sampler or loss shows before SFT
+        recipe = replace(recipe_of(name, settings), teacher="cm")               # no product yet
+        if recipe.loss:
+            policy = worlds[0].policy("", recipe.dropout)
+            batch = batch_of(worlds[0].rows[:1], data, policy)
+            loss_of(recipe, policy, policy, batch, worlds[0].reward(recipe), 0.0).backward()
     kept = {}
     for world, name in itertools.product(worlds, names):        # refuse now, not after hours
         path = world.folder(name) / "run.json"                  # written last: a finished run
@@ -1014,11 +1000,10 @@ def print_recommendations(settings):
     titles = model.catalogue["titles"]
     history = [find_item(name, model.catalogue["item_ids"], titles) for name in settings.recommend]
     items, scores = model.recommend([history], sample=settings.sample)
-    shares = [f"{share:6.1%}" for share in scores[0].softmax(0).tolist()]
     print("drawn in this order" if settings.sample else " share  of the weight of these ten; title")
-    for item, share in zip(items[0].tolist(), shares):
+    for item, share in zip(items[0].tolist(), scores[0].softmax(0).tolist()):
         if item >= 0:
-            print("" if settings.sample else share, "", titles[item])
+            print("" if settings.sample else f"{share:6.1%}", "", titles[item])
 
 def main(settings):
     """Do what the settings ask for → exit status; a user's error is one line on stderr."""

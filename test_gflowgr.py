@@ -493,7 +493,7 @@ def test_features_against_loops():
 def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
     histories = [list(range(length)) for length in (1, 2, 4, 5, 8, 9, 30)]
     data = SimpleNamespace(train=histories, liked=[[v % 3 > 0 for v in row] for row in histories])
-    rows, orders = gflowgr.training_rows(histories, window), []
+    rows, orders = [*gflowgr.training_rows(histories, window)], []
     policy = Policy(SemanticIDs([[0, i] for i in range(200)], 200), window, 65, 1)  # one head
     for seed in (0, 0, 1):
         orders.append([])
@@ -684,7 +684,7 @@ def test_the_whole_loss_against_one_path_at_a_time(name, K, L, tiny, monkeypatch
     data.liked = [[item % 3 > 0 for item in history] for history in data.histories]
     policy, reference = (made(ids=world.ids, seed=seed) for seed in (0, 1))
     monkeypatch.setattr(World, "policy", lambda world, method: {"sft": reference}[method])
-    rows, drawn, sampler = gflowgr.training_rows(data.train, 4), [], SAMPLERS[recipe.sampler]
+    rows, drawn, sampler = [*gflowgr.training_rows(data.train, 4)], [], SAMPLERS[recipe.sampler]
     def recorded(batch, count, *others):
         assert count == recipe.trajectories and others == (policy, 0.5)
         assert not policy.training                              # no dropout while they draw
@@ -1278,7 +1278,7 @@ def steps(method, n, size):                   # four steps of SFT; of a method w
     train = [rng.choice(n, 3 + rng.geometric(0.25), False).tolist() for _ in range(2 * n)]
     data = SimpleNamespace(train=train, liked=[[True] * len(history) for history in train])
     job = reward.Reward(policy.semantic_ids, CollaborativeModel.fit(train, n), (0.3, 0.65, 0.05))
-    rows = gflowgr.training_rows(train, policy.window)
+    rows = [*gflowgr.training_rows(train, policy.window)]
     four = [*itertools.islice(gflowgr.batches(rows, data, size, policy, rng), 4)]
     def run(method):
         for batch in four:
