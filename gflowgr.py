@@ -97,7 +97,7 @@ class Recipe:
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
     given: str = ""                 # what it is given, in order, by name: fields of Paths, Recipe
     gr: float = 0.0                 # weight of L_GR; 0 is fine: R rewards the logged item
-    lam: float = 1.0                # λ, weight of L_GFN beside L_GR; alone, Adam cancels a factor
+    lam: float = 1.0                # λ, weight of L_GFN; matters beside L_GR: Adam ignores scale
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
@@ -107,7 +107,7 @@ class Recipe:
     w_y: float = 0.65               # r_ŷ: the scores of the teacher
     w_s: float = 0.05               # r_s: codes shared with v
     teacher: str = "product"        # whose scores r_ŷ are: "cm", or (ours) "product": P_SFT · CM^γ
-                                    # at the --beams items that rank best by it, 0 at all others
+                                    # at the --beams items with the largest product, 0 at others
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     beta: float = 0.1               # S-DPO, GRPO: how strongly the frozen SFT policy holds
@@ -164,7 +164,7 @@ class Paths:
     """J paths at each of C contexts: what a loss may be given. A recipe names the fields."""
     log_steps: torch.Tensor         # (C, J, L) log P_F(s_{l+1} | s_l) of the codes taken
     log_probs: torch.Tensor         # (C, J, L, K) log P_F of all codes, NEVER where illegal
-    log_flow: torch.Tensor          # (C, J, L+1) log F of s_0 … s_L; forward gives it without s_L
+    log_flow: torch.Tensor          # (C, J, L+1) log F of s_0 … s_L; loss_of appends the last, log R
     log_pf: torch.Tensor = None     # (C, J) log P of the whole path, Σ_l log P_F
     log_z: torch.Tensor = None      # (C,) log Z(U)
     log_r: torch.Tensor = None      # (C, J) log R
@@ -253,7 +253,7 @@ class Policy(torch.nn.Module):
         hidden = self.lm.transformer(
             torch.cat([tokens, code_tokens[..., :-1].flatten(1)], 1), attention_mask=mask[:, None],
             position_ids=(mask == 0).sum(-1) - 1, use_cache=False).last_hidden_state    # (B, S, d)
-        root = hidden.take_along_dim(ends[..., None], 1)        # (B, E, d); <user> is place 0
+        root = hidden.take_along_dim(ends[..., None], 1)        # (B, E, d) s_0: the history's end
         later = hidden[:, H:].unflatten(1, (ends.shape[1], L - 1))                  # (B, E, L-1, d)
         prefixes = torch.cat([root[:, :, None], later], 2)                          # (B, E, L, d)
         # A level's output weights are its codes' embeddings (all levels at once: it is faster)
@@ -386,14 +386,14 @@ def train(name, recipe, policy, world):
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. policy:
     SFT's, or new for SFT itself; world: data, rows to train on, seed, settings, reward(recipe)."""
     reward = world.reward(recipe) if recipe.loss else None
-    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few: ~20 an epoch
+    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: 20 an epoch
     per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
               {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # idle if exact
     optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10 + 1), steps)
-    reference = copy.deepcopy(policy).eval() if "ref" in recipe.given else None     # log_ref, …
+    reference = copy.deepcopy(policy).eval() if "ref" in recipe.given else None  # log_ref, ref_pos…
     curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, world.data)}]
     losses = []
     for epoch in range(1, recipe.epochs + 1):
@@ -464,14 +464,14 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         # NEVER, and stay illegal: next_node[−1] is an extra row, all −1
         child = ids.next_node[node]                                                 # (B, W, K)
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
-        if guide is not None:                                   # illegal: the root's, but NEVER
+        if guide is not None:                                   # −1 reads node 0: NEVER anyway
             below = log_guide.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
         if sample:                                              # draw ∝ P_F^(1/sample) · Σ guide
             score = (logits / sample + below).log_softmax(-1) + score[..., None]    # (B, W, K)
             value = with_noise(score, value[..., None])
         else:
             score = logits.log_softmax(-1) + score[..., None]
-            value = score + below       # `below` is of all levels to come: it replaces the last
+            value = score + below       # not added up: `below` is of all levels to come
         child, score, value = (x.flatten(1) for x in (child, score, value))         # (B, W·K)
         if level == ids.num_levels - 1:                         # children are items, nodes P + i
             scores = value.new_full((len(value), 1 + len(ids.codes)), -math.inf)
