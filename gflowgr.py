@@ -106,8 +106,8 @@ class Recipe:
     w_a: float = 0.3                # r_a: 1 at the logged item v if it is liked, .1 if only clicked
     w_y: float = 0.65               # r_ŷ: the scores of the teacher
     w_s: float = 0.05               # r_s: codes shared with v
-    teacher: str = "product"        # whose scores r_ŷ are: "cm", or (ours) "product": P_SFT · CM^γ
-                                    # at the --beams items with the largest product, 0 at others
+    teacher: str = "product"        # r_ŷ is the score of "cm", or (ours) "product": P_SFT · CM^γ, of
+                                    # its --beams largest; on MovieLens it ranks better than both
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     beta: float = 0.1               # S-DPO, GRPO: how strongly the frozen SFT policy holds
@@ -148,8 +148,8 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """The teacher's scores, R of every item. The CM has counted the log, v and later items
-        included. Given `following`, it subtracts their counts, so that v does not leak."""
+        """The teacher's scores, R of every item. The CM is made of counts over the log, v and later
+        items included. `following` tells it which of them to take out, so that v does not leak."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -164,7 +164,7 @@ class Paths:
     """J paths at each of C contexts: what a loss may be given. A recipe names the fields."""
     log_steps: torch.Tensor         # (C, J, L) log P_F(s_{l+1} | s_l) of the codes taken
     log_probs: torch.Tensor         # (C, J, L, K) log P_F of all codes, NEVER where illegal
-    log_flow: torch.Tensor          # (C, J, L+1) log F of s_0 … s_L; loss_of appends the last, log R
+    log_flow: torch.Tensor          # (C, J, L+1) log F of s_0 … s_L; loss_of adds the last, log R
     log_pf: torch.Tensor = None     # (C, J) log P of the whole path, Σ_l log P_F
     log_z: torch.Tensor = None      # (C,) log Z(U)
     log_r: torch.Tensor = None      # (C, J) log R
@@ -226,7 +226,7 @@ class Policy(torch.nn.Module):
             activation_function="gelu_pytorch_tanh"))           # gelu_new's values, faster on CPU
         self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)   # log F(s); log Z(U) at s_0
         for parameter in self.flow_head.parameters():
-            torch.nn.init.zeros_(parameter)                     # log F = 0: R sums to about 1
+            torch.nn.init.zeros_(parameter)                     # F = 1: right for Z, as R sums to ~1
 
     def tokens(self, histories):
         """Tokens (B, H): <user>, the last `window` items, padding; ends (B, 1): the last item."""
@@ -386,7 +386,7 @@ def train(name, recipe, policy, world):
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. policy:
     SFT's, or new for SFT itself; world: data, rows to train on, seed, settings, reward(recipe)."""
     reward = world.reward(recipe) if recipe.loss else None
-    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: 20 an epoch
+    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: 20 steps/epoch
     per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
@@ -460,11 +460,11 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         log_guide = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n), by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        # −1: illegal. If fewer than W children are legal, illegal ones fill the beam, with score
-        # NEVER, and stay illegal: next_node[−1] is an extra row, all −1
-        child = ids.next_node[node]                                                 # (B, W, K)
+        child = ids.next_node[node]                             # (B, W, K) −1: illegal
+        # If fewer than W children are legal, illegal ones fill the beam, with score NEVER, and stay
+        # illegal: next_node[−1] is an extra row, all −1
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
-        if guide is not None:                                   # −1 reads node 0: NEVER anyway
+        if guide is not None:                                   # −1: node 0's; logit is NEVER
             below = log_guide.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
         if sample:                                              # draw ∝ P_F^(1/sample) · Σ guide
             score = (logits / sample + below).log_softmax(-1) + score[..., None]    # (B, W, K)
