@@ -101,13 +101,13 @@ class Recipe:
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
-    exact: bool = True              # F(s), Z(U) are sums of R, as all R are known; False: learned
+    exact: bool = True              # F(s), Z(U) are sums of R, as all R are known; else learned
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n; r_ŷ and r_s each sum to 1 over the items
     w_a: float = 0.3                # r_a: 1 at the logged item v if it is liked, .1 if only clicked
     w_y: float = 0.65               # r_ŷ: the scores of the teacher
     w_s: float = 0.05               # r_s: codes shared with v
-    teacher: str = "product"        # r_ŷ is the score of "cm", or (ours) "product": P_SFT · CM^γ, of
-                                    # its --beams largest; on MovieLens it ranks better than both
+    teacher: str = "product"        # r_ŷ is the score of "cm", or (ours) "product": P_SFT · CM^γ cut
+                                    # to its --beams largest; on MovieLens, it ranks best of all
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     beta: float = 0.1               # S-DPO, GRPO: how strongly the frozen SFT policy holds
@@ -226,7 +226,7 @@ class Policy(torch.nn.Module):
             activation_function="gelu_pytorch_tanh"))           # gelu_new's values, faster on CPU
         self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)   # log F(s); log Z(U) at s_0
         for parameter in self.flow_head.parameters():
-            torch.nn.init.zeros_(parameter)                     # F = 1: right for Z, as R sums to ~1
+            torch.nn.init.zeros_(parameter)                     # F = 1: right for Z; R sums to ~1
 
     def tokens(self, histories):
         """Tokens (B, H): <user>, the last `window` items, padding; ends (B, 1): the last item."""
