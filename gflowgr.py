@@ -106,7 +106,7 @@ class Recipe:
     w_a: float = 0.3                # r_a: 1 at the logged item v if it is liked, .1 if only clicked
     w_y: float = 0.65               # r_ŷ: the scores of the teacher
     w_s: float = 0.05               # r_s: codes shared with v
-    teacher: str = "product"        # r_ŷ is the score of "cm", or (ours) "product": P_SFT · CM^γ cut
+    teacher: str = "product"        # r_ŷ is the score of "cm", or ours, "product": P_SFT · CM^γ cut
                                     # to its --beams largest; on MovieLens, it ranks best of all
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
@@ -750,6 +750,22 @@ def check_cm(cm, data):
               f"{asked} numbers ≥ 0, a row's sum is 1; here the smallest number is "
               f"{scores.min():.3g}, the sums go from {sums.min():.3g} to {sums.max():.3g}")
 
+def try_out(name, world):
+    """A step on one row with a new policy, the CM in R: what is wrong in a sampler or a loss of
+    your own shows now, not after SFT. InputError if it returns a wrong shape."""
+    recipe = replace(recipe_of(name, world.settings), teacher="cm")
+    reward = world.reward(recipe)
+    policy = world.policy("", recipe.dropout)
+    batch = batch_of(world.rows[:1], world.data, policy)
+    batch.fill(reward)
+    shape = (len(batch.users), recipe.trajectories)
+    items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy.eval(), 0.0)
+    check(items.shape == shape, f"{name}: sampler {recipe.sampler} has to return item numbers of "
+          f"shape (C, N), here {shape}, not {tuple(items.shape)}")
+    loss = loss_of(recipe, policy, policy, batch, reward, 0.0)
+    check(loss.numel() == 1, f"{name}: its loss has to be a scalar, not {tuple(loss.shape)}")
+    loss.backward()
+
 @dataclass
 class World:
     """What all methods of one seed share, made from training items alone."""
@@ -937,12 +953,9 @@ def run(settings, cm=None):
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
     worlds = [World.prepare(seed, data, settings, cm) for seed in seeds]
-    for name in names:          # a step on one row: a bug in your sampler or loss shows before SFT
-        recipe = replace(recipe_of(name, settings), teacher="cm")               # no product yet
-        if recipe.loss:
-            policy = worlds[0].policy("", recipe.dropout)
-            batch = batch_of(worlds[0].rows[:1], data, policy)
-            loss_of(recipe, policy, policy, batch, worlds[0].reward(recipe), 0.0).backward()
+    for name in names:
+        if recipe_of(name, settings).loss:
+            try_out(name, worlds[0])
     kept = {}
     for world, name in itertools.product(worlds, names):        # refuse now, not after hours
         path = world.folder(name) / "run.json"                  # written last: a finished run

@@ -813,10 +813,13 @@ def test_an_own_loss_and_sampler_and_a_bug_that_keeps_its_traceback(tiny, tmp_pa
     assert status == 0 and "loss=another_loss" in out and "| tb:sampler=newest |" in out, err
     with pytest.raises(IndexError):                             # with its traceback
         cli(*flags, "--methods=bug")
+    gflowgr.run_oracle(gflowgr.parse([*flags, "--oracle=mine", "--quick"]))
     monkeypatch.setattr(gflowgr, "train", None)                 # before anything is trained
     monkeypatch.setitem(RECIPES, "list", Recipe(lambda log_pf: log_pf, "log_pf", trajectories=3))
-    with pytest.raises(RuntimeError, match="only for scalar outputs"):
-        cli(*flags, "--methods=list")
+    refused("list: its loss has to be a scalar, not (9, 3)", *flags, "--methods=list")
+    monkeypatch.setitem(SAMPLERS, "newest", lambda batch, count, *others: newest(batch, 7, *others))
+    refused("newest has to return item numbers of shape (C, N), here (9, 3), not (9, 7)", *flags,
+            "--methods=mine:trajectories=3")
     monkeypatch.setitem(RECIPES, "typo", Recipe(another_loss, "log_z log_P log_r"))
     refused("log_P is not available", *flags, "--methods=typo")
 
