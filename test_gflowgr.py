@@ -939,11 +939,14 @@ def test_every_run_says_its_recipe_and_its_model_serves_what_was_measured(finish
         if run["curve"]:                                        # the last epoch was saved
             ndcg = ndcg_loops(model.recommend(data.train)[0], targets[:, 0], 10).mean()
             assert run["curve"][-1]["ndcg@10"] == approx(ndcg)
+
+def test_fine_tuning_starts_from_sft_and_pop_counts(finished):
+    runs, data = results_in(finished[0])["runs"], load_data(finished[1][0][7:])
     sft, continued, tb = [run["curve"] for run in runs[-4:-1]]
     assert sft[-1]["ndcg@10"] == continued[0]["ndcg@10"] == tb[0]["ndcg@10"] != sft[0]["ndcg@10"]
     counts = np.bincount(sum(data.train, []), minlength=48)
-    for history, row in zip(past, runs[0]["lists"]):            # pop
-        rest = sorted({*range(48)} - {*history}, key=lambda v: -counts[v])
+    for history, row in zip(data.histories, runs[0]["lists"]):      # pop
+        rest = sorted({*range(48)} - {*history[:-1]}, key=lambda v: -counts[v])
         assert counts[row].tolist() == counts[rest[:10]].tolist() and {*row} <= {*rest}
 
 def test_a_run_leaves_a_flow_the_table_and_pictures(finished, tmp_path, monkeypatch, capsys):
