@@ -482,12 +482,13 @@ def test_features_against_loops():
 def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
     histories = [list(range(length)) for length in (1, 2, 4, 5, 8, 9, 30)]
     data = SimpleNamespace(train=histories, liked=[[v % 3 > 0 for v in row] for row in histories])
-    rows, orders = [*gflowgr.training_rows(histories, window)], []
+    rows, orders, widths = [*gflowgr.training_rows(histories, window)], [], []
     policy = Policy(SemanticIDs([[0, i] for i in range(200)], 200), window, 65, 1)  # one head
     for seed in (0, 0, 1):
         orders.append([])
         for batch in gflowgr.batches(rows, data, 3, policy, np.random.default_rng(seed)):
             assert len(batch.tokens) <= 3 and (batch.tokens[:, 0] == policy.user_token).all()
+            widths.append(batch.tokens.shape[1])
             for c, (b, t) in enumerate((batch.ends >= 0).nonzero()):
                 past, after, end = batch.histories[c], batch.following[c], batch.ends[b, t].item()
                 read = batch.tokens[b, 1:end + 1] - policy.user_token - 1
@@ -500,6 +501,8 @@ def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
             assert [logged.count(c) for c in range(len(sizes))] == sizes
         assert len({*orders[-1]}) == len(orders[-1]) == sum(map(len, histories))
     assert orders[0] == orders[1] != orders[2]
+    last = widths[-(len(widths) // 3):]                         # not from short to long rows
+    assert window == 1 or last != sorted(last), last
 
 @pytest.mark.parametrize("K, L", [(24, 1), (5, 2), (4, 3), (3, 4), (2, 5), (2, 6)])
 def test_packed_paths_and_beams_against_one_path_at_a_time(K, L):
