@@ -309,7 +309,7 @@ def session(batch, count, policy, progress):
 def random(batch, count, policy, progress):
     """Any unobserved items."""
     weight = torch.ones_like(batch.r)
-    weight[batch.observed()] = 1e-12                              # not 0: maybe all are observed
+    weight[batch.observed()] = 1e-12                            # not 0: maybe all are observed
     return draw(weight, count)
 
 def curriculum(batch, count, policy, progress):
@@ -450,9 +450,9 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     tokens, ends = (x.to(ids.codes.device) for x in policy.tokens(histories))       # ends (B, 1)
     cache = DynamicCache()                                      # keys and values; lm fills it
     hidden = lm(tokens, cache).last_hidden_state                # (B, H, d), padding comes last
-    hidden = hidden.take_along_dim(ends[..., None], 1)                           # (B, W = 1, d)
+    hidden = hidden.take_along_dim(ends[..., None], 1)                              # (B, W = 1, d)
     place = torch.arange(tokens.shape[1], device=tokens.device)
-    mask = torch.where(place > ends[..., None], NEVER, 0.0)                      # (B, W, H + …)
+    mask = torch.where(place > ends[..., None], NEVER, 0.0)                         # (B, W, H + …)
     node = torch.zeros_like(ends)                               # (B, W) nodes of the tree; 0: root
     score = value = hidden.new_zeros(node.shape)    # (B, W) log P so far; what ranks beams
     below = 0.0                                                 # log Σ guide of the items below
