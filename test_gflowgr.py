@@ -515,6 +515,8 @@ def test_packed_paths_and_beams_against_one_path_at_a_time(K, L):
     for k, beams, guide in itertools.product((24, 2), (24, 3), (None, torch.rand(5, 24) ** 4)):
         found = policy.recommend(HISTORIES, k, beams, guide)
         close(found, recommend_loops(policy, HISTORIES, k, beams, guide))
+    guide = torch.full((3, 24), 1e-12).index_fill_(1, torch.tensor(17), 1.0)    # steers the beam
+    assert policy.recommend(HISTORIES[:3], 1, 1, guide)[0].tolist() == [[17]] * 3
 
 @pytest.mark.parametrize("sample, past, beams, scale", [
     (1.0, [2], 60, None), (0.5, [], 2, None), (2.0, [], 2, 0.02)])     # None: without a guide
@@ -931,6 +933,8 @@ def test_every_run_says_its_recipe_and_its_model_serves_what_was_measured(finish
         assert learned == ({"kl", "entropy", "reward@10"} if run["curve"] else set())
         assert {metric: run["metrics"][metric] for metric in means} == approx(means)
         folder = out / f"{method}-{run['seed']}".replace(":", ",")
+        saved = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        assert saved.pop("key") and saved == run
         if method not in ("pop", "cm"):
             model = gflowgr.load_model(folder)
             assert model.recommend(past)[0].tolist() == run["lists"]
@@ -1190,9 +1194,11 @@ def test_a_wrong_flag_is_one_line_and_status_2(message, tmp_path):
     flags = [f"--data={folder_of(tmp_path / 'd')}", f"--out={tmp_path / 'out'}"]
     for flag in FLAGS[message].split():
         refused(message, *flags, flag)
+    refused("do not fit into 2^1", *flags, "--codes=2", "--levels=1")
     refused("nonsense", *flags, "--methods=pop", "--recipe=nonsense")
     folder_of(tmp_path / "d", "item_id\na\nb\nc\nd\n")
     refused("needs a text column", *flags, "--ids=content")
+    refused("no saved model", "--recommend=x", "--model=nowhere")
     assert not (tmp_path / "out").exists()
 
 FILES = [  # the file, its text, what the line must say
