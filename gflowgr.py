@@ -1,4 +1,4 @@
-"""GFlowGR in one file: fine-tune a generative recommender so that P(item | user) follows a reward.
+"""GFlowGR: fine-tune a generative recommender so that P(item | user) follows a reward.
 
 A generative recommender reads a user's history and writes the semantic ID of the next item, code
 by code. Supervised fine-tuning (SFT) on the log teaches what was shown, not what the user would
@@ -170,7 +170,7 @@ class Paths:
     log_r: torch.Tensor = None      # (C, J) log R
     child_flow: torch.Tensor = None     # (C, J, L, K) exact F* of all children, if recipe.exact
     policy_pos: torch.Tensor = None     # (C,) log P of path 0, the logged one if recipe.first
-    policy_neg: torch.Tensor = None     # (C, J-1) log P of the others
+    policy_neg: torch.Tensor = None     # (C, J-1) log P of the others, NEVER if it is v again
     log_ref: torch.Tensor = None        # (C, J) log P by the frozen SFT policy
     ref_pos: torch.Tensor = None        # (C,) that of the logged path
     ref_neg: torch.Tensor = None        # (C, J-1) those of the others
@@ -219,7 +219,7 @@ class Policy(torch.nn.Module):
         self.catalogue = {}                                     # item_ids and titles, for saving
         self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch, not pretrained
             vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
-            n_head=math.gcd(width, max(1, width // 32)),        # a divisor, about width / 32
+            n_head=math.gcd(width, max(1, width // 32)),        # a divisor, at most width / 32
             n_positions=window + semantic_ids.num_levels,       # <user>, items, L−1 codes
             resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,   # 0: else twice the time
             bos_token_id=self.user_token, eos_token_id=self.user_token,
@@ -285,7 +285,7 @@ class Policy(torch.nn.Module):
         return beam_search(self, histories, k, max(beams or self.beams, k), guide, sample)
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors (plain GPT-2), and IDs and titles beside it."""
+        """Write config.json, model.safetensors (plain GPT-2), IDs and titles; no flow_head."""
         save_model(self, folder)
 
     @classmethod
@@ -370,7 +370,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
     paths.log_flow = torch.cat([paths.log_flow, paths.log_r[..., None]], -1)        # (C, J, L+1)
     paths.log_z = paths.log_flow[:, 0, 0]                       # Z = F(s_0), s_0 is in all J paths
     paths.policy_pos = paths.log_pf[:, 0]                       # the logged path, if recipe.first
-    paths.policy_neg = paths.log_pf[:, 1:]
+    paths.policy_neg = paths.log_pf[:, 1:].masked_fill(items[:, 1:] == items[:, :1], NEVER)
     if reference:
         with torch.no_grad():
             paths.log_ref = reference(batch.tokens, batch.ends, items).log_steps.sum(-1)    # (C, J)
@@ -386,7 +386,7 @@ def train(name, recipe, policy, world):
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. policy:
     SFT's, or new for SFT itself; world: data, rows to train on, seed, settings, reward(recipe)."""
     reward = world.reward(recipe) if recipe.loss else None
-    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: 20 steps/epoch
+    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: 11 to 20 steps
     per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
