@@ -36,7 +36,7 @@ def earlier_run(path, key):
 def diversity(ranked, first_codes):
     """first_codes@10 (B,): how many different first codes the items of lists (B, 10) have."""
     codes = np.where(ranked < 0, first_codes[ranked[:, :1]], first_codes[ranked])   # −1: no other
-    return {"first_codes@10": 1 + (np.diff(np.sort(codes, 1), axis=1) > 0).sum(1)}
+    return {"first_codes@10": (ranked[:, 0] >= 0) + (np.diff(np.sort(codes, 1), axis=1) > 0).sum(1)}
 
 def table_of_items(lists, num_items):
     """(B, n) bool: which items each of B lists holds; −1 is an empty place."""
