@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, get_cosine_schedule_with_warmup
@@ -676,11 +677,12 @@ def recipe_of(name, settings):
     base = base_of(name)
     tuned = TUNED.get(settings.preset or settings.data, {})
     parts = [tuned.get("*", ""), tuned.get(base, ""), settings.recipe]
+    own = name.rpartition("+cm")[2].partition(":")[2]           # tb:X → X, tb:X+cm:Y → Y
     if base == "sft":
-        parts = [tuned.get("sft", ""), settings.sft]
+        parts = [tuned.get("sft", "")]
+        own = f"{settings.sft}:{own}"
     elif base in ("pop", "cm"):
         parts = []
-    own = name.rpartition("+cm")[2].partition(":")[2]           # tb:X → X, tb:X+cm:Y → Y
     parts.append(own)
     changes = [change for change in ":".join(parts).split(":") if change]
     fields = vars(Recipe())
@@ -722,7 +724,8 @@ def check_settings(settings):
     if settings.preset:
         check_choice(settings.preset, PRESETS, f"--preset {settings.preset}")
     seeds = [seed.strip() for seed in settings.seeds.split(",")]
-    check(all(map(str.isdecimal, seeds)), f"--seeds {settings.seeds} are not numbers like 42,43")
+    fine = all(seed.isdecimal() and len(seed) < 19 for seed in seeds)
+    check(fine, f"--seeds {settings.seeds} are not numbers like 42,43")
     known = ["pop", "cm", *RECIPES, *[f"{method}+cm" for method in RECIPES]]
     names = []
     for name in map(str.strip, settings.methods.split(",")):
@@ -833,6 +836,7 @@ class World:
 
 def code_of(function):
     """Its source, or its compiled code if it was typed in: what --resume compares."""
+    check(inspect.isfunction(function), f"{function} has to be a function, of def or lambda")
     try:
         return inspect.getsource(function)
     except OSError:
@@ -877,7 +881,7 @@ def model_of(name, recipe, world):
     save_model(policy, world.folder(name))
     return world.policy(name), curve                            # tested as it was saved
 
-def run_method(name, world):
+def run_method(name, world, key):
     """Train and test one method with one seed → its entry of results.json["runs"]."""
     data = world.data
     recipe = recipe_of(name, world.settings)
@@ -898,14 +902,15 @@ def run_method(name, world):
              "train_examples": len(curve[1:]) * sum(map(len, data.train)),
              "lists": (ranked if data.truth else ranked[:1]).tolist()}     # ranked[:1]: user 0
     if curve and len(data.titles) <= 2000:                      # P of all n items at once
-        judge = recipe if recipe.loss else recipe_of("tb", world.settings)
+        plain = "" if isinstance(world.cm, CollaborativeModel) else "debias=0"
+        judge = recipe if recipe.loss else recipe_of("tb", replace(world.settings, recipe=plain))
         metrics |= learned(model, world.reward(judge), data)
         if recipe.loss:
             history = data.histories[0][:-1]
             r = world.teacher(recipe).scores([history])[0].cpu()
             teacher = f"r_ŷ: {recipe.teacher}, debias {recipe.debias}"
             entry["flow"] = flow_of(model, history, r, data, teacher, name)
-    report.write_json(world.folder(name) / "run.json", {"key": key_of(name, world), **entry})
+    report.write_json(world.folder(name) / "run.json", {"key": key, **entry})
     return entry
 
 @torch.no_grad()
@@ -944,7 +949,7 @@ def flow_of(policy, history, teacher, data, teacher_name, learned_name):
 def run(settings, cm=None):
     """The whole job → results. cm: a CM of your own, with scores(histories, following=None)."""
     names, seeds = check_settings(settings)
-    for name in (*names, "sft", "tb"):      # fail now, not after hours; `tb` has the R of `learned`
+    for name in (*names, "sft", "tb"):      # a wrong --sft or --recipe fails now, not after hours
         check(not (recipe_of(name, settings).debias and cm),
               f"{name}: debias is of the built-in CM; pass --recipe debias=0, and no cm:debias")
     data = load_data(settings.data, settings.quick)
@@ -956,18 +961,19 @@ def run(settings, cm=None):
     for name in names:
         if recipe_of(name, settings).loss:
             try_out(name, worlds[0])
+    jobs = [(name, world, key_of(name, world)) for world in worlds for name in names]
     kept = {}
-    for world, name in itertools.product(worlds, names):        # refuse now, not after hours
+    for name, world, key in jobs:                               # refuse now, not after hours
         path = world.folder(name) / "run.json"                  # written last: a finished run
         if settings.resume and path.exists():
-            kept[name, world.seed] = report.earlier_run(path, key_of(name, world))
+            kept[name, world.seed] = report.earlier_run(path, key)
         elif path.exists():
             path.unlink()                                       # train all of it anew
             path.with_name("semantic_ids.json").unlink(missing_ok=True)
     runs = []
-    for world, name in itertools.product(worlds, names):        # results so far; finish: all
+    for name, world, key in jobs:                               # results so far; finish: all
         report.write_json(Path(settings.out) / "results.json", report.results_of(runs, about))
-        runs.append(kept.get((name, world.seed)) or run_method(name, world))
+        runs.append(kept.get((name, world.seed)) or run_method(name, world, key))
     return report.finish(settings.out, runs, about, data)
 
 def even(batch, count, policy, progress):
@@ -980,9 +986,9 @@ def run_oracle(settings):
     _, seeds = check_settings(settings)
     losses = [name for name, recipe in RECIPES.items() if recipe.loss and "ref" not in recipe.given]
     check_choice(base_of(settings.oracle), losses, f"--oracle {settings.oracle}")
-    changes = ":gr=0:lam=1:first=1:sampler=even:trajectories=64:teacher=cm:rate=.002:dropout=0"
-    epochs = 1 if settings.quick else 15
-    recipe = recipe_of(f"{settings.oracle}{changes}:epochs={epochs}", settings)     # w's stay
+    settings.recipe = ("gr=0:lam=1:first=1:sampler=even:trajectories=64:teacher=cm:rate=.002:"
+                       "dropout=0:epochs=15:" + settings.recipe)
+    recipe = recipe_of(settings.oracle, settings)
     data = load_data(settings.data, settings.quick)
     check(len(data.titles) <= 2000, "--oracle scores every item at once: at most 2,000 items")
     world = World.prepare(seeds[0], data, settings)
@@ -1024,7 +1030,7 @@ def main(settings):
     try:
         job(settings)
         return 0
-    except (InputError, OSError, FloatingPointError) as error:
+    except (InputError, OSError, FloatingPointError, SafetensorError) as error:     # a full disk
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -84,6 +84,10 @@ def verdict(exercise, answer):
             close(found, expected, atol=exercise.tolerance)
             asked = getattr(expected, "requires_grad", False)
             assert not asked or found.requires_grad, "no gradient flows back"
+            policy = [x for key, x in zip(names, arguments) if key in ("log_pf", "policy_neg")]
+            if asked and exercise.loops and policy and policy[0].requires_grad:
+                of = partial(torch.autograd.grad, inputs=policy, materialize_grads=True)
+                close(of(found), of(expected), msg="the value is right, its gradient is not")
         except (AssertionError, TypeError) as error:
             return (f"{name} is not right yet\n{case}\nexpected {written(expected)}\n"
                     f"found    {written(found)}\n" + " ".join(str(error).split()))
@@ -324,12 +328,13 @@ ALL = [
         ("2 paths, of which the second is off", logs(2.0), logs([0.5, 0.5]), logs([1.0, 4.0])),
         ("3 users, 2 paths", logs(1.0, 2.0, 4.0), torch.randn(3, 2), torch.randn(3, 2))], [
         lambda z, p, r: balance_loops(z, p, -r), lambda z, p, r: balance_loops(z[[-1] * 3], p, r),
-        partial(balance_loops, power=1), lambda z, p, r: balance_loops(z, p, r).detach()]),
+        partial(balance_loops, power=1), lambda z, p, r: balance_loops(z, p.detach(), r)]),
     Exercise(gflowgr.sdpo, 20, sdpo_loops, lambda: [
         ("policy = reference: log 2", *[torch.zeros(1), torch.zeros(1, 1)] * 2, 0.1),
         ("P of the positive rose from 1/2 to 1", logs(1.0), logs([0.5]), logs(0.5), logs([0.5]), 1),
         ("3 users", *[torch.randn(3, 4)[:, i] for i in (0, slice(1, 4)) * 2], 0.3)], [
         lambda p, n, rp, rn, beta: sdpo_loops(p, n, rp, rn, 1),
+        lambda p, n, rp, rn, beta: sdpo_loops(p, n.detach(), rp, rn, beta),
         lambda p, n, rp, rn, beta: sdpo_loops(p, n, rp, 0 * rn, beta),
         lambda p, n, rp, rn, beta: sdpo_loops(p, n[:, :1], rp, rn, beta)]),         # DPO
     Exercise(gflowgr.grpo, 20, grpo_loops, lambda: [
@@ -338,6 +343,7 @@ ALL = [
         ("3 users, 4 paths", *[torch.randn(3, 4) for _ in range(3)], 0.3)], [
         partial(grpo_loops, less=0), lambda p, ref, r, beta: grpo_loops(p, ref, r, -beta),
         lambda p, ref, r, beta: grpo_loops(ref, p, r, beta),
+        lambda p, ref, r, beta: grpo_loops(p.detach(), ref, r, beta),
         lambda p, ref, r, beta: grpo_loops(p, ref, r.exp(), beta)]),
     Exercise(CollaborativeModel.scores, 45, cm_loops, cm_cases, [
         partial(cm_loops, clear=False), partial(cm_loops, length=99),
@@ -828,14 +834,17 @@ def test_an_own_loss_and_sampler_and_a_bug_that_keeps_its_traceback(tiny, tmp_pa
     monkeypatch.setitem(SAMPLERS, "newest", lambda batch, count, *others: newest(batch, 7, *others))
     refused("newest has to return item numbers of shape (C, N), here (9, 3), not (9, 7)", *flags,
             "--methods=mine:trajectories=3")
+    monkeypatch.setitem(RECIPES, "partial", Recipe(partial(another_loss), gflowgr.TB))
+    refused("has to be a function", *flags, "--methods=partial")
     monkeypatch.setitem(RECIPES, "typo", Recipe(another_loss, "log_z log_P log_r"))
     refused("log_P is not available", *flags, "--methods=typo")
 
 # --- The experiment -------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", ["tb", "tb:exact=0"])       # log Z is exact, or learned
+@pytest.mark.parametrize("method", ["tb", "tb:exact=0:trajectories=60"])    # log Z: exact, learned
 def test_trajectory_balance_reaches_the_reward(method, tmp_path, monkeypatch):
     TOY["write"](tmp_path / "d", 30, 4, 3, 3)
     def train(name, recipe, policy, world, original=gflowgr.train):     # 450 steps, not 1,500
+        assert recipe.trajectories == (64 if recipe.exact else 60)
         original(name, replace(recipe, rate=3e-3), policy, replace(world, rows=world.rows[:120]))
     monkeypatch.setattr(gflowgr, "train", train)
     flags = f"--codes=3 --width=32 --layers=1 --oracle={method}".split()
@@ -850,8 +859,8 @@ def test_trajectory_balance_reaches_the_reward(method, tmp_path, monkeypatch):
     assert (tmp_path / "oracle.png").read_bytes()[:4] == b"\x89PNG"
 
 def test_exposure_and_diversity_of_several_users_against_loops():
-    truth = {"liked": [{0, 1, 2, 5}, {2, 3}, set(), {3, 2}, {1, 2, 4}, {0}], "theme": list("bcdacb"),
-             "shown": [{0, 1, 2}, {2, 3, 4}, {2}, {3, 2}, set(), set()]}
+    truth = {"liked": [{0, 1, 2, 5}, {2, 3}, set(), {3, 2}, {1, 2, 4}, {0}],
+             "shown": [{0, 1, 2}, {2, 3, 4}, {2}, {3, 2}, set(), set()], "theme": list("bcdacb")}
     data = SimpleNamespace(titles=list("abcdef"), truth=truth)
     lists = [[5, 2, 3], [2, -1, -1], [1, 0, 4], [3, 3, -1], [2, 4, 1], [-1, -1, -1]]
     codes = [0, 3, 1, 1, 3, 0]
@@ -998,9 +1007,11 @@ def test_a_run_leaves_a_flow_the_table_and_pictures(finished, tmp_path, monkeypa
         figures.main([str(run), *command])
         for name in names:
             assert (folder / name).read_bytes()[:4] == b"\x89PNG" and (out / name).exists()
-    with pytest.raises(SystemExit, match="2"):
-        figures.main([str(pictures)])
-    assert "has no results.json" in capsys.readouterr().err
+    (run / "results.json").write_text(json.dumps({**results, "data": {}}))
+    for folder, message in ((pictures, "has no results.json"), (run, "have changed since")):
+        with pytest.raises(SystemExit, match="2"):
+            figures.main([str(folder)])
+        assert message in capsys.readouterr().err
 
 def times_in(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -1167,7 +1178,7 @@ def test_help_and_speed_in_tiny(capsys):
     status, out, _ = cli("--help")
     assert status == 0 and all(f"--{name} " in out for name in vars(gflowgr.parse([])))
     assert main(["--speed", "--tiny"]) == 0
-    assert len(re.findall(r"(?m)^.{50}( +\d+\.\d+){3}", capsys.readouterr().out)) == 6
+    assert len(re.findall(r"(?m)^.{50}( +\d+\.\d+){3}", capsys.readouterr().out)) == 7
 
 def test_examples_in_docstrings_and_the_readme(monkeypatch):
     assert not any([doctest.testmod(module).failed for module in (gflowgr, reward, tokenizer)])
@@ -1181,8 +1192,9 @@ FLAGS = {  # what the line must say: flags, each of which alone is wrong
     "no folder nowhere": "--data=nowhere", "go together": "--recommend=x",
     "is not available": "--oracle=sdpo --oracle=tb,distill --device=nonsense --methods=nonsense+cm "
                         "--methods=nonsense:lam=2 --methods=cm+cm --methods=tb:sampler=x "
-                        "--methods=cm:lam=3 --methods=sft:lam=3 --methods=sft+cm:rate=1",
-    "unrecognized": "--layer=2",
+                        "--methods=cm:lam=3 --methods=sft:lam=3 --methods=sft+cm:rate=1 "
+                        "--sft=lam=3",
+    "unrecognized": "--layer=2", "not numbers": "--seeds=99999999999999999999",
     "nonsense": "--preset=nonsense --seeds=nonsense --ids=nonsense --batch=nonsense --nonsense=1 "
                 "--sft=nonsense --methods=tb:teacher=nonsense --methods=tb:nonsense=1",
     "out of range": "--layers=0 --beams=-1 --codes=-1 --methods=tb:rate=nan --methods=tb:dropout=1 "
@@ -1207,7 +1219,7 @@ def test_a_wrong_flag_is_one_line_and_status_2(message, tmp_path):
 
 FILES = [  # the file, its text, what the line must say
     ("items", None, "items.csv"), ("items", "", "no column item_id"), ("items", b"\xe9\n", "UTF-8"),
-    ("items", "title\nA\n", "line 1: there is no"),
+    ("items", "title\nA\n", "line 1: there is no"), ("items", "item_id,x,x\n", "the same name"),
     ("items", ITEMS + "a,Again\n", "items.csv, line 6: item 'a' stands twice"),
     ("events", None, "interactions.csv"), ("events", "", "no column"), ("events", b"\xff", "UTF-8"),
     ("events", EVENTS[:37] + "u,a,2\n", "no user has three"),
@@ -1229,7 +1241,7 @@ def random_policy(n, window=20, K=256):
     number = np.random.default_rng(0).choice(K ** 3, n, replace=False)
     return Policy(SemanticIDs(np.stack(np.unravel_index(number, (K, K, K)), 1), K), window)
 
-def decoding(n, users):                       # recommend; generate, held to the legal tokens
+def decoding(n, users, drawn=False):          # recommend; generate, held to the legal tokens
     policy, allowed, rng = random_policy(n).eval(), {}, np.random.default_rng(1)
     histories = [rng.choice(n, 20, replace=False).tolist() for _ in range(users)]
     for row in (policy.semantic_ids.codes + 256 * torch.arange(3)).tolist():
@@ -1241,7 +1253,8 @@ def decoding(n, users):                       # recommend; generate, held to the
         num_return_sequences=20, do_sample=False, length_penalty=0.0, renormalize_logits=True,
         pad_token_id=policy.user_token,
         prefix_allowed_tokens_fn=lambda _, row: list(allowed[tuple(row[21:].tolist())]))
-    return lambda: policy.recommend(histories), generate
+    other = partial(policy.recommend, histories, sample=1.0) if drawn else generate
+    return partial(policy.recommend, histories), other
 
 def packing(J, n, length, rows):              # a TB step: rows of J branches; J times the rows of 1
     policy, log_r = random_policy(n, length), torch.randn(rows, J)
@@ -1271,6 +1284,7 @@ def speed(tiny):                              # seconds of both, their ratio, wh
     for what, asked, make, *arguments in (
             (f"{users} users, {many} items: recommend, generate", ">= 19", decoding, many, users),
             (f"{users} users, {few} items: recommend, generate", ">= 9", decoding, few, users),
+            (f"{users} users, {many} items: best, drawn lists", "<= 1.3", decoding, many, users, 1),
             ("a TB step, 8 paths: packed, one a row", ">= 7", packing, 8, many, length, users // 2),
             ("a TB step, 16 paths", ">= 12", packing, 16, many, length, users // 2),
             (f"4 steps of {users} rows: sft, distill", "<= 2.6", steps, "distill", many, users),
@@ -1280,7 +1294,8 @@ def speed(tiny):                              # seconds of both, their ratio, wh
 
 def main(argv):                               # → exit status
     command, *names = argv or ["--help"]
-    unknown = {*names[command == "--grade":]} - {*EXERCISES, "--tiny"}
+    known = {"--tiny"} if command == "--speed" else {*EXERCISES}
+    unknown = {*names[command == "--grade":]} - known
     if unknown:
         sys.exit(f"no exercise {' '.join(unknown)}; there are {', '.join(EXERCISES)}")
     if command == "--grade" and names:                          # one file, or all of a folder

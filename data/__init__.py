@@ -32,10 +32,11 @@ def _rows(path, *columns):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True, strict=True)
+            there = reader.fieldnames or []
+            check(len({*there}) == len(there), f"{path}, line 1: two columns have the same name")
             for name in columns:
-                found = set(name.split(" or ")).intersection(reader.fieldnames or [])
-                check(found, f"{path}, line 1: there is no column {name}, only "
-                      f"{reader.fieldnames}; add it, with commas and no spaces between")
+                check({*name.split(" or ")} & {*there}, f"{path}, line 1: there is no column {name}"
+                      f", only {there}; add it, with commas and no spaces between")
             for row in reader:     # key None: a field too many; value None: a field too few
                 place = f"{path}, line {reader.line_num}"
                 check(None not in (*row, *row.values()), f"{place} needs as many fields as line 1")
@@ -100,7 +101,7 @@ def load_data(name, quick=False):
     histories = [list(liked) for liked in users.values()]
     likes = [list(liked.values()) for liked in users.values()]
     train = [history[:-2] for history in histories]
-    content = repr((list(items), texts, histories, likes))
+    content = repr((list(items), texts, histories, likes, *truth.values()))
     sizes = {"name": folder.resolve().name, "users": len(users), "items": len(items),
              "interactions": sum(map(len, histories)), "checksum": zlib.crc32(content.encode())}
     print("{name}: {users} users, {items} items, {interactions} interactions".format(**sizes),

@@ -117,13 +117,14 @@ def plot_exposure(path, data, results):
 def plot_diversity(path, results):
     """Lists drawn at several temperatures (dots), the best list (star): quality and diversity."""
     quality, diversity = "recall@10", "first_codes@10"
-    runs = {run["method"]: run for run in results["runs"] if run.get("drawn")}    # last seed's
+    runs = {run["method"]: run for run in results["runs"]      # the last seed's
+            if run.get("drawn") and "+cm" not in run["method"]}
     if all("hidden@10" in run["metrics"] for run in runs.values()):
         quality, diversity = "hidden@10", "themes@10"
-    few = [method for method in ("tb", "grpo", "sft", "distill", "tb-huber") if method in runs]
+    colors = {"tb": BLUE, "grpo": "C1", "sft": "0.6", "distill": "0.1", "tb-huber": "C4"}
     with picture(path, 1, 1, (6.5, 3.8)) as [axis]:
-        for number, method in enumerate(few or runs):
-            color = (BLUE, "C1", "0.6", "0.1", "C4")[number % 5]
+        for number, method in enumerate(sorted(runs, key=[*colors, *runs].index)):
+            color = colors.get(method, f"C{number}")
             best = runs[method]["metrics"]
             drawn = runs[method]["drawn"]
             axis.plot([m[diversity] for m in drawn.values()], [m[quality] for m in drawn.values()],
@@ -164,10 +165,11 @@ def main(arguments):
         if "results" in read:
             settings = read["results"]["settings"]
             data = load_data(settings["data"], settings["quick"])
+            check(data.sizes == read["results"]["data"], "its data have changed since the run")
             print(*draw_run(out, data, read["results"]), sep="\n")
         if "oracle" in read:
             plot_flows(out / "oracle.png", read["oracle"])
-    except (ValueError, KeyError, OSError) as error:           # InputError is a ValueError
+    except (ValueError, KeyError, TypeError, OSError) as error:     # InputError: ValueError
         parser.exit(2, f"error: {error}\n")
 
 if __name__ == "__main__":

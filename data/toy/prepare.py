@@ -114,7 +114,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", default=8, type=int, help="of the random numbers (default: 8)")
     parser.add_argument("--quality", default=0, type=float, help="Q, from 0 (default) to 1")
     args = parser.parse_args()
-    if args.seed < 0 or not 0 <= args.quality <= 1:
-        parser.error("--seed has to be at least 0, and --quality a number from 0 to 1")
+    if args.seed < 0 or not 0 <= args.quality <= 1 or Path(args.out).is_file():
+        parser.error("--seed is at least 0, --quality a number from 0 to 1, --out a folder")
     write(args.out, seed=args.seed, quality=args.quality)
     print(f"wrote items.csv, interactions.csv and truth.csv to {args.out}")
