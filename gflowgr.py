@@ -28,11 +28,10 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # models as small as these: one thread is best
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, get_cosine_schedule_with_warmup
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -96,9 +95,9 @@ def grpo(log_pf, log_ref, log_r, beta):
 class Recipe:
     """How a method is trained. `--methods tb:epochs=4` changes a field of an entry of RECIPES."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
-    given: str = ""                 # what it is given, in order, by name: fields of Paths, Recipe
+    given: str = ""                 # its arguments in order, by name: fields of Paths, or of Recipe
     gr: float = 0.0                 # weight of L_GR; 0 is fine: R rewards the logged item
-    lam: float = 1.0                # λ, weight of L_GFN; matters beside L_GR: Adam ignores scale
+    lam: float = 1.0                # λ, weight of L_GFN; matters if gr > 0: Adam ignores mere scale
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
@@ -107,8 +106,8 @@ class Recipe:
     w_a: float = 0.3                # r_a: 1 at the logged item v if it is liked, .1 if only clicked
     w_y: float = 0.65               # r_ŷ: the scores of the teacher
     w_s: float = 0.05               # r_s: codes shared with v
-    teacher: str = "product"        # r_ŷ is the score of "cm", or ours, "product": P_SFT · CM^γ cut
-                                    # to its --beams largest; on MovieLens, it ranks best of all
+    teacher: str = "product"        # r_ŷ: the score of "cm"; or, ours, "product": P_SFT · CM^γ at
+                                    # its --beams best items, else 0; on MovieLens it beats both
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     beta: float = 0.1               # S-DPO, GRPO: how strongly the frozen SFT policy holds
@@ -136,8 +135,8 @@ RECIPES = {
 @dataclass
 class Batch:
     """B rows, each a part of a user's history. Every target v in it makes a context: v and the
-    history before it. A row with the targets a, b, c reads <user> a b. Its place 0 is <user>, so
-    their histories end at places 0, 1, 2: these are the `ends`."""
+    history before it. A row with the targets a, b, c reads <user> a b, one token each, at places
+    0, 1, 2. There end the histories before a, before b and before c: these are the `ends`."""
     tokens: torch.Tensor            # (B, H) <user>, the items read, padding on the right
     ends: torch.Tensor              # (B, T) where the history of each target ends; −1: padding
     users: list                     # the user of each of C contexts; contexts go row by row
@@ -171,7 +170,7 @@ class Paths:
     log_r: torch.Tensor = None      # (C, J) log R
     child_flow: torch.Tensor = None     # (C, J, L, K) exact F* of all children, if recipe.exact
     policy_pos: torch.Tensor = None     # (C,) log P of path 0, the logged one if recipe.first
-    policy_neg: torch.Tensor = None     # (C, J-1) log P of the others, NEVER if it is v again
+    policy_neg: torch.Tensor = None     # (C, J-1) of the others; NEVER (no weight) for v itself
     log_ref: torch.Tensor = None        # (C, J) log P by the frozen SFT policy
     ref_pos: torch.Tensor = None        # (C,) that of the logged path
     ref_neg: torch.Tensor = None        # (C, J-1) those of the others
@@ -208,9 +207,9 @@ def pad(lists, value):
 
 class Policy(torch.nn.Module):
     """A small GPT-2 that reads a history and writes a semantic ID, plus the table of IDs.
-    Tokens: code c of level l is l·K + c; L·K is <user>, first in a row, and padding; L·K + 1 + i
-    is item i in a history (one token: L codes would make it L times as long). A row is packed as in
-    `tree_mask`: of a path, its first L−1 codes (the last is predicted, never read)."""
+    Tokens: code c of level l is l·K + c; L·K is <user>, a row's first token, and padding. An item
+    i of a history is one token, L·K + 1 + i (L codes would make rows L times as long). A row is
+    packed as in `tree_mask`: of a path, its first L−1 codes (the last is predicted, never read)."""
     def __init__(self, semantic_ids, window=20, width=128, layers=3, dropout=0.2, lm=None):
         super().__init__()
         self.semantic_ids = semantic_ids
@@ -316,7 +315,7 @@ def random(batch, count, policy, progress):
 def curriculum(batch, count, policy, progress):
     """The paper's default: unobserved items with low scores early in training, high ones late. The
     scores are the teacher's. Draw a pool of 2N−1 items, item i with P ∝ scores[i]/2 + 1/(2n),
-    unobserved ones alone. Sort it from low to high score. Keep N in a row, the first of them
+    unobserved ones alone. Sort it from low to high score. Keep N consecutive ones, the first
     at place round(progress · (N−1)). The uniform half is ours: else, few low ones are drawn."""
     weight = 0.5 * batch.scores + 0.5 / batch.scores.shape[1]
     weight[batch.observed()] = 1e-12
@@ -339,7 +338,7 @@ def drawn(batch, count, policy, progress):
     return items.where(items >= 0, batch.positives[:, None])    # fewer than N unseen: the positive
 
 def by_reward(batch, count, policy, progress):
-    """Ours: P ∝ R, where the probability shall go. The logged item is often among them."""
+    """Ours: items drawn ∝ R, as P shall become. The logged item is often among them."""
     return draw(batch.r, count)
 
 # A sampler of your own is a function (batch, N, policy, progress) → items (C, N), entered here.
@@ -379,7 +378,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         paths.ref_neg = paths.log_ref[:, 1:]
     known = vars(recipe) | vars(paths)                          # TB is given log_z, log_pf, log_r
     L_GFN = recipe.loss(*[known[name] for name in recipe.given.split()])
-    L_GR = -paths.policy_pos.mean() if recipe.gr else 0.0       # gr > 0 needs first: see recipe_of
+    L_GR = -paths.policy_pos.mean() if recipe.gr else 0.0       # recipe_of: gr > 0 needs first
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
 def train(name, recipe, policy, world):
@@ -387,7 +386,7 @@ def train(name, recipe, policy, world):
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. policy:
     SFT's, or new for SFT itself; world: data, rows to train on, seed, settings, reward(recipe)."""
     reward = world.reward(recipe) if recipe.loss else None
-    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: 11 to 20 steps
+    size = min(world.settings.batch, math.ceil(len(world.rows) / 20))   # few rows: small batches
     per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
@@ -399,7 +398,7 @@ def train(name, recipe, policy, world):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = (world.seed, epoch)      # for torch, as one integer, and for the order of rows
+        seed = (world.seed, epoch)      # of torch (as one integer) and of the order of rows
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         epoch_batches = batches(world.rows, world.data, size, policy, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
@@ -425,8 +424,8 @@ def with_noise(log_p, parent):
     """Values by which children (B, W, K) compete when a list is drawn (Kool et al. 2019, Stochastic
     beams); log_p: their log P, parent (B, W, 1): the values of their parents.
     Give each item the value log P + Gumbel noise: the k items with the largest values are a draw
-    without replacement. A prefix has the largest value of the items below it. So, down the tree,
-    children get noise on the condition that their largest value is their parent's."""
+    without replacement. The value of a prefix is the largest value of the items below it. So, down
+    the tree, children get noise on the condition that their largest value is their parent's."""
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
     largest = own.amax(-1, keepdim=True)
     # Shift them, in the same order, until the largest is the parent's:
@@ -462,17 +461,17 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
         child = ids.next_node[node]                             # (B, W, K) −1: illegal
-        # If fewer than W children are legal, illegal ones fill the beam, with score NEVER, and stay
-        # illegal: next_node[−1] is an extra row, all −1
+        # If fewer than W children are legal, illegal ones (−1) fill the beam, with score NEVER. As
+        # an index, −1 is the extra last row of next_node, all −1: so they stay illegal
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
-        if guide is not None:                                   # −1: node 0's; logit is NEVER
+        if guide is not None:                                   # −1: of node 0; its logit is NEVER
             below = log_guide.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
         if sample:                                              # draw ∝ P_F^(1/sample) · Σ guide
             score = (logits / sample + below).log_softmax(-1) + score[..., None]    # (B, W, K)
             value = with_noise(score, value[..., None])
         else:
             score = logits.log_softmax(-1) + score[..., None]
-            value = score + below       # not added up: `below` is of all levels to come
+            value = score + below       # not kept in score: the next level has its own `below`
         child, score, value = (x.flatten(1) for x in (child, score, value))         # (B, W·K)
         if level == ids.num_levels - 1:                         # children are items, nodes P + i
             scores = value.new_full((len(value), 1 + len(ids.codes)), -math.inf)
@@ -568,7 +567,7 @@ def save_model(model, folder):
     guide = None
     if isinstance(model, Guided):
         guide = {"gamma": model.gamma, "cm": model.cm.options}
-        save_file(model.cm.state_dict(), path.with_name("cm.safetensors"))
+        safetensors.torch.save_file(model.cm.state_dict(), path.with_name("cm.safetensors"))
     ids = policy.semantic_ids
     report.write_json(path, {"num_codes": ids.num_codes, "codes": ids.codes.tolist(),
                              "beams": policy.beams, "catalogue": policy.catalogue, "guide": guide})
@@ -585,7 +584,8 @@ def load_model(folder, dropout=0.0, guided=True):
         policy.catalogue = table["catalogue"]
         if not (guided and table["guide"]):
             return policy
-        cm = CollaborativeModel(table["guide"]["cm"], **load_file(Path(folder) / "cm.safetensors"))
+        tables = safetensors.torch.load_file(Path(folder) / "cm.safetensors")
+        cm = CollaborativeModel(table["guide"]["cm"], **tables)
         return Guided(policy, cm, table["guide"]["gamma"])
     except Exception as error:                                  # whatever is wrong with the files
         raise InputError(f"{folder} holds no saved model of this program (a guided one with a CM "
@@ -1030,7 +1030,7 @@ def main(settings):
     try:
         job(settings)
         return 0
-    except (InputError, OSError, FloatingPointError, SafetensorError) as error:     # a full disk
+    except (InputError, OSError, FloatingPointError, safetensors.SafetensorError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
