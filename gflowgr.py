@@ -101,18 +101,18 @@ class Recipe:
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
-    exact: bool = True              # F(s), Z(U) are sums of R, as all R are known; else learned
+    exact: bool = True              # F(s), Z(U) summed from R, so right at once; False: learned
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n; r_ŷ and r_s each sum to 1 over the items
     w_a: float = 0.3                # r_a: 1 at the logged item v if it is liked, .1 if only clicked
     w_y: float = 0.65               # r_ŷ: the scores of the teacher
     w_s: float = 0.05               # r_s: codes shared with v
-    teacher: str = "product"        # r_ŷ: the score of "cm"; or, ours, "product": P_SFT · CM^γ at
-                                    # its --beams best items, else 0; on MovieLens it beats both
+    teacher: str = "product"        # r_ŷ: the score of "cm"; or "product", ours: P_SFT · CM^γ, kept
+                                    # at the --beams best items; on MovieLens, it ranks best
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     beta: float = 0.1               # S-DPO, GRPO: how strongly the frozen SFT policy holds
     rate: float = 1.5e-3            # peak learning rate: small models like it high
-    dropout: float = 0.0            # SFT over-fits without it; R is softer than single items
+    dropout: float = 0.0            # R is spread over items; SFT, which sees one, over-fits at 0
     epochs: int = 7                 # the table TUNED has changes for toy and ml-100k
 
 TB = "log_z log_pf log_r"           # fields of Paths
@@ -149,7 +149,7 @@ class Batch:
 
     def fill(self, reward):
         """The teacher's scores, R of every item. The CM is made of counts over the log, v and later
-        items included. `following` tells it which of them to take out, so that v does not leak."""
+        items included: these, `following`, it takes out of the counts, so that v does not leak."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -170,7 +170,7 @@ class Paths:
     log_r: torch.Tensor = None      # (C, J) log R
     child_flow: torch.Tensor = None     # (C, J, L, K) exact F* of all children, if recipe.exact
     policy_pos: torch.Tensor = None     # (C,) log P of path 0, the logged one if recipe.first
-    policy_neg: torch.Tensor = None     # (C, J-1) of the others; NEVER (no weight) for v itself
+    policy_neg: torch.Tensor = None     # (C, J-1) of the others; NEVER (no weight) where v is drawn
     log_ref: torch.Tensor = None        # (C, J) log P by the frozen SFT policy
     ref_pos: torch.Tensor = None        # (C,) that of the logged path
     ref_neg: torch.Tensor = None        # (C, J-1) those of the others
@@ -398,7 +398,7 @@ def train(name, recipe, policy, world):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = (world.seed, epoch)      # of torch (as one integer) and of the order of rows
+        seed = (world.seed, epoch)      # for torch (made one integer) and for the order of rows
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         epoch_batches = batches(world.rows, world.data, size, policy, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
@@ -452,7 +452,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     hidden = lm(tokens, cache).last_hidden_state                # (B, H, d), padding comes last
     hidden = hidden.take_along_dim(ends[..., None], 1)                              # (B, W = 1, d)
     place = torch.arange(tokens.shape[1], device=tokens.device)
-    mask = torch.where(place > ends[..., None], NEVER, 0.0)                         # (B, W, H + …)
+    mask = torch.where(place > ends[..., None], NEVER, 0.0)                         # (B, W, keys)
     node = torch.zeros_like(ends)                               # (B, W) nodes of the tree; 0: root
     score = value = hidden.new_zeros(node.shape)    # (B, W) log P so far; what ranks beams
     below = 0.0                                                 # log Σ guide of the items below
@@ -464,7 +464,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         # If fewer than W children are legal, illegal ones (−1) fill the beam, with score NEVER. As
         # an index, −1 is the extra last row of next_node, all −1: so they stay illegal
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
-        if guide is not None:                                   # −1: of node 0; its logit is NEVER
+        if guide is not None:                                   # −1 gets node 0's; NEVER hides it
             below = log_guide.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
         if sample:                                              # draw ∝ P_F^(1/sample) · Σ guide
             score = (logits / sample + below).log_softmax(-1) + score[..., None]    # (B, W, K)
@@ -485,7 +485,8 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
                     position_ids=(ends + 1 + level).expand_as(best)).last_hidden_state  # (B,W,d)
 
 # --- Rows of a batch ------------------------------------------------------------------------------
-Row = namedtuple("Row", "user start target stop")  # read: start … stop-2; targets: target … stop-1
+# Places in a user's history: items start … stop-2 are read, items target … stop-1 are targets
+Row = namedtuple("Row", "user start target stop")
 
 def training_rows(histories, window):
     """Rows in which every item is a target once. The last target of a row sees the `window` items
