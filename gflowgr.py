@@ -74,7 +74,7 @@ def distillation(child_flow, log_probs):
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
 
 def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
-    """S-DPO: log P of a positive (C,), of negatives (C, J−1), by policy, reference → scalar."""
+    """S-DPO: log P of a positive (C,) and of negatives (C, J−1): by the policy, by a reference."""
     # mean of −log σ(−log Σ_d exp(β[Δ_d − Δ_p])), Δ = log P_policy − log P_reference
     margin = beta * ((policy_neg - ref_neg) - (policy_pos - ref_pos)[:, None])
     return -F.logsigmoid(-margin.logsumexp(1)).mean()
@@ -95,7 +95,7 @@ def grpo(log_pf, log_ref, log_r, beta):
 class Recipe:
     """How a method is trained. `--methods tb:epochs=4` changes a field of an entry of RECIPES."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
-    given: str = ""                 # its arguments in order, by name: fields of Paths, or of Recipe
+    given: str = ""                 # names of its arguments, in order: fields of Paths, of Recipe
     gr: float = 0.0                 # weight of L_GR; 0 is fine: R rewards the logged item
     lam: float = 1.0                # λ, weight of L_GFN; matters if gr > 0: Adam ignores mere scale
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
@@ -106,13 +106,13 @@ class Recipe:
     w_a: float = 0.3                # r_a: 1 at the logged item v if it is liked, .1 if only clicked
     w_y: float = 0.65               # r_ŷ: the scores of the teacher
     w_s: float = 0.05               # r_s: codes shared with v
-    teacher: str = "product"        # r_ŷ: the score of "cm"; or "product", ours: P_SFT · CM^γ, kept
-                                    # at the --beams best items; on MovieLens, it ranks best
+    teacher: str = "product"        # r_ŷ: the score of "cm"; or "product", ours: P_SFT · CM^γ for
+                                    # the --beams items where it is largest, else 0
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     beta: float = 0.1               # S-DPO, GRPO: how strongly the frozen SFT policy holds
     rate: float = 1.5e-3            # peak learning rate: small models like it high
-    dropout: float = 0.0            # R is spread over items; SFT, which sees one, over-fits at 0
+    dropout: float = 0.0            # R is spread over items; SFT has one target, over-fits at 0
     epochs: int = 7                 # the table TUNED has changes for toy and ml-100k
 
 TB = "log_z log_pf log_r"           # fields of Paths
@@ -136,7 +136,7 @@ RECIPES = {
 class Batch:
     """B rows, each a part of a user's history. Every target v in it makes a context: v and the
     history before it. A row with the targets a, b, c reads <user> a b, one token each, at places
-    0, 1, 2. There end the histories before a, before b and before c: these are the `ends`."""
+    0, 1, 2. The history before a ends at place 0, that before b at 1, before c at 2: the `ends`."""
     tokens: torch.Tensor            # (B, H) <user>, the items read, padding on the right
     ends: torch.Tensor              # (B, T) where the history of each target ends; −1: padding
     users: list                     # the user of each of C contexts; contexts go row by row
@@ -149,7 +149,7 @@ class Batch:
 
     def fill(self, reward):
         """The teacher's scores, R of every item. The CM is made of counts over the log, v and later
-        items included: these, `following`, it takes out of the counts, so that v does not leak."""
+        items included. Given these, `following`, it subtracts their counts: v must not leak."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -170,7 +170,7 @@ class Paths:
     log_r: torch.Tensor = None      # (C, J) log R
     child_flow: torch.Tensor = None     # (C, J, L, K) exact F* of all children, if recipe.exact
     policy_pos: torch.Tensor = None     # (C,) log P of path 0, the logged one if recipe.first
-    policy_neg: torch.Tensor = None     # (C, J-1) of the others; NEVER (no weight) where v is drawn
+    policy_neg: torch.Tensor = None     # (C, J-1) of the others; v drawn again: NEVER, weight 0
     log_ref: torch.Tensor = None        # (C, J) log P by the frozen SFT policy
     ref_pos: torch.Tensor = None        # (C,) that of the logged path
     ref_neg: torch.Tensor = None        # (C, J-1) those of the others
@@ -280,8 +280,8 @@ class Policy(torch.nn.Module):
         max(beams or self.beams, k) of a user go on to the next level: exact with enough beams.
         guide (B, n) ≥ 0 multiplies P: the score of an item is log P + log guide, that of a prefix
         Σ log P_F + log(sum of guide over the items below it).
-        sample > 0 draws the list instead, at this temperature: k items without replacement; a code
-        is drawn ∝ P_F^(1/sample) · Σ guide over the items below it. The scores are noisy then."""
+        sample > 0, a temperature, draws k different items instead, as if one by one: each code with
+        P ∝ P_F^(1/sample) · Σ guide over the items below it. The scores are noisy then."""
         return beam_search(self, histories, k, max(beams or self.beams, k), guide, sample)
 
     def save_pretrained(self, folder):
@@ -361,7 +361,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         items = torch.cat([batch.positives[:, None], items], 1)                     # (C, J)
     # What the policy says of them, and R. log F(s_L) is log R.
     paths = policy(batch.tokens, batch.ends, items)
-    device = paths.log_steps.device                             # on mps, R stays on the CPU
+    device = paths.log_steps.device                             # R's may differ: on mps, the CPU
     paths.log_pf = paths.log_steps.sum(-1)                      # Σ_l log P_F      (C, J)
     paths.log_r = batch.r.gather(1, items).log().to(device)                         # (C, J)
     if recipe.exact:                                            # F*(s) = Σ R of the items below s
@@ -398,7 +398,7 @@ def train(name, recipe, policy, world):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = (world.seed, epoch)      # for torch (made one integer) and for the order of rows
+        seed = (world.seed, epoch)      # of the order of rows; torch gets one integer made of it
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         epoch_batches = batches(world.rows, world.data, size, policy, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
@@ -428,7 +428,7 @@ def with_noise(log_p, parent):
     the tree, children get noise on the condition that their largest value is their parent's."""
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
     largest = own.amax(-1, keepdim=True)
-    # Shift them, in the same order, until the largest is the parent's:
+    # Squash them, in the same order, so that the largest becomes the parent's:
     #     new = −log(exp(−parent) + exp(−own) − exp(−largest)) = parent − log(1 + exp(v)),
     #     v = parent − own + log(1 − exp(own − largest)), −∞ for the largest
     v = parent - own + torch.log1p(-torch.exp(own - largest))
@@ -454,7 +454,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     place = torch.arange(tokens.shape[1], device=tokens.device)
     mask = torch.where(place > ends[..., None], NEVER, 0.0)                         # (B, W, keys)
     node = torch.zeros_like(ends)                               # (B, W) nodes of the tree; 0: root
-    score = value = hidden.new_zeros(node.shape)    # (B, W) log P so far; what ranks beams
+    score = value = hidden.new_zeros(node.shape)    # (B, W) log P so far, and what ranks beams
     below = 0.0                                                 # log Σ guide of the items below
     if guide is not None:
         log_guide = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n), by node
@@ -464,7 +464,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         # If fewer than W children are legal, illegal ones (−1) fill the beam, with score NEVER. As
         # an index, −1 is the extra last row of next_node, all −1: so they stay illegal
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
-        if guide is not None:                                   # −1 gets node 0's; NEVER hides it
+        if guide is not None:                                   # illegal: the root's, no matter
             below = log_guide.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
         if sample:                                              # draw ∝ P_F^(1/sample) · Σ guide
             score = (logits / sample + below).log_softmax(-1) + score[..., None]    # (B, W, K)
@@ -490,8 +490,8 @@ Row = namedtuple("Row", "user start target stop")
 
 def training_rows(histories, window):
     """Rows in which every item is a target once. The last target of a row sees the `window` items
-    before it (or all, if fewer), the first of a user's later rows at least half as many. Ten items
-    0–9, window 4, as (read: targets): (0–3: 0–4) (2–5: 5–6) (4–7: 7–8) (5–8: 9)."""
+    before it, or all, if fewer; in a user's later rows, the first still sees window/2 or more. Ten
+    items 0–9, window 4, as (read: targets): (0–3: 0–4) (2–5: 5–6) (4–7: 7–8) (5–8: 9)."""
     for user, history in enumerate(histories):
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
         for target, stop in zip(cuts, cuts[1:]):
