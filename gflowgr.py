@@ -4,7 +4,8 @@ A generative recommender reads a user's history and writes the semantic ID of th
 by code. Supervised fine-tuning (SFT) on the log teaches what was shown, not what the user would
 like: exposure bias. GFlowGR reads an ID as a path down a tree and trains a GFlowNet on it: the
 probability of an item shall be proportional to its reward R. R mixes the logged action, the score
-of a collaborative model (CM) and the similarity of IDs. The method ends with `train`.
+of a collaborative model (CM) and the similarity of IDs. The first part of this file, down to
+`train`, is the method.
 
 Letters in shapes: B users or rows of a batch, H tokens of history, T targets per row, C contexts (a
 target and the history before it), J paths per context (N sampled, maybe the logged one), E branches
@@ -81,8 +82,8 @@ def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
 
 def grpo(log_pf, log_ref, log_r, beta):
     """GRPO, a maximiser of R. Of J paths: log P, log P_ref, log R, all (C, J) → scalar. The policy
-    draws them anew for each step, so the ratio of new to old policy is 1. (Ours are drawn without
-    replacement: means over them are only close to means over P.)"""
+    draws new paths for every step of training, so the ratio of new to old policy is 1. (They are
+    drawn without replacement here: means over them are only close to means over P.)"""
     # mean of −A · log P + β · KL; A = (R − mean R) / std R over a context's paths;
     # KL(P ‖ P_ref) is estimated by x − log x − 1, x = P_ref / P
     r = log_r.exp()
@@ -101,23 +102,24 @@ class Recipe:
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
-    exact: bool = True              # F(s), Z(U) summed from R, so right at once; False: learned
+    exact: bool = True              # F(s), Z(U) are sums of R, known for all items: right from
+                                    # the first step. False: learned
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n; r_ŷ and r_s each sum to 1 over the items
     w_a: float = 0.3                # r_a: 1 at the logged item v if it is liked, .1 if only clicked
     w_y: float = 0.65               # r_ŷ: the scores of the teacher
     w_s: float = 0.05               # r_s: codes shared with v
-    teacher: str = "product"        # r_ŷ: the score of "cm"; or "product", ours: P_SFT · CM^γ for
-                                    # the --beams items where it is largest, else 0
+    teacher: str = "product"        # r_ŷ: the score of "cm"; or "product", ours: P_SFT · CM^γ of
+                                    # the 20 items (--beams) where it is largest, 0 at others
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     beta: float = 0.1               # S-DPO, GRPO: how strongly the frozen SFT policy holds
     rate: float = 1.5e-3            # peak learning rate: small models like it high
-    dropout: float = 0.0            # R is spread over items; SFT has one target, over-fits at 0
+    dropout: float = 0.0            # R is spread over many items; L_GR has one target, over-fits
     epochs: int = 7                 # the table TUNED has changes for toy and ml-100k
 
 TB = "log_z log_pf log_r"           # fields of Paths
-# The paper's L = L_GR + λ · L_GFN, λ = 1, curriculum, N = 3, learned log Z. Chosen by us, as
-# we do not know them: the weights of R, rate, dropout, and that S-DPO has L_GR, too.
+# The paper's L = L_GR + λ · L_GFN, λ = 1, curriculum, N = 3, learned log Z. We do not know the
+# paper's weights of R, rate and dropout, nor whether its S-DPO has L_GR: these are our choices.
 PAPER = dict(gr=1.0, sampler="curriculum", trajectories=3, first=True, exact=False, teacher="cm",
              rate=4.5e-4, dropout=0.2)
 RECIPES = {
@@ -148,8 +150,8 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """The teacher's scores, R of every item. The CM is made of counts over the log, v and later
-        items included. Given these, `following`, it subtracts their counts: v must not leak."""
+        """The teacher's scores, R of every item. The CM counts the whole log, v and later items
+        included. `scores` gets these as `following` and subtracts their counts: v must not leak."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -170,7 +172,8 @@ class Paths:
     log_r: torch.Tensor = None      # (C, J) log R
     child_flow: torch.Tensor = None     # (C, J, L, K) exact F* of all children, if recipe.exact
     policy_pos: torch.Tensor = None     # (C,) log P of path 0, the logged one if recipe.first
-    policy_neg: torch.Tensor = None     # (C, J-1) of the others; v drawn again: NEVER, weight 0
+    policy_neg: torch.Tensor = None     # (C, J-1) of the others; where one is v again, NEVER, so
+                                        # that S-DPO gives it weight 0
     log_ref: torch.Tensor = None        # (C, J) log P by the frozen SFT policy
     ref_pos: torch.Tensor = None        # (C,) that of the logged path
     ref_neg: torch.Tensor = None        # (C, J-1) those of the others
@@ -200,11 +203,6 @@ def tree_mask(ends, H, L):
     last = torch.cat([place[:H].expand(len(ends), H), ends.repeat_interleave(L - 1, 1)], 1)
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
-def pad(lists, value):
-    """Lists of integers as one tensor, filled up with `value` on the right."""
-    rows = [torch.tensor(items) for items in lists]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-
 class Policy(torch.nn.Module):
     """A small GPT-2 that reads a history and writes a semantic ID, plus the table of IDs.
     Tokens: code c of level l is l·K + c; L·K is <user>, a row's first token, and padding. An item
@@ -221,12 +219,12 @@ class Policy(torch.nn.Module):
             vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
             n_head=math.gcd(width, max(1, width // 32)),        # a divisor, at most width / 32
             n_positions=window + semantic_ids.num_levels,       # <user>, items, L−1 codes
-            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,   # 0: else twice the time
+            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,   # 0.2: twice the time
             bos_token_id=self.user_token, eos_token_id=self.user_token,
             activation_function="gelu_pytorch_tanh"))           # gelu_new's values, faster on CPU
         self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)   # log F(s); log Z(U) at s_0
         for parameter in self.flow_head.parameters():
-            torch.nn.init.zeros_(parameter)                     # F = 1: right for Z; R sums to ~1
+            torch.nn.init.zeros_(parameter)                     # log F = 0: Z = Σ R is about 1
 
     def tokens(self, histories):
         """Tokens (B, H): <user>, the last `window` items, padding; ends (B, 1): the last item."""
@@ -280,8 +278,8 @@ class Policy(torch.nn.Module):
         max(beams or self.beams, k) of a user go on to the next level: exact with enough beams.
         guide (B, n) ≥ 0 multiplies P: the score of an item is log P + log guide, that of a prefix
         Σ log P_F + log(sum of guide over the items below it).
-        sample > 0, a temperature, draws k different items instead, as if one by one: each code with
-        P ∝ P_F^(1/sample) · Σ guide over the items below it. The scores are noisy then."""
+        sample > 0, a temperature, draws k items at random instead, without replacement (see
+        with_noise): codes ∝ P_F^(1/sample) · Σ guide over the items below. The scores are noisy."""
         return beam_search(self, histories, k, max(beams or self.beams, k), guide, sample)
 
     def save_pretrained(self, folder):
@@ -361,7 +359,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         items = torch.cat([batch.positives[:, None], items], 1)                     # (C, J)
     # What the policy says of them, and R. log F(s_L) is log R.
     paths = policy(batch.tokens, batch.ends, items)
-    device = paths.log_steps.device                             # R's may differ: on mps, the CPU
+    device = paths.log_steps.device                             # R may be elsewhere: on mps, on CPU
     paths.log_pf = paths.log_steps.sum(-1)                      # Σ_l log P_F      (C, J)
     paths.log_r = batch.r.gather(1, items).log().to(device)                         # (C, J)
     if recipe.exact:                                            # F*(s) = Σ R of the items below s
@@ -378,7 +376,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         paths.ref_neg = paths.log_ref[:, 1:]
     known = vars(recipe) | vars(paths)                          # TB is given log_z, log_pf, log_r
     L_GFN = recipe.loss(*[known[name] for name in recipe.given.split()])
-    L_GR = -paths.policy_pos.mean() if recipe.gr else 0.0       # recipe_of: gr > 0 needs first
+    L_GR = -paths.policy_pos.mean() if recipe.gr else 0.0       # gr > 0 is refused without first
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
 def train(name, recipe, policy, world):
@@ -398,7 +396,7 @@ def train(name, recipe, policy, world):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = (world.seed, epoch)      # of the order of rows; torch gets one integer made of it
+        seed = (world.seed, epoch)      # shuffles the rows; torch wants one integer, made from it
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         epoch_batches = batches(world.rows, world.data, size, policy, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
@@ -462,9 +460,10 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
         child = ids.next_node[node]                             # (B, W, K) −1: illegal
         # If fewer than W children are legal, illegal ones (−1) fill the beam, with score NEVER. As
-        # an index, −1 is the extra last row of next_node, all −1: so they stay illegal
+        # an index, −1 is the extra last row of next_node, all −1: so they stay illegal. They get
+        # the guide of the root, which does not matter
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
-        if guide is not None:                                   # illegal: the root's, no matter
+        if guide is not None:
             below = log_guide.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
         if sample:                                              # draw ∝ P_F^(1/sample) · Σ guide
             score = (logits / sample + below).log_softmax(-1) + score[..., None]    # (B, W, K)
@@ -490,12 +489,17 @@ Row = namedtuple("Row", "user start target stop")
 
 def training_rows(histories, window):
     """Rows in which every item is a target once. The last target of a row sees the `window` items
-    before it, or all, if fewer; in a user's later rows, the first still sees window/2 or more. Ten
+    before it, or all, if fewer; in a user's later rows, the first target sees window/2 or more. Ten
     items 0–9, window 4, as (read: targets): (0–3: 0–4) (2–5: 5–6) (4–7: 7–8) (5–8: 9)."""
     for user, history in enumerate(histories):
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
         for target, stop in zip(cuts, cuts[1:]):
             yield Row(user, max(0, stop - 1 - window), target, stop)
+
+def pad(lists, value):
+    """Lists of integers as one tensor, filled up with `value` on the right."""
+    rows = [torch.tensor(items) for items in lists]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 def batch_of(rows, data, policy):
     """The Batch of some rows: a context for every target, row by row."""
