@@ -69,7 +69,7 @@ def distillation(child_flow, log_probs):
     """Ours, KL(R/Z ‖ P): flows F* of all children (C, J, L, K), log P_F (C, J, L, K) → scalar.
     The flow of a prefix is the sum of R below it (0 for an illegal child). TB and DB see only the
     codes that a path takes; this loss, a yardstick for them, compares all children at each step.
-    Averaged over paths drawn ∝ R, the sum over steps is the KL of whole items (chain rule)."""
+    If the paths are drawn ∝ R, its mean is the KL over whole items (chain rule)."""
     # Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), mean over paths
     target = child_flow / child_flow.sum(-1, keepdim=True)
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
@@ -96,25 +96,25 @@ def grpo(log_pf, log_ref, log_r, beta):
 class Recipe:
     """How a method is trained. `--methods tb:epochs=4` changes a field of an entry of RECIPES."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
-    given: str = ""                 # names of its arguments, in order: fields of Paths, of Recipe
+    given: str = ""                 # names of loss's arguments, in order: fields of Paths, Recipe
     gr: float = 0.0                 # weight of L_GR; 0 is fine: R rewards the logged item
     lam: float = 1.0                # λ, weight of L_GFN; matters if gr > 0: Adam ignores mere scale
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
-    exact: bool = True              # F(s), Z(U) are sums of R, known for all items: right from
-                                    # the first step. False: learned
+    exact: bool = True              # F(s), Z(U) are sums of R, known for all items, and so are
+                                    # correct at once; False: learned by flow_head
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n; r_ŷ and r_s each sum to 1 over the items
     w_a: float = 0.3                # r_a: 1 at the logged item v if it is liked, .1 if only clicked
     w_y: float = 0.65               # r_ŷ: the scores of the teacher
     w_s: float = 0.05               # r_s: codes shared with v
-    teacher: str = "product"        # r_ŷ: the score of "cm"; or "product", ours: P_SFT · CM^γ of
-                                    # the 20 items (--beams) where it is largest, 0 at others
+    teacher: str = "product"        # r_ŷ: the score of "cm"; or "product", ours: ∝ P_SFT · CM^γ for
+                                    # the 20 items (--beams) with the largest one, 0 for others
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
-    beta: float = 0.1               # S-DPO, GRPO: how strongly the frozen SFT policy holds
+    beta: float = 0.1               # S-DPO, GRPO: how strongly P is held near that of SFT
     rate: float = 1.5e-3            # peak learning rate: small models like it high
-    dropout: float = 0.0            # R is spread over many items; L_GR has one target, over-fits
+    dropout: float = 0.0            # 0 does where R is spread over items; L_GR over-fits without
     epochs: int = 7                 # the table TUNED has changes for toy and ml-100k
 
 TB = "log_z log_pf log_r"           # fields of Paths
@@ -150,8 +150,8 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """The teacher's scores, R of every item. The CM counts the whole log, v and later items
-        included. `scores` gets these as `following` and subtracts their counts: v must not leak."""
+        """The teacher's scores, R of every item. The CM is made of counts over the log, v and later
+        items included. It is told these, `following`, and subtracts their counts, lest v leaks."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -205,7 +205,7 @@ def tree_mask(ends, H, L):
 
 class Policy(torch.nn.Module):
     """A small GPT-2 that reads a history and writes a semantic ID, plus the table of IDs.
-    Tokens: code c of level l is l·K + c; L·K is <user>, a row's first token, and padding. An item
+    Tokens: code c of level l is l·K + c; L·K is <user>, which begins each row, and pads it. An item
     i of a history is one token, L·K + 1 + i (L codes would make rows L times as long). A row is
     packed as in `tree_mask`: of a path, its first L−1 codes (the last is predicted, never read)."""
     def __init__(self, semantic_ids, window=20, width=128, layers=3, dropout=0.2, lm=None):
@@ -219,7 +219,7 @@ class Policy(torch.nn.Module):
             vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
             n_head=math.gcd(width, max(1, width // 32)),        # a divisor, at most width / 32
             n_positions=window + semantic_ids.num_levels,       # <user>, items, L−1 codes
-            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,   # 0.2: twice the time
+            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,   # at 0.2, twice the time
             bos_token_id=self.user_token, eos_token_id=self.user_token,
             activation_function="gelu_pytorch_tanh"))           # gelu_new's values, faster on CPU
         self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)   # log F(s); log Z(U) at s_0
@@ -366,7 +366,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         paths.child_flow = reward.ids.child_flows(batch.r, items).to(device)        # (C, J, L, K)
         paths.log_flow = paths.child_flow.sum(-1).log()         # F*(s) = Σ F* of its children
     paths.log_flow = torch.cat([paths.log_flow, paths.log_r[..., None]], -1)        # (C, J, L+1)
-    paths.log_z = paths.log_flow[:, 0, 0]                       # Z = F(s_0), s_0 is in all J paths
+    paths.log_z = paths.log_flow[:, 0, 0]                       # Z = F(s_0); all paths begin there
     paths.policy_pos = paths.log_pf[:, 0]                       # the logged path, if recipe.first
     paths.policy_neg = paths.log_pf[:, 1:].masked_fill(items[:, 1:] == items[:, :1], NEVER)
     if reference:
@@ -423,7 +423,7 @@ def with_noise(log_p, parent):
     beams); log_p: their log P, parent (B, W, 1): the values of their parents.
     Give each item the value log P + Gumbel noise: the k items with the largest values are a draw
     without replacement. The value of a prefix is the largest value of the items below it. So, down
-    the tree, children get noise on the condition that their largest value is their parent's."""
+    the tree, the largest of the children has its parent's value: noise first, then a shift."""
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
     largest = own.amax(-1, keepdim=True)
     # Squash them, in the same order, so that the largest becomes the parent's:
