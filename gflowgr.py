@@ -350,8 +350,9 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
     if not recipe.loss:
         return -policy(batch.tokens, batch.ends, batch.positives[:, None]).log_steps.sum(-1).mean()
     batch.fill(reward)
-    # Which paths to learn from: N of the sampler, maybe after the logged one. Off-policy: any will
-    # do, since at P = R/Z a GFlowNet loss (TB, DB) is 0 on every path, whoever drew it.
+    # Which paths to learn from: N of the sampler, maybe after the logged one. Off-policy: at
+    # P = R/Z, TB and DB are 0 on every path, whoever drew it. (Where several items may follow a
+    # history, R takes several values, no P makes the loss 0, and who draws decides what P becomes.)
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
     policy.train()
