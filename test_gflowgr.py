@@ -711,6 +711,25 @@ def test_the_whole_loss_against_one_path_at_a_time(name, K, L, tiny, monkeypatch
             total += recipe.lam * loss_by_hand(name, *shown, recipe.beta)
     close(found.detach(), total / len(batch.users))
 
+def test_where_r_takes_two_values_tb_and_distill_lead_to_different_means():
+    R = torch.tensor([[0.6, 0.1, 0.2, 0.1], [0.1, 0.6, 0.2, 0.1]])      # one history, two targets
+    def fitted(loss):
+        logits = torch.zeros(4, requires_grad=True)
+        optimizer = torch.optim.Adam([logits], lr=0.02)
+        for _ in range(400):
+            log_p = logits.log_softmax(0).expand(2, 4)
+            optimizer.zero_grad()
+            loss(log_p).backward()
+            optimizer.step()
+        return logits.softmax(0).detach()
+    def on_policy(log_p):
+        items = torch.multinomial(log_p.detach().exp(), 4000, replacement=True)
+        log_pf, log_r = log_p.gather(1, items), R.log().gather(1, items)
+        return gflowgr.trajectory_balance(torch.zeros(2), log_pf, log_r)
+    close(fitted(on_policy), R.log().mean(0).softmax(0), atol=0.01, rtol=0)     # geometric mean
+    distill = fitted(lambda log_p: gflowgr.distillation(R[:, None, None], log_p[:, None, None]))
+    close(distill, R.mean(0), atol=1e-3, rtol=0)
+
 def trained(flags, name="sft", shift=0, rows=None):
     """Train from random weights, which are the SFT of the product as well → the curve, and tables
     that depend on all that was used."""
