@@ -14,7 +14,6 @@ prefixes, its nodes 0 (the root) to P − 1; item i is node P + i.
 """
 import copy
 import inspect
-import itertools
 import json
 import math
 import os
@@ -69,7 +68,7 @@ def distillation(child_flow, log_probs):
     """Ours, KL(R/Z ‖ P): flows F* of all children (C, J, L, K), log P_F (C, J, L, K) → scalar.
     The flow of a prefix is the sum of R below it (0 for an illegal child). TB and DB see only the
     codes that a path takes; this loss, a yardstick for them, compares all children at each step.
-    If the paths are drawn ∝ R, its mean is the KL over whole items (chain rule)."""
+    With paths drawn ∝ R, it is on average the KL over whole items (chain rule)."""
     # Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), mean over paths
     target = child_flow / child_flow.sum(-1, keepdim=True)
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
@@ -109,12 +108,12 @@ class Recipe:
     w_y: float = 0.65               # r_ŷ: the scores of the teacher
     w_s: float = 0.05               # r_s: codes shared with v
     teacher: str = "product"        # r_ŷ: the score of "cm"; or "product", ours: ∝ P_SFT · CM^γ for
-                                    # the 20 items (--beams) with the largest one, 0 for others
+                                    # the 20 items (--beams) where it is largest, 0 for others
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     beta: float = 0.1               # S-DPO, GRPO: how strongly P is held near that of SFT
     rate: float = 1.5e-3            # peak learning rate: small models like it high
-    dropout: float = 0.0            # 0 does where R is spread over items; L_GR over-fits without
+    dropout: float = 0.0            # 0 is fine where R is spread over items; L_GR over-fits at 0
     epochs: int = 7                 # the table TUNED has changes for toy and ml-100k
 
 TB = "log_z log_pf log_r"           # fields of Paths
@@ -151,7 +150,7 @@ class Batch:
 
     def fill(self, reward):
         """The teacher's scores, R of every item. The CM is made of counts over the log, v and later
-        items included. It is told these, `following`, and subtracts their counts, lest v leaks."""
+        items included. Given these, as `following`, it subtracts their counts: v must not leak."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -908,6 +907,7 @@ def run_method(name, world, key):
              "train_examples": len(curve[1:]) * sum(map(len, data.train)),
              "lists": (ranked if data.truth else ranked[:1]).tolist()}     # ranked[:1]: user 0
     if curve and len(data.titles) <= 2000:                      # P of all n items at once
+        # SFT is judged by the R of tb, as it is without --recipe: so --resume may keep the numbers
         plain = "" if isinstance(world.cm, CollaborativeModel) else "debias=0"
         judge = recipe if recipe.loss else recipe_of("tb", replace(world.settings, recipe=plain))
         metrics |= learned(model, world.reward(judge), data)
