@@ -851,8 +851,9 @@ def code_of(function):
 def key_of(name, world):
     """The inputs of a run that --resume compares; of the code, the loss and the sampler alone."""
     scores = world.cm.scores(world.data.train[:20]).cpu().numpy()
-    key = {"data": world.data.sizes["checksum"], "CM": zlib.crc32(scores.round(6).tobytes()),
-           "ids": zlib.crc32(world.ids.codes.cpu().numpy().tobytes())}
+    key = {"checksum of data": world.data.sizes["checksum"],
+           "checksum of CM": zlib.crc32(scores.round(6).tobytes()),
+           "checksum of ids": zlib.crc32(world.ids.codes.cpu().numpy().tobytes())}
     matter = ("window", "width", "layers", "batch", "beams", "temperatures")
     key |= {what: vars(world.settings)[what] for what in matter}
     for part in dict.fromkeys(("sft", name.partition("+cm")[0], name)):
@@ -860,7 +861,7 @@ def key_of(name, world):
         key |= {f"{part} {what}": value for what, value in facts_of(part, recipe).items()}
         if recipe.loss:
             code = code_of(recipe.loss) + code_of(SAMPLERS[recipe.sampler])
-            key["code of loss and sampler"] = zlib.crc32(code.encode())
+            key["checksum of loss and sampler"] = zlib.crc32(code.encode())
     return key
 
 def model_of(name, recipe, world):
@@ -882,7 +883,8 @@ def model_of(name, recipe, world):
     best = max(curve[base == "sft":], key=lambda point: point["ndcg@10"])   # SFT starts by chance
     if curve[-1]["ndcg@10"] < 0.9 * best["ndcg@10"]:
         flag = "--sft" if base == "sft" else "--recipe"
-        print(f"{name}: validation was best after epoch {best['epoch']}; {flag} epochs=… or rate=…")
+        print(f"{name}: validation was best after epoch {best['epoch']} (0: before training), the "
+              f"last is kept; try {flag} with fewer epochs=… or a lower rate=…")
     save_model(policy, world.folder(name))
     return world.policy(name), curve                            # tested as it was saved
 
@@ -1007,7 +1009,8 @@ def run_oracle(settings):
     known.fill(world.reward(recipe))
     target = (known.r / known.r.sum(1, keepdim=True)).cpu()     # P* = R/Z
     before = distribution(policy, known.histories)
-    print("training on four contexts, paths drawn ∝ R/Z + 1/n; their validation says nothing")
+    print(f"training on four contexts, sampler={recipe.sampler} (even: ∝ R/Z + 1/n), trajectories="
+          f"{recipe.trajectories}, first={recipe.first}; their validation says nothing")
     train(settings.oracle, recipe, policy, world)               # 400 rows: 100 steps an epoch
     after = distribution(policy, known.histories)
     distance = [f"{(P - target).abs().sum(1).mean():.4f}" for P in (before, after)]     # L1

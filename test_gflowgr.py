@@ -794,8 +794,8 @@ def test_a_method_that_over_fits_is_told(tiny, tmp_path, monkeypatch, capsys):
         points = [{"epoch": epoch, "ndcg@10": ndcg} for epoch, ndcg in enumerate(curve)]
         monkeypatch.setattr(gflowgr, "train", lambda *arguments: points)
         gflowgr.model_of(name, recipe_of(name, world.settings), world)
-        best = f"validation was best after epoch {np.argmax(curve)}; {flag} epochs"
-        assert (f"{name}: {best}" in capsys.readouterr().out) == told
+        best, out = f"validation was best after epoch {np.argmax(curve)} ", capsys.readouterr().out
+        assert (f"{name}: {best}" in out and f" try {flag} " in out) == told
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_users(tiny, monkeypatch):
     monkeypatch.setitem(RECIPES, "mine", Recipe(lambda log_r: log_r.sum() * math.nan, "log_r"))
@@ -1064,11 +1064,11 @@ def test_resume_refuses_what_was_made_otherwise(finished, tmp_path, monkeypatch)
     refused("pop-1/run.json was made with window = 8, now it is 9; choose", *flags, "--window=9")
     refused("gamma = 2.0, now it is 7.0", *flags, "--recipe=epochs=2:rate=.005:gamma=7")
     refused("out --resume to train it anew", *flags, "--sft=epochs=3:rate=.005")
-    refused("was made with data", *flags, f"--data={folder_of(tmp_path / 'd')}")
-    refused("was made with ids", *flags, "--ids=content")
+    refused("was made with checksum of data", *flags, f"--data={folder_of(tmp_path / 'd')}")
+    refused("was made with checksum of ids", *flags, "--ids=content")
     monkeypatch.setattr(another_loss, "__name__", "trajectory_balance")     # other code alone
     for table, name, value, message in (
-            (RECIPES, "tb", Recipe(another_loss, gflowgr.TB), "code of loss"),
+            (RECIPES, "tb", Recipe(another_loss, gflowgr.TB), "checksum of loss"),
             (SAMPLERS, "reward", SAMPLERS["random"], "and sampler")):
         with monkeypatch.context() as patch:
             patch.setitem(table, name, value)
@@ -1100,7 +1100,7 @@ def test_an_own_cm(tiny, tmp_path, capsys):
     gflowgr.run(replace(settings, resume=True), mine)           # the same CM: its run is kept
     assert "cm, seed 42: kept" in capsys.readouterr().out
     mine.scores = lambda rows, following=None: torch.eye(48)[[8] * len(rows)]
-    with pytest.raises(InputError, match="was made with CM"):
+    with pytest.raises(InputError, match="was made with checksum of CM"):
         gflowgr.run(replace(settings, resume=True), mine)
     train = [[], *load_data(settings.data).train]               # the first call is as in training
     calls = []
