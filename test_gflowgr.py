@@ -693,9 +693,8 @@ def test_the_whole_loss_against_one_path_at_a_time(name, K, L, tiny, monkeypatch
         total -= gr * log_pf[after[0]].sum()                    # L_GR
         if not recipe.loss:
             continue
-        paths = after[:recipe.first] + drawn[0][c].tolist()
-        if "sdpo" in name:                                      # v is no negative of itself
-            paths = after[:1] + [item for item in paths if item != after[0]]
+        again = after[:1] if "sdpo" in name else []             # v is no negative of itself
+        paths = after[:recipe.first] + [v for v in drawn[0][c].tolist() if v not in again]
         R = reward_by_hand(recipe, world, reference, past, after)
         below = torch.zeros(len(codes), L + 1)                  # exact flows
         for v, l in np.ndindex(*below.shape):
@@ -988,7 +987,7 @@ def test_fine_tuning_starts_from_sft_and_pop_counts(finished):
         rest = sorted({*range(48)} - {*history[:-1]}, key=lambda v: -counts[v])
         assert counts[row].tolist() == counts[rest[:10]].tolist() and {*row} <= {*rest}
 
-def test_a_run_leaves_a_flow_the_table_and_pictures(finished, tmp_path, monkeypatch, capsys):
+def test_a_run_leaves_a_flow_and_the_table(finished):
     out, flags, printed = finished
     results, data, tb = results_in(out), load_data(flags[0][7:]), out / "tb,lam=2-2"
     flow, past = results["runs"][-2]["flow"], data.histories[0][:-1]
@@ -1016,9 +1015,11 @@ def test_a_run_leaves_a_flow_the_table_and_pictures(finished, tmp_path, monkeypa
             assert method == base or f"| {100 * gain:+.1f} [" in line
     assert flow["history"] == first
     assert max(map(len, re.findall("(?m)^[|].*", printed))) <= 120      # fits a screen
+
+def test_pictures_are_drawn_again_and_for_the_readme(finished, tmp_path, monkeypatch, capsys):
+    (out, _, printed), run, pictures = finished, tmp_path / "run", tmp_path / "pictures"
     names = {f"{name}.png" for name in "curves diversity exposure flow".split()}
     assert names == {*re.findall(r"(?m)^\w+\.png", printed)}
-    run, pictures = tmp_path / "run", tmp_path / "pictures"     # drawn again, and for README
     monkeypatch.setattr(figures, "__file__", str(tmp_path / "figures.py"))
     for folder, command in ((run, []), (pictures, ["--readme"])):
         folder.mkdir()
@@ -1026,7 +1027,7 @@ def test_a_run_leaves_a_flow_the_table_and_pictures(finished, tmp_path, monkeypa
         figures.main([str(run), *command])
         for name in names:
             assert (folder / name).read_bytes()[:4] == b"\x89PNG" and (out / name).exists()
-    (run / "results.json").write_text(json.dumps({**results, "data": {}}))
+    (run / "results.json").write_text(json.dumps({**results_in(out), "data": {}}))
     for folder, message in ((pictures, "has no results.json"), (run, "have changed since")):
         with pytest.raises(SystemExit, match="2"):
             figures.main([str(folder)])
