@@ -95,25 +95,26 @@ def grpo(log_pf, log_ref, log_r, beta):
 class Recipe:
     """How a method is trained. `--methods tb:epochs=4` changes a field of an entry of RECIPES."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
-    given: str = ""                 # names of loss's arguments, in order: fields of Paths, Recipe
+    given: str = ""                 # the loss's arguments in order, by name, with spaces between;
+                                    # each is a field of Paths (below) or of this Recipe
     gr: float = 0.0                 # weight of L_GR; 0 is fine: R rewards the logged item
     lam: float = 1.0                # λ, weight of L_GFN; matters if gr > 0: Adam ignores mere scale
     sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
-    exact: bool = True              # F(s), Z(U) are sums of R, known for all items, and so are
-                                    # correct at once; False: learned by flow_head
+    exact: bool = True              # F(s), Z(U) are computed: R of every item is known, so they
+                                    # are sums of R, right from step 1; False: flow_head learns
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n; r_ŷ and r_s each sum to 1 over the items
     w_a: float = 0.3                # r_a: 1 at the logged item v if it is liked, .1 if only clicked
     w_y: float = 0.65               # r_ŷ: the scores of the teacher
     w_s: float = 0.05               # r_s: codes shared with v
-    teacher: str = "product"        # r_ŷ: the score of "cm"; or "product", ours: ∝ P_SFT · CM^γ for
-                                    # the 20 items (--beams) where it is largest, 0 for others
+    teacher: str = "product"        # r_ŷ: the score of "cm"; or "product", ours: P_SFT · CM^γ of
+                                    # the 20 best items (--beams), 0 for the rest; of sum 1
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     beta: float = 0.1               # S-DPO, GRPO: how strongly P is held near that of SFT
     rate: float = 1.5e-3            # peak learning rate: small models like it high
-    dropout: float = 0.0            # 0 is fine where R is spread over items; L_GR over-fits at 0
+    dropout: float = 0.0            # none is needed if R rewards many items; L_GR over-fits
     epochs: int = 7                 # the table TUNED has changes for toy and ml-100k
 
 TB = "log_z log_pf log_r"           # fields of Paths
@@ -149,8 +150,8 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """The teacher's scores, R of every item. The CM is made of counts over the log, v and later
-        items included. Given these, as `following`, it subtracts their counts: v must not leak."""
+        """The teacher's scores, R of every item. The CM counts the whole log, so also v and later
+        items. Given those (`following`), it subtracts their counts, so that v does not leak."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -198,7 +199,7 @@ def tree_mask(ends, H, L):
     branch = F.pad(branch, (H, 0), value=-1)                    # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) same branch, not later
     place = torch.arange(len(branch), device=ends.device)
-    # The last place of the history that a place sees: itself, or, for a code, its branch's end
+    # Up to where in the history a place sees: to itself, or, if it is a code, to its branch's end
     last = torch.cat([place[:H].expand(len(ends), H), ends.repeat_interleave(L - 1, 1)], 1)
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
@@ -350,8 +351,8 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         return -policy(batch.tokens, batch.ends, batch.positives[:, None]).log_steps.sum(-1).mean()
     batch.fill(reward)
     # Which paths to learn from: N of the sampler, maybe after the logged one. Off-policy: at
-    # P = R/Z, TB and DB are 0 on every path, whoever drew it. (Where several items may follow a
-    # history, R takes several values, no P makes the loss 0, and who draws decides what P becomes.)
+    # P = R/Z, TB and DB are 0 on every path, whoever drew it. (But R depends on v. If a history is
+    # followed by several v, no P fits all their R, and the sampler decides on the compromise.)
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
     policy.train()
@@ -359,7 +360,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         items = torch.cat([batch.positives[:, None], items], 1)                     # (C, J)
     # What the policy says of them, and R. log F(s_L) is log R.
     paths = policy(batch.tokens, batch.ends, items)
-    device = paths.log_steps.device                             # R may be elsewhere: on mps, on CPU
+    device = paths.log_steps.device                             # if this is mps, R is on the CPU
     paths.log_pf = paths.log_steps.sum(-1)                      # Σ_l log P_F      (C, J)
     paths.log_r = batch.r.gather(1, items).log().to(device)                         # (C, J)
     if recipe.exact:                                            # F*(s) = Σ R of the items below s
@@ -391,12 +392,12 @@ def train(name, recipe, policy, world):
               {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # idle if exact
     optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10 + 1), steps)
-    reference = copy.deepcopy(policy).eval() if "ref" in recipe.given else None  # log_ref, ref_pos…
+    reference = copy.deepcopy(policy).eval() if "ref" in recipe.given else None  # in log_ref, …
     curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, world.data)}]
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = (world.seed, epoch)      # shuffles the rows; torch wants one integer, made from it
+        seed = (world.seed, epoch)      # for the order of the rows, and, as one integer, for torch
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         epoch_batches = batches(world.rows, world.data, size, policy, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
@@ -423,7 +424,7 @@ def with_noise(log_p, parent):
     beams); log_p: their log P, parent (B, W, 1): the values of their parents.
     Give each item the value log P + Gumbel noise: the k items with the largest values are a draw
     without replacement. The value of a prefix is the largest value of the items below it. So, down
-    the tree, the largest of the children has its parent's value: noise first, then a shift."""
+    the tree, the largest child must have its parent's value: add noise, then squash all so."""
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
     largest = own.amax(-1, keepdim=True)
     # Squash them, in the same order, so that the largest becomes the parent's:
