@@ -995,8 +995,8 @@ def run_oracle(settings):
     _, seeds = check_settings(settings)
     losses = [name for name, recipe in RECIPES.items() if recipe.loss and "ref" not in recipe.given]
     check_choice(base_of(settings.oracle), losses, f"--oracle {settings.oracle}")
-    settings.recipe = ("gr=0:lam=1:first=1:sampler=even:trajectories=64:teacher=cm:rate=.002:"
-                       "dropout=0:epochs=15:" + settings.recipe)
+    changes = "gr=0:lam=1:first=1:sampler=even:trajectories=64:teacher=cm:rate=.002:dropout=0"
+    settings = replace(settings, recipe=f"{changes}:epochs=15:{settings.recipe}")
     recipe = recipe_of(settings.oracle, settings)
     data = load_data(settings.data, settings.quick)
     check(len(data.titles) <= 2000, "--oracle scores every item at once: at most 2,000 items")

@@ -845,7 +845,10 @@ def test_an_own_loss_and_sampler_and_a_bug_that_keeps_its_traceback(tiny, tmp_pa
     assert status == 0 and "loss=another_loss" in out and "| tb:sampler=newest |" in out, err
     with pytest.raises(IndexError):                             # with its traceback
         cli(*flags, "--methods=bug")
-    gflowgr.run_oracle(gflowgr.parse([*flags, "--oracle=mine", "--quick"]))
+    settings = gflowgr.parse([*flags, "--oracle=mine", "--quick"])
+    before = settings.recipe
+    gflowgr.run_oracle(settings)
+    assert settings.recipe == before                            # a script may go on with them
     monkeypatch.setattr(gflowgr, "train", None)                 # before anything is trained
     monkeypatch.setitem(RECIPES, "list", Recipe(lambda log_pf: log_pf, "log_pf", trajectories=3))
     refused("list: its loss has to be a scalar, not (9, 3)", *flags, "--methods=list")
