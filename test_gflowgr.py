@@ -88,7 +88,7 @@ def verdict(exercise, answer):
             if asked and exercise.loops and policy and policy[0].requires_grad:
                 of = partial(torch.autograd.grad, inputs=policy, materialize_grads=True)
                 close(of(found), of(expected), msg="the value is right, its gradient is not")
-        except (AssertionError, TypeError) as error:
+        except (AssertionError, TypeError, RuntimeError) as error:  # the last: by backward
             return (f"{name} is not right yet\n{case}\nexpected {written(expected)}\n"
                     f"found    {written(found)}\n" + " ".join(str(error).split()))
     return ""
@@ -410,6 +410,9 @@ def trajectory_balance(z, p, r):
     what, *_, expected, found, why = graded(right + ".detach()")
     assert what == "trajectory_balance: trajectory_balance is not right yet"
     assert expected[9:] == found[9:] == "0.4805" and why.startswith("no gradient flows back")
+    lines = "x = (z[:, None] + p - r).exp()", "y = x.log() ** 2", "x += 0", "return y.mean()"
+    changed = "".join(f"    {line}\n" for line in lines)       # what backward needs
+    assert "inplace operation" in graded(right.rpartition("    ")[0] + changed)[-1]
     assert re.fullmatch(r"\S+mine.py raised SyntaxError: .*line 1.*", *graded("x = "))
     course = tmp_path / "course"                                # each file in a process of its own
     (course / "anna/.venv").mkdir(parents=True)
