@@ -70,17 +70,6 @@ def plot_flows(path, flow):
                 f"the path to the left panel's largest item, {flow['titles'][chosen]}, ID {code}.")
         axes[0].text(0, -0.09, textwrap.fill(text, int(22 * width)), va="top")
 
-def plot_curves(path, results):
-    """Validation NDCG@10 after each epoch, mean over seeds."""
-    with picture(path, 1, 1, (8, 4)) as [axis]:
-        for method in results["summary"]:
-            curves = [run["curve"] for run in results["runs"] if run["method"] == method]
-            scores = [[point["ndcg@10"] for point in curve] for curve in curves]
-            if curves[0]:
-                axis.plot(np.mean(scores, 0), ".-", label=method)
-        axis.set(xlabel="epoch (0: before it)", ylabel="validation NDCG@10")
-        axis.legend()
-
 def plot_exposure(path, data, results):
     """For a typical user, what was logged, shown, and is liked, and what each method recommends.
     data has a truth; the runs hold "lists" (B, 10), −1 where empty, and one run is SFT's."""
@@ -141,8 +130,7 @@ def draw_run(out, data, results):
     sft = "sft" in results["summary"]
     drawn = any(run.get("drawn") for run in results["runs"])
     flows = [run["flow"] for run in results["runs"] if "flow" in run]
-    jobs = [("curves.png", sft, plot_curves, results),         # (file, if this, function, …)
-            ("diversity.png", drawn, plot_diversity, results),
+    jobs = [("diversity.png", drawn, plot_diversity, results),  # (file, if this, function, …)
             ("exposure.png", sft and data.truth, plot_exposure, data, results),
             ("flow.png", flows, plot_flows, *flows[-1:])]
     jobs = [job for job in jobs if job[1]]
@@ -153,22 +141,16 @@ def draw_run(out, data, results):
 def main(arguments):
     """Draw a finished run anew; a wrong folder is one line on stderr and status 2."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="a folder with results.json, or oracle.json")
+    parser.add_argument("run", type=Path, help="a folder with results.json")
     parser.add_argument("--readme", action="store_true", help="write to data/pictures/")
     options = parser.parse_args(arguments)
     out = Path(__file__).parent / "pictures" if options.readme else options.run
-    found = {name: options.run / f"{name}.json" for name in ("results", "oracle")}
     try:
-        read = {name: json.loads(path.read_text("utf-8")) for name, path in found.items()
-                if path.exists()}
-        check(read, f"{options.run} has no results.json and no oracle.json")
-        if "results" in read:
-            settings = read["results"]["settings"]
-            data = load_data(settings["data"], settings["quick"])
-            check(data.sizes == read["results"]["data"], "its data have changed since the run")
-            print(*draw_run(out, data, read["results"]), sep="\n")
-        if "oracle" in read:
-            plot_flows(out / "oracle.png", read["oracle"])
+        results = json.loads((options.run / "results.json").read_text("utf-8"))
+        settings = results["settings"]
+        data = load_data(settings["data"], settings["quick"])
+        check(data.sizes == results["data"], "its data have changed since the run")
+        print(*draw_run(out, data, results), sep="\n")
     except (ValueError, KeyError, TypeError, OSError) as error:     # InputError: ValueError
         parser.exit(2, f"error: {error}\n")
 
