@@ -68,7 +68,7 @@ def distillation(child_flow, log_probs):
     """Ours, KL(R/Z ‖ P): flows F* of all children (C, J, L, K), log P_F (C, J, L, K) → scalar.
     The flow of a prefix is the sum of R below it (0 for an illegal child). TB and DB see only the
     codes that a path takes; this loss, a yardstick for them, compares all children at each step.
-    With paths drawn ∝ R, it is on average the KL over whole items (chain rule)."""
+    If paths are drawn ∝ R, its mean is the KL over whole items, by the chain rule."""
     # Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), mean over paths
     target = child_flow / child_flow.sum(-1, keepdim=True)
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
@@ -95,21 +95,21 @@ def grpo(log_pf, log_ref, log_r, beta):
 class Recipe:
     """How a method is trained. `--methods tb:epochs=4` changes a field of an entry of RECIPES."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
-    given: str = ""                 # the loss's arguments in order, by name, with spaces between;
-                                    # each is a field of Paths (below) or of this Recipe
+    given: str = ""                 # the loss's arguments in order, like "log_z log_pf log_r"; each
+                                    # is a field of Paths (what we know of J paths) or of Recipe
     gr: float = 0.0                 # weight of L_GR; 0 is fine: R rewards the logged item
     lam: float = 1.0                # λ, weight of L_GFN; matters if gr > 0: Adam ignores mere scale
-    sampler: str = "reward"         # one of SAMPLERS: where the N sampled paths come from
+    sampler: str = "reward"         # where the N sampled paths come from; "reward": drawn ∝ R
     trajectories: int = 2           # N: the paper's best is about 3
-    first: bool = False             # put τ_1, the logged path, before the N (L_GR, S-DPO need it)
-    exact: bool = True              # F(s), Z(U) are computed: R of every item is known, so they
-                                    # are sums of R, right from step 1; False: flow_head learns
+    first: bool = False             # put τ_1, the logged path, first, as path 0: for L_GR and S-DPO
+    exact: bool = True              # R of every item is known, so F(s) and Z(U) are computed, as
+                                    # sums of R; False: flow_head learns them
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n; r_ŷ and r_s each sum to 1 over the items
     w_a: float = 0.3                # r_a: 1 at the logged item v if it is liked, .1 if only clicked
     w_y: float = 0.65               # r_ŷ: the scores of the teacher
     w_s: float = 0.05               # r_s: codes shared with v
-    teacher: str = "product"        # r_ŷ: the score of "cm"; or "product", ours: P_SFT · CM^γ of
-                                    # the 20 best items (--beams), 0 for the rest; of sum 1
+    teacher: str = "product"        # "cm": r_ŷ is its score; "product", ours: P_SFT · CM^γ at the
+                                    # 20 items where a beam search finds it largest, else 0; sum 1
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     beta: float = 0.1               # S-DPO, GRPO: how strongly P is held near that of SFT
@@ -150,8 +150,8 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """The teacher's scores, R of every item. The CM counts the whole log, so also v and later
-        items. Given those (`following`), it subtracts their counts, so that v does not leak."""
+        """The teacher's scores, R of every item. The CM has counted the whole log, so also v and
+        later items. It is told these (`following`) and subtracts their counts: v shall not leak."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -173,7 +173,7 @@ class Paths:
     child_flow: torch.Tensor = None     # (C, J, L, K) exact F* of all children, if recipe.exact
     policy_pos: torch.Tensor = None     # (C,) log P of path 0, the logged one if recipe.first
     policy_neg: torch.Tensor = None     # (C, J-1) of the others; where one is v again, NEVER, so
-                                        # that S-DPO gives it weight 0
+                                        # that in S-DPO its exp is 0
     log_ref: torch.Tensor = None        # (C, J) log P by the frozen SFT policy
     ref_pos: torch.Tensor = None        # (C,) that of the logged path
     ref_neg: torch.Tensor = None        # (C, J-1) those of the others
@@ -199,7 +199,7 @@ def tree_mask(ends, H, L):
     branch = F.pad(branch, (H, 0), value=-1)                    # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) same branch, not later
     place = torch.arange(len(branch), device=ends.device)
-    # Up to where in the history a place sees: to itself, or, if it is a code, to its branch's end
+    # The last place of the history, < H, that each place sees: itself; of a code, its branch's end
     last = torch.cat([place[:H].expand(len(ends), H), ends.repeat_interleave(L - 1, 1)], 1)
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
@@ -224,7 +224,7 @@ class Policy(torch.nn.Module):
             activation_function="gelu_pytorch_tanh"))           # gelu_new's values, faster on CPU
         self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)   # log F(s); log Z(U) at s_0
         for parameter in self.flow_head.parameters():
-            torch.nn.init.zeros_(parameter)                     # log F = 0: Z = Σ R is about 1
+            torch.nn.init.zeros_(parameter)                     # log F = 0, F = 1: Z is about 1
 
     def tokens(self, histories):
         """Tokens (B, H): <user>, the last `window` items, padding; ends (B, 1): the last item."""
@@ -314,7 +314,7 @@ def curriculum(batch, count, policy, progress):
     """The paper's default: unobserved items with low scores early in training, high ones late. The
     scores are the teacher's. Draw a pool of 2N−1 items, item i with P ∝ scores[i]/2 + 1/(2n),
     unobserved ones alone. Sort it from low to high score. Keep N consecutive ones, the first
-    at place round(progress · (N−1)). The uniform half is ours: else, few low ones are drawn."""
+    at place round(progress · (N−1)). 1/(2n) is ours: without it, few low ones are drawn."""
     weight = 0.5 * batch.scores + 0.5 / batch.scores.shape[1]
     weight[batch.observed()] = 1e-12
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -351,8 +351,8 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         return -policy(batch.tokens, batch.ends, batch.positives[:, None]).log_steps.sum(-1).mean()
     batch.fill(reward)
     # Which paths to learn from: N of the sampler, maybe after the logged one. Off-policy: at
-    # P = R/Z, TB and DB are 0 on every path, whoever drew it. (But R depends on v. If a history is
-    # followed by several v, no P fits all their R, and the sampler decides on the compromise.)
+    # P = R/Z, TB and DB are 0 on every path, whoever drew it. (R depends on v. A history that is
+    # followed by several v has several R. No P fits all; where P ends depends on the sampler.)
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
     policy.train()
@@ -360,7 +360,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         items = torch.cat([batch.positives[:, None], items], 1)                     # (C, J)
     # What the policy says of them, and R. log F(s_L) is log R.
     paths = policy(batch.tokens, batch.ends, items)
-    device = paths.log_steps.device                             # if this is mps, R is on the CPU
+    device = paths.log_steps.device                             # mps: here; but R is on the CPU
     paths.log_pf = paths.log_steps.sum(-1)                      # Σ_l log P_F      (C, J)
     paths.log_r = batch.r.gather(1, items).log().to(device)                         # (C, J)
     if recipe.exact:                                            # F*(s) = Σ R of the items below s
@@ -377,7 +377,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         paths.ref_neg = paths.log_ref[:, 1:]
     known = vars(recipe) | vars(paths)                          # TB is given log_z, log_pf, log_r
     L_GFN = recipe.loss(*[known[name] for name in recipe.given.split()])
-    L_GR = -paths.policy_pos.mean() if recipe.gr else 0.0       # gr > 0 is refused without first
+    L_GR = -paths.policy_pos.mean() if recipe.gr else 0.0       # recipe_of: gr > 0 needs first
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
 def train(name, recipe, policy, world):
@@ -392,7 +392,8 @@ def train(name, recipe, policy, world):
               {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # idle if exact
     optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10 + 1), steps)
-    reference = copy.deepcopy(policy).eval() if "ref" in recipe.given else None  # in log_ref, …
+    needs_reference = {"log_ref", "ref_pos", "ref_neg"} & {*recipe.given.split()}
+    reference = copy.deepcopy(policy).eval() if needs_reference else None
     curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, world.data)}]
     losses = []
     for epoch in range(1, recipe.epochs + 1):
@@ -460,18 +461,17 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
         child = ids.next_node[node]                             # (B, W, K) −1: illegal
-        # If fewer than W children are legal, illegal ones (−1) fill the beam, with score NEVER. As
-        # an index, −1 is the extra last row of next_node, all −1: so they stay illegal. They get
-        # the guide of the root, which does not matter
+        # With fewer than W legal children, illegal ones fill the beam, with score NEVER. They stay
+        # illegal: as an index, −1 is the extra last row of next_node, which is all −1
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
-        if guide is not None:
+        if guide is not None:                                   # (an illegal child gets the root's)
             below = log_guide.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
-        if sample:                                              # draw ∝ P_F^(1/sample) · Σ guide
+        if sample:          # draw a code ∝ P_F^(1/sample) · Σ guide: the guide is part of its P
             score = (logits / sample + below).log_softmax(-1) + score[..., None]    # (B, W, K)
             value = with_noise(score, value[..., None])
-        else:
+        else:               # score is log P alone: each level has its own `below`, to rank beams
             score = logits.log_softmax(-1) + score[..., None]
-            value = score + below       # not kept in score: the next level has its own `below`
+            value = score + below
         child, score, value = (x.flatten(1) for x in (child, score, value))         # (B, W·K)
         if level == ids.num_levels - 1:                         # children are items, nodes P + i
             scores = value.new_full((len(value), 1 + len(ids.codes)), -math.inf)
@@ -485,7 +485,8 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
                     position_ids=(ends + 1 + level).expand_as(best)).last_hidden_state  # (B,W,d)
 
 # --- Rows of a batch ------------------------------------------------------------------------------
-# Places in a user's history: items start … stop-2 are read, items target … stop-1 are targets
+# Items start … stop-2 of a user's history are read, items target … stop-1 are targets. <user> is
+# place 0 of the row, so what stands before item i ends at place i − start
 Row = namedtuple("Row", "user start target stop")
 
 def training_rows(histories, window):
