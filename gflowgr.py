@@ -8,9 +8,9 @@ of a collaborative model (CM) and the similarity of IDs. The first part of this 
 `train`, is the method.
 
 Letters in shapes: B users or rows of a batch, H tokens of history, T targets per row, C contexts (a
-target and the history before it), J paths per context (N sampled, maybe the logged one), E branches
-and S places per row, L levels, K codes per level, n items, W beams, d width. The tree of IDs has P
-prefixes, its nodes 0 (the root) to P − 1; item i is node P + i.
+target and the history before it), J paths per context (N sampled, maybe the logged one), S places
+per row, E branches (paths that share a row's history), L levels, K codes per level, n items, W
+beams, d width. The tree of IDs has P prefixes, nodes 0 (the root) to P − 1; item i is node P + i.
 """
 import copy
 import inspect
@@ -103,13 +103,13 @@ class Recipe:
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, first, as path 0: for L_GR and S-DPO
     exact: bool = True              # R of every item is known, so F(s) and Z(U) are computed, as
-                                    # sums of R; False: flow_head learns them
+                                    # sums of R; False: flow_head learns them, if the loss has any
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n; r_ŷ and r_s each sum to 1 over the items
     w_a: float = 0.3                # r_a: 1 at the logged item v if it is liked, .1 if only clicked
     w_y: float = 0.65               # r_ŷ: the scores of the teacher
     w_s: float = 0.05               # r_s: codes shared with v
-    teacher: str = "product"        # "cm": r_ŷ is its score; "product", ours: P_SFT · CM^γ at the
-                                    # 20 items where a beam search finds it largest, else 0; sum 1
+    teacher: str = "product"        # "cm": r_ŷ is its score; "product", ours: a beam search finds
+                                    # 20 items with large P_SFT · CM^γ, the others get 0; of sum 1
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     beta: float = 0.1               # S-DPO, GRPO: how strongly P is held near that of SFT
@@ -199,7 +199,7 @@ def tree_mask(ends, H, L):
     branch = F.pad(branch, (H, 0), value=-1)                    # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) same branch, not later
     place = torch.arange(len(branch), device=ends.device)
-    # The last place of the history, < H, that each place sees: itself; of a code, its branch's end
+    # How far into the history a place sees: up to itself; a code, up to the end that it starts from
     last = torch.cat([place[:H].expand(len(ends), H), ends.repeat_interleave(L - 1, 1)], 1)
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
@@ -351,8 +351,8 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         return -policy(batch.tokens, batch.ends, batch.positives[:, None]).log_steps.sum(-1).mean()
     batch.fill(reward)
     # Which paths to learn from: N of the sampler, maybe after the logged one. Off-policy: at
-    # P = R/Z, TB and DB are 0 on every path, whoever drew it. (R depends on v. A history that is
-    # followed by several v has several R. No P fits all; where P ends depends on the sampler.)
+    # P = R/Z, TB and DB are 0 on every path, whoever drew it. (But R depends on v. If one history
+    # is followed by different v, P has to be a compromise, and the sampler decides on which.)
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
     policy.train()
@@ -360,7 +360,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         items = torch.cat([batch.positives[:, None], items], 1)                     # (C, J)
     # What the policy says of them, and R. log F(s_L) is log R.
     paths = policy(batch.tokens, batch.ends, items)
-    device = paths.log_steps.device                             # mps: here; but R is on the CPU
+    device = paths.log_steps.device     # the policy's. R stays on the CPU if this is a Mac's "mps"
     paths.log_pf = paths.log_steps.sum(-1)                      # Σ_l log P_F      (C, J)
     paths.log_r = batch.r.gather(1, items).log().to(device)                         # (C, J)
     if recipe.exact:                                            # F*(s) = Σ R of the items below s
@@ -398,8 +398,8 @@ def train(name, recipe, policy, world):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = (world.seed, epoch)      # for the order of the rows, and, as one integer, for torch
-        torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
+        seed = (world.seed, epoch)
+        torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))   # it takes a number
         epoch_batches = batches(world.rows, world.data, size, policy, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
             loss = loss_of(recipe, policy, reference, batch, reward, len(losses) / steps)
@@ -424,13 +424,13 @@ def with_noise(log_p, parent):
     """Values by which children (B, W, K) compete when a list is drawn (Kool et al. 2019, Stochastic
     beams); log_p: their log P, parent (B, W, 1): the values of their parents.
     Give each item the value log P + Gumbel noise: the k items with the largest values are a draw
-    without replacement. The value of a prefix is the largest value of the items below it. So, down
-    the tree, the largest child must have its parent's value: add noise, then squash all so."""
+    without replacement. A prefix has the largest value of the items below it, so one of its
+    children has the same value. Here this is done from the root down: noise is added to log P of
+    the children; then all are shifted, in the same order, so that the largest has that value."""
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
     largest = own.amax(-1, keepdim=True)
-    # Squash them, in the same order, so that the largest becomes the parent's:
-    #     new = −log(exp(−parent) + exp(−own) − exp(−largest)) = parent − log(1 + exp(v)),
-    #     v = parent − own + log(1 − exp(own − largest)), −∞ for the largest
+    # new = −log(exp(−parent) + exp(−own) − exp(−largest)): it is `parent` if own is `largest`
+    #     = parent − log(1 + exp(v)), v = parent − own + log(1 − exp(own − largest))
     v = parent - own + torch.log1p(-torch.exp(own - largest))
     return parent - F.softplus(v)                               # softplus(v) = log(1 + exp(v))
 
@@ -454,22 +454,22 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     place = torch.arange(tokens.shape[1], device=tokens.device)
     mask = torch.where(place > ends[..., None], NEVER, 0.0)                         # (B, W, keys)
     node = torch.zeros_like(ends)                               # (B, W) nodes of the tree; 0: root
-    score = value = hidden.new_zeros(node.shape)    # (B, W) log P so far, and what ranks beams
+    score = value = hidden.new_zeros(node.shape)    # (B, W): log P so far; what ranks the beams
     below = 0.0                                                 # log Σ guide of the items below
     if guide is not None:
         log_guide = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n), by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
         child = ids.next_node[node]                             # (B, W, K) −1: illegal
-        # With fewer than W legal children, illegal ones fill the beam, with score NEVER. They stay
-        # illegal: as an index, −1 is the extra last row of next_node, which is all −1
+        # If fewer than W children are legal, illegal ones fill the beam, with score NEVER. At the
+        # next level their children are illegal, too: next_node[−1] is an extra row of −1
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
-        if guide is not None:                                   # (an illegal child gets the root's)
+        if guide is not None:           # illegal: the root's guide, which cannot make up for NEVER
             below = log_guide.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
         if sample:          # draw a code ∝ P_F^(1/sample) · Σ guide: the guide is part of its P
             score = (logits / sample + below).log_softmax(-1) + score[..., None]    # (B, W, K)
             value = with_noise(score, value[..., None])
-        else:               # score is log P alone: each level has its own `below`, to rank beams
+        else:               # the guide only ranks beams: the next level has a finer one of its own
             score = logits.log_softmax(-1) + score[..., None]
             value = score + below
         child, score, value = (x.flatten(1) for x in (child, score, value))         # (B, W·K)
@@ -491,8 +491,8 @@ Row = namedtuple("Row", "user start target stop")
 
 def training_rows(histories, window):
     """Rows in which every item is a target once. The last target of a row sees the `window` items
-    before it, or all, if fewer; in a user's later rows, the first target sees window/2 or more. Ten
-    items 0–9, window 4, as (read: targets): (0–3: 0–4) (2–5: 5–6) (4–7: 7–8) (5–8: 9)."""
+    before it, or all, if fewer; in a user's later rows, the first target sees window/2 or more.
+    Window 4, items 0–9: the rows read 0–3, 2–5, 4–7, 5–8; their targets are 0–4, 5–6, 7–8, 9."""
     for user, history in enumerate(histories):
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
         for target, stop in zip(cuts, cuts[1:]):
