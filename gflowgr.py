@@ -102,14 +102,14 @@ class Recipe:
     sampler: str = "reward"         # where the N sampled paths come from; "reward": drawn ∝ R
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, first, as path 0: for L_GR and S-DPO
-    exact: bool = True              # R of every item is known, so F(s) and Z(U) are computed, as
-                                    # sums of R; False: flow_head learns them, if the loss has any
+    exact: bool = True              # F(s), Z(U) are sums of R, right from the first step: we know
+                                    # R of all items; False: flow_head learns them, if needed
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n; r_ŷ and r_s each sum to 1 over the items
     w_a: float = 0.3                # r_a: 1 at the logged item v if it is liked, .1 if only clicked
     w_y: float = 0.65               # r_ŷ: the scores of the teacher
     w_s: float = 0.05               # r_s: codes shared with v
-    teacher: str = "product"        # "cm": r_ŷ is its score; "product", ours: a beam search finds
-                                    # 20 items with large P_SFT · CM^γ, the others get 0; of sum 1
+    teacher: str = "product"        # r_ŷ: the score of "cm"; or "product", ours: P_SFT · CM^γ for
+                                    # the 20 best items of a beam search, for all others 0
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
     beta: float = 0.1               # S-DPO, GRPO: how strongly P is held near that of SFT
@@ -224,7 +224,7 @@ class Policy(torch.nn.Module):
             activation_function="gelu_pytorch_tanh"))           # gelu_new's values, faster on CPU
         self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)   # log F(s); log Z(U) at s_0
         for parameter in self.flow_head.parameters():
-            torch.nn.init.zeros_(parameter)                     # log F = 0, F = 1: Z is about 1
+            torch.nn.init.zeros_(parameter)                     # log Z = 0, near the truth: Z ≈ 1
 
     def tokens(self, histories):
         """Tokens (B, H): <user>, the last `window` items, padding; ends (B, 1): the last item."""
@@ -351,8 +351,8 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         return -policy(batch.tokens, batch.ends, batch.positives[:, None]).log_steps.sum(-1).mean()
     batch.fill(reward)
     # Which paths to learn from: N of the sampler, maybe after the logged one. Off-policy: at
-    # P = R/Z, TB and DB are 0 on every path, whoever drew it. (But R depends on v. If one history
-    # is followed by different v, P has to be a compromise, and the sampler decides on which.)
+    # P = R/Z, TB and DB are 0 on every path, whoever drew it. (But R depends on v: if one history
+    # is followed by different v, no P fits them all. Where it settles, depends on the sampler.)
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
     policy.train()
@@ -360,7 +360,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         items = torch.cat([batch.positives[:, None], items], 1)                     # (C, J)
     # What the policy says of them, and R. log F(s_L) is log R.
     paths = policy(batch.tokens, batch.ends, items)
-    device = paths.log_steps.device     # the policy's. R stays on the CPU if this is a Mac's "mps"
+    device = paths.log_steps.device     # the policy's; if it is a Mac's "mps", R is on the CPU
     paths.log_pf = paths.log_steps.sum(-1)                      # Σ_l log P_F      (C, J)
     paths.log_r = batch.r.gather(1, items).log().to(device)                         # (C, J)
     if recipe.exact:                                            # F*(s) = Σ R of the items below s
@@ -369,7 +369,8 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
     paths.log_flow = torch.cat([paths.log_flow, paths.log_r[..., None]], -1)        # (C, J, L+1)
     paths.log_z = paths.log_flow[:, 0, 0]                       # Z = F(s_0); all paths begin there
     paths.policy_pos = paths.log_pf[:, 0]                       # the logged path, if recipe.first
-    paths.policy_neg = paths.log_pf[:, 1:].masked_fill(items[:, 1:] == items[:, :1], NEVER)
+    again = (items[:, 1:] == items[:, :1]).to(device)
+    paths.policy_neg = paths.log_pf[:, 1:].masked_fill(again, NEVER)
     if reference:
         with torch.no_grad():
             paths.log_ref = reference(batch.tokens, batch.ends, items).log_steps.sum(-1)    # (C, J)
@@ -392,14 +393,13 @@ def train(name, recipe, policy, world):
               {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # idle if exact
     optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10 + 1), steps)
-    needs_reference = {"log_ref", "ref_pos", "ref_neg"} & {*recipe.given.split()}
-    reference = copy.deepcopy(policy).eval() if needs_reference else None
+    reference = copy.deepcopy(policy).eval() if "ref" in recipe.given else None     # a substring
     curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, world.data)}]
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
         seed = (world.seed, epoch)
-        torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))   # it takes a number
+        torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))   # of one number
         epoch_batches = batches(world.rows, world.data, size, policy, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
             loss = loss_of(recipe, policy, reference, batch, reward, len(losses) / steps)
@@ -426,7 +426,7 @@ def with_noise(log_p, parent):
     Give each item the value log P + Gumbel noise: the k items with the largest values are a draw
     without replacement. A prefix has the largest value of the items below it, so one of its
     children has the same value. Here this is done from the root down: noise is added to log P of
-    the children; then all are shifted, in the same order, so that the largest has that value."""
+    the children; then they are moved, keeping their order: the largest to its parent's value."""
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
     largest = own.amax(-1, keepdim=True)
     # new = −log(exp(−parent) + exp(−own) − exp(−largest)): it is `parent` if own is `largest`
@@ -461,10 +461,10 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
         child = ids.next_node[node]                             # (B, W, K) −1: illegal
-        # If fewer than W children are legal, illegal ones fill the beam, with score NEVER. At the
-        # next level their children are illegal, too: next_node[−1] is an extra row of −1
+        # If fewer than W children are legal, illegal ones (−1) fill the beam, with score NEVER. At
+        # the next level, all their children are illegal: the last row of next_node is all −1
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
-        if guide is not None:           # illegal: the root's guide, which cannot make up for NEVER
+        if guide is not None:                       # of an illegal child any will do: node 0's
             below = log_guide.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
         if sample:          # draw a code ∝ P_F^(1/sample) · Σ guide: the guide is part of its P
             score = (logits / sample + below).log_softmax(-1) + score[..., None]    # (B, W, K)
