@@ -128,7 +128,7 @@ RECIPES = {
     "sdpo": Recipe(sdpo, "policy_pos policy_neg ref_pos ref_neg beta", **PAPER),
     "grpo": Recipe(grpo, "log_pf log_ref log_r beta", sampler="drawn", trajectories=8, exact=False),
     "tb-paper": Recipe(trajectory_balance, TB, **PAPER),
-    "db": Recipe(detailed_balance, "log_flow log_steps"),
+    "db": Recipe(detailed_balance, "log_flow log_steps"),       # log P_F of each step, no sum
     "tb": Recipe(trajectory_balance, TB),
     "tb-huber": Recipe(huber_balance, TB),
     "distill": Recipe(distillation, "child_flow log_probs", trajectories=1)}
@@ -224,7 +224,7 @@ class Policy(torch.nn.Module):
             activation_function="gelu_pytorch_tanh"))           # gelu_new's values, faster on CPU
         self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)   # log F(s); log Z(U) at s_0
         for parameter in self.flow_head.parameters():
-            torch.nn.init.zeros_(parameter)                     # log Z = 0, near the truth: Z ≈ 1
+            torch.nn.init.zeros_(parameter)                     # log Z = 0, as R's weights sum to 1
 
     def tokens(self, histories):
         """Tokens (B, H): <user>, the last `window` items, padding; ends (B, 1): the last item."""
@@ -378,7 +378,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         paths.ref_neg = paths.log_ref[:, 1:]
     known = vars(recipe) | vars(paths)                          # TB is given log_z, log_pf, log_r
     L_GFN = recipe.loss(*[known[name] for name in recipe.given.split()])
-    L_GR = -paths.policy_pos.mean() if recipe.gr else 0.0       # recipe_of: gr > 0 needs first
+    L_GR = -paths.policy_pos.mean() if recipe.gr else 0.0       # recipe_of refuses gr without first
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
 def train(name, recipe, policy, world):
@@ -393,13 +393,13 @@ def train(name, recipe, policy, world):
               {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # idle if exact
     optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10 + 1), steps)
-    reference = copy.deepcopy(policy).eval() if "ref" in recipe.given else None     # a substring
+    reference = copy.deepcopy(policy).eval() if "ref" in recipe.given else None     # like ref_pos
     curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, world.data)}]
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = (world.seed, epoch)
-        torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))   # of one number
+        seed = (world.seed, epoch)              # torch takes one number only: one drawn with these
+        torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         epoch_batches = batches(world.rows, world.data, size, policy, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
             loss = loss_of(recipe, policy, reference, batch, reward, len(losses) / steps)
@@ -422,15 +422,15 @@ def train(name, recipe, policy, world):
 # --- Recommending: beam search down the tree ------------------------------------------------------
 def with_noise(log_p, parent):
     """Values by which children (B, W, K) compete when a list is drawn (Kool et al. 2019, Stochastic
-    beams); log_p: their log P, parent (B, W, 1): the values of their parents.
-    Give each item the value log P + Gumbel noise: the k items with the largest values are a draw
-    without replacement. A prefix has the largest value of the items below it, so one of its
-    children has the same value. Here this is done from the root down: noise is added to log P of
-    the children; then they are moved, keeping their order: the largest to its parent's value."""
+    beams); log_p: their log P, parent (B, W, 1): the values of their parents, of the root any.
+    If each item had the value log P + Gumbel noise, the k items with the largest values would be a
+    draw without replacement. A prefix has the largest value of the items below it, so one of its
+    children has the same value as it. Here the prefix comes first: its children get noise, then
+    they are moved, keeping their order, so that the largest has the value of the prefix."""
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
     largest = own.amax(-1, keepdim=True)
-    # new = −log(exp(−parent) + exp(−own) − exp(−largest)): it is `parent` if own is `largest`
-    #     = parent − log(1 + exp(v)), v = parent − own + log(1 − exp(own − largest))
+    # −log(exp(−parent) + exp(−own) − exp(−largest)) is `parent` for the largest. In small numbers:
+    #     parent − log(1 + exp(v)), v = parent − own + log(1 − exp(own − largest))
     v = parent - own + torch.log1p(-torch.exp(own - largest))
     return parent - F.softplus(v)                               # softplus(v) = log(1 + exp(v))
 
@@ -461,10 +461,10 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
         child = ids.next_node[node]                             # (B, W, K) −1: illegal
-        # If fewer than W children are legal, illegal ones (−1) fill the beam, with score NEVER. At
-        # the next level, all their children are illegal: the last row of next_node is all −1
+        # If fewer than W children are legal, illegal ones, nodes −1, fill the beam, at score NEVER.
+        # At the next level, next_node[−1], an extra last row, makes all their children −1 as well
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
-        if guide is not None:                       # of an illegal child any will do: node 0's
+        if guide is not None:           # an illegal child may have any guide, here that of the root
             below = log_guide.gather(1, child.clamp(min=0).flatten(1)).view_as(logits)
         if sample:          # draw a code ∝ P_F^(1/sample) · Σ guide: the guide is part of its P
             score = (logits / sample + below).log_softmax(-1) + score[..., None]    # (B, W, K)
@@ -485,8 +485,8 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
                     position_ids=(ends + 1 + level).expand_as(best)).last_hidden_state  # (B,W,d)
 
 # --- Rows of a batch ------------------------------------------------------------------------------
-# Items start … stop-2 of a user's history are read, items target … stop-1 are targets. <user> is
-# place 0 of the row, so what stands before item i ends at place i − start
+# A row reads the items start … stop-2 of a user's history, and its targets are target … stop-1.
+# <user> has place 0 and item i place i − start + 1, so the history before item i ends at i − start
 Row = namedtuple("Row", "user start target stop")
 
 def training_rows(histories, window):
@@ -507,12 +507,12 @@ def batch_of(rows, data, policy):
     """The Batch of some rows: a context for every target, row by row."""
     tokens, _ = policy.tokens([data.train[row.user][row.start:row.stop - 1] for row in rows])
     ends = pad([range(row.target - row.start, row.stop - row.start) for row in rows], -1)
-    which, places = entries([range(row.target, row.stop) for row in rows])
+    which, indices = entries([range(row.target, row.stop) for row in rows])
     users = [rows[i].user for i in which]
-    histories = [data.train[user][:place] for user, place in zip(users, places)]
-    following = [data.train[user][place:] for user, place in zip(users, places)]
+    histories = [data.train[user][:index] for user, index in zip(users, indices)]
+    following = [data.train[user][index:] for user, index in zip(users, indices)]
     positives = torch.tensor([items[0] for items in following])
-    liked = torch.tensor([data.liked[user][place] for user, place in zip(users, places)])
+    liked = torch.tensor([data.liked[user][index] for user, index in zip(users, indices)])
     return Batch(tokens, ends, users, histories, following, positives, liked)
 
 def batches(rows, data, size, policy, rng):
