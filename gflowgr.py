@@ -393,12 +393,12 @@ def train(name, recipe, policy, world):
               {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # idle if exact
     optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10 + 1), steps)
-    reference = copy.deepcopy(policy).eval() if "ref" in recipe.given else None     # like ref_pos
+    reference = copy.deepcopy(policy).eval() if "ref" in recipe.given else None  # log_ref, …
     curve = [{"epoch": 0, "loss": None, "ndcg@10": validate(policy, world.data)}]
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = (world.seed, epoch)              # torch takes one number only: one drawn with these
+        seed = (world.seed, epoch)              # torch takes one number: it is made of this pair
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         epoch_batches = batches(world.rows, world.data, size, policy, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
@@ -422,14 +422,14 @@ def train(name, recipe, policy, world):
 # --- Recommending: beam search down the tree ------------------------------------------------------
 def with_noise(log_p, parent):
     """Values by which children (B, W, K) compete when a list is drawn (Kool et al. 2019, Stochastic
-    beams); log_p: their log P, parent (B, W, 1): the values of their parents, of the root any.
+    beams); log_p: their log P, parent (B, W, 1): values of their parents (the root's: any number).
     If each item had the value log P + Gumbel noise, the k items with the largest values would be a
     draw without replacement. A prefix has the largest value of the items below it, so one of its
     children has the same value as it. Here the prefix comes first: its children get noise, then
     they are moved, keeping their order, so that the largest has the value of the prefix."""
     own = log_p - torch.empty_like(log_p).exponential_().log_()     # − log Exp(1): Gumbel noise
     largest = own.amax(-1, keepdim=True)
-    # −log(exp(−parent) + exp(−own) − exp(−largest)) is `parent` for the largest. In small numbers:
+    # −log(exp(−parent) + exp(−own) − exp(−largest)) is `parent` for the largest. Without overflow:
     #     parent − log(1 + exp(v)), v = parent − own + log(1 − exp(own − largest))
     v = parent - own + torch.log1p(-torch.exp(own - largest))
     return parent - F.softplus(v)                               # softplus(v) = log(1 + exp(v))
