@@ -752,9 +752,10 @@ def check_cm(cm, data):
     after = [history[len(history) // 2:] for history in some]
     asked = "scores(histories, following) of a CM gets B lists of items and has to return"
     for scores in (cm.scores(past), cm.scores(past, after)):    # as when it serves, as in training
+        kind = f"{type(scores).__name__} {getattr(scores, 'dtype', '')}"
         shape = tuple(getattr(scores, "shape", ()))
         check(torch.is_tensor(scores) and scores.is_floating_point() and shape == (len(past), n),
-              f"{asked} a tensor of floats (B, n), here {len(past), n}, not {type(scores)} {shape}")
+              f"{asked} a tensor of floats (B, n), here {len(past), n}, not {kind} {shape}")
         sums = scores.sum(1)
         check(scores.min() >= 0 and (sums - 1).abs().max() < 1e-3,
               f"{asked} numbers ≥ 0, a row's sum is 1; here the smallest number is "

@@ -51,7 +51,7 @@ def draw_prefix(axis, flow, shares, items, level, top):
     axis.text(level + 1.04, bottom, "other codes", va="bottom", visible=top - bottom > 0.035)
 
 def plot_flows(path, flow):
-    """Where the flow goes, for one user: of the teacher on the left, learned on the right.
+    """Where the flow goes, for one user: of the teacher (r_ŷ) on the left, learned on the right.
     flow: "codes" (n, L), "titles" (n), "teacher" and "learned" (n), which sum to 1, "history"
     (titles), "teacher_name", "learned_name"."""
     flow = {**flow, "codes": np.array(flow["codes"]), "teacher": np.array(flow["teacher"])}
