@@ -761,6 +761,22 @@ def check_cm(cm, data):
               f"{asked} numbers ≥ 0, a row's sum is 1; here the smallest number is "
               f"{scores.min():.3g}, the sums go from {sums.min():.3g} to {sums.max():.3g}")
 
+def try_out(name, world):
+    """A step on one row with a new policy, the CM in R: what is wrong in a sampler or a loss of
+    your own shows now, not after SFT. InputError if it returns a wrong shape."""
+    recipe = replace(recipe_of(name, world.settings), teacher="cm")
+    reward = world.reward(recipe)
+    policy = world.policy("", recipe.dropout)
+    batch = batch_of(world.rows[:1], world.data, policy)
+    batch.fill(reward)
+    shape = (len(batch.users), recipe.trajectories)
+    items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy.eval(), 0.0)
+    check(items.shape == shape, f"{name}: sampler {recipe.sampler} has to return item numbers of "
+          f"shape (C, N), here {shape}, not {tuple(items.shape)}")
+    loss = loss_of(recipe, policy, policy, batch, reward, 0.0)
+    check(loss.numel() == 1, f"{name}: its loss has to be a scalar, not {tuple(loss.shape)}")
+    loss.backward()
+
 @dataclass
 class World:
     """What all methods of one seed share, made from training items alone."""
@@ -953,6 +969,9 @@ def run(settings, cm=None):
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
     worlds = [World.prepare(seed, data, settings, cm) for seed in seeds]
+    for name in names:
+        if recipe_of(name, settings).loss:
+            try_out(name, worlds[0])
     jobs = [(name, world, key_of(name, world)) for world in worlds for name in names]
     kept = {}
     for name, world, key in jobs:                               # refuse now, not after hours

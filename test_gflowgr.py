@@ -853,6 +853,11 @@ def test_an_own_loss_and_sampler_and_a_bug_that_keeps_its_traceback(tiny, tmp_pa
     gflowgr.run_oracle(settings)
     assert settings.recipe == before                            # a script may go on with them
     monkeypatch.setattr(gflowgr, "train", None)                 # before anything is trained
+    monkeypatch.setitem(RECIPES, "list", Recipe(lambda log_pf: log_pf, "log_pf", trajectories=3))
+    refused("list: its loss has to be a scalar, not (9, 3)", *flags, "--methods=list")
+    monkeypatch.setitem(SAMPLERS, "newest", lambda batch, count, *others: newest(batch, 7, *others))
+    refused("newest has to return item numbers of shape (C, N), here (9, 3), not (9, 7)", *flags,
+            "--methods=mine:trajectories=3")
     monkeypatch.setitem(RECIPES, "partial", Recipe(partial(another_loss), gflowgr.TB))
     refused("has to be a function", *flags, "--methods=partial")
     monkeypatch.setitem(RECIPES, "typo", Recipe(another_loss, "log_z log_P log_r"))
@@ -1246,7 +1251,7 @@ def test_a_wrong_flag_is_one_line_and_status_2(message, tmp_path):
 
 FILES = [  # the file, its text, what the line must say
     ("items", None, "items.csv"), ("items", "", "no column item_id"), ("items", b"\xe9\n", "UTF-8"),
-    ("items", "title\nA\n", "line 1: there is no"),
+    ("items", "title\nA\n", "line 1: there is no"), ("items", "item_id,x,x\n", "the same name"),
     ("items", ITEMS + "a,Again\n", "items.csv, line 6: item 'a' stands twice"),
     ("events", None, "interactions.csv"), ("events", "", "no column"), ("events", b"\xff", "UTF-8"),
     ("events", EVENTS[:37] + "u,a,2\n", "no user has three"),

@@ -33,6 +33,7 @@ def _rows(path, *columns):
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True, strict=True)
             there = reader.fieldnames or []
+            check(len({*there}) == len(there), f"{path}, line 1: two columns have the same name")
             for name in columns:
                 check({*name.split(" or ")} & {*there}, f"{path}, line 1: there is no column {name}"
                       f", only {there}; add it, with commas and no spaces between")
