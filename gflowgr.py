@@ -45,7 +45,8 @@ NEVER = -1e9                            # log P of what is illegal; not −inf, 
 
 # --- Losses: pure functions of tensors, natural logs ----------------------------------------------
 def trajectory_balance(log_z, log_pf, log_r):
-    """TB of J paths at C contexts: log Z(U) (C,), Σ_l log P_F (C, J), log R (C, J) → scalar.
+    """Trajectory balance (TB, Malkin et al. 2022) of J paths at C contexts → scalar.
+    log_z: log Z(U) (C,); log_pf: Σ_l log P_F (C, J); log_r: log R (C, J).
 
     >>> log_pf, log_r = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
     >>> round(trajectory_balance(torch.zeros(1), log_pf, log_r).item(), 4)   # (0 + (log 1/2)²) / 2
@@ -55,12 +56,13 @@ def trajectory_balance(log_z, log_pf, log_r):
     return (log_z[:, None] + log_pf - log_r).square().mean()
 
 def huber_balance(log_z, log_pf, log_r):
-    """TB as above, but a few paths with R far from P cannot outweigh all others."""
+    """Ours: TB as above, but a few paths with R far from P cannot outweigh all others."""
     # mean of h(log Z(U) + Σ_l log P_F − log R): h(x) = x²/2 up to 1 nat, |x| − 1/2 beyond
     return F.huber_loss(log_z[:, None] + log_pf, log_r)
 
 def detailed_balance(log_flow, log_pf):
-    """DB: log F of s_0 to s_L (C, J, L+1), the last is log R; log P_F of the steps (C, J, L)."""
+    """Detailed balance (DB, Bengio et al. 2023) → scalar.
+    log_flow: log F of s_0 … s_L (C, J, L+1), the last is log R; log_pf: of the steps (C, J, L)."""
     # Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))² over steps, mean over paths
     return (log_flow[..., :-1] + log_pf - log_flow[..., 1:]).square().sum(-1).mean()
 
@@ -74,15 +76,15 @@ def distillation(child_flow, log_probs):
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
 
 def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
-    """S-DPO: log P of a positive (C,) and of negatives (C, J−1): by the policy, by a reference."""
+    """S-DPO (Chen et al. 2024): log P of positives (C,), negatives (C, J−1); and by a reference."""
     # mean of −log σ(−log Σ_d exp(β[Δ_d − Δ_p])), Δ = log P_policy − log P_reference
     margin = beta * ((policy_neg - ref_neg) - (policy_pos - ref_pos)[:, None])
     return -F.logsigmoid(-margin.logsumexp(1)).mean()
 
 def grpo(log_pf, log_ref, log_r, beta):
-    """GRPO, a maximiser of R. Of J paths: log P, log P_ref, log R, all (C, J) → scalar. The policy
-    draws new paths for every step of training, so the ratio of new to old policy is 1. (They are
-    drawn without replacement here: means over them are only close to means over P.)"""
+    """GRPO (Shao et al. 2024), a maximiser of R: log P, log P_ref, log R (C, J) → scalar. New paths
+    are drawn for every step of training, so the ratio of new to old policy is 1. (They are drawn
+    without replacement here: means over them are only close to means over P.)"""
     # mean of −A · log P + β · KL; A = (R − mean R) / std R over a context's paths;
     # KL(P ‖ P_ref) is estimated by x − log x − 1, x = P_ref / P
     r = log_r.exp()
@@ -95,15 +97,14 @@ def grpo(log_pf, log_ref, log_r, beta):
 class Recipe:
     """How a method is trained. `--methods tb:epochs=4` changes a field of an entry of RECIPES."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
-    given: str = ""                 # the loss's arguments in order, like "log_z log_pf log_r"; each
-                                    # is a field of Paths (what we know of J paths) or of Recipe
-    gr: float = 0.0                 # weight of L_GR; 0 is fine: R rewards the logged item
+    given: str = ""                 # the loss's arguments, in order: fields of Paths or of Recipe
+    gr: float = 0.0                 # weight of L_GR; 0 is ours: R rewards the logged item
     lam: float = 1.0                # λ, weight of L_GFN; matters if gr > 0: Adam ignores mere scale
     sampler: str = "reward"         # where the N sampled paths come from; "reward": drawn ∝ R
     trajectories: int = 2           # N: the paper's best is about 3
     first: bool = False             # put τ_1, the logged path, first, as path 0: for L_GR and S-DPO
-    exact: bool = True              # F(s), Z(U) are sums of R, right from the first step: we know
-                                    # R of all items; False: flow_head learns them, if needed
+    exact: bool = True              # ours: F(s), Z(U) are sums of R, right from the first step, as
+                                    # R of all items is known; False: flow_head learns them
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n; r_ŷ and r_s each sum to 1 over the items
     w_a: float = 0.3                # r_a: 1 at the logged item v if it is liked, .1 if only clicked
     w_y: float = 0.65               # r_ŷ: the scores of the teacher
@@ -111,7 +112,7 @@ class Recipe:
     teacher: str = "product"        # r_ŷ: the score of "cm"; or "product", ours: P_SFT · CM^γ of
                                     # the best --beams items, found by beam search, 0 of others
     gamma: float = 2.0              # γ of the product
-    debias: float = 0.0             # δ: the CM's scores are divided by popularity^δ
+    debias: float = 0.0             # δ, ours: the CM's scores are divided by popularity^δ
     beta: float = 0.1               # S-DPO, GRPO: how strongly P is held near that of SFT
     rate: float = 1.5e-3            # peak learning rate: small models like it high
     dropout: float = 0.0            # none is needed if R rewards many items; L_GR over-fits
@@ -172,8 +173,7 @@ class Paths:
     log_r: torch.Tensor = None      # (C, J) log R
     child_flow: torch.Tensor = None     # (C, J, L, K) exact F* of all children, if recipe.exact
     policy_pos: torch.Tensor = None     # (C,) log P of path 0, the logged one if recipe.first
-    policy_neg: torch.Tensor = None     # (C, J-1) of the others; where one is v again, NEVER, so
-                                        # that in S-DPO its exp is 0
+    policy_neg: torch.Tensor = None     # (C, J-1) of the others; NEVER, with exp 0, if v again
     log_ref: torch.Tensor = None        # (C, J) log P by the frozen SFT policy
     ref_pos: torch.Tensor = None        # (C,) that of the logged path
     ref_neg: torch.Tensor = None        # (C, J-1) those of the others
@@ -206,7 +206,7 @@ def tree_mask(ends, H, L):
 class Policy(torch.nn.Module):
     """A small GPT-2 that reads a history and writes a semantic ID, plus the table of IDs.
     Tokens: code c of level l is l·K + c; L·K is <user>, which begins each row, and pads it. An item
-    i of a history is one token, L·K + 1 + i (L codes would make rows L times as long). A row is
+    i of a history is one token, L·K + 1 + i (ours: L codes make rows L times as long). A row is
     packed as in `tree_mask`: of a path, its first L−1 codes (the last is predicted, never read)."""
     def __init__(self, semantic_ids, window=20, width=128, layers=3, dropout=0.2, lm=None):
         super().__init__()
@@ -376,8 +376,8 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
             paths.log_ref = reference(batch.tokens, batch.ends, items).log_steps.sum(-1)    # (C, J)
         paths.ref_pos = paths.log_ref[:, 0]
         paths.ref_neg = paths.log_ref[:, 1:]
-    known = vars(recipe) | vars(paths)                          # TB is given log_z, log_pf, log_r
-    L_GFN = recipe.loss(*[known[name] for name in recipe.given.split()])
+    values = vars(recipe) | vars(paths)                         # TB is given log_z, log_pf, log_r
+    L_GFN = recipe.loss(*[values[name] for name in recipe.given.split()])
     L_GR = -paths.policy_pos.mean() if recipe.gr else 0.0       # recipe_of refuses gr without first
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
@@ -526,6 +526,7 @@ def batches(rows, data, size, policy, rng):
 # --- Evaluation: leave one out, the whole catalogue, the same for every method --------------------
 def recall_at(ranked, target, k):
     """Recall@k of users (B,): is target (B,) in the first k of ranked (B, ≥ k)? −1: empty place."""
+    # 1[target is among ranked_1 … ranked_k]: with one target, a user's recall is 0 or 1
     return (ranked[:, :k] == target[:, None]).any(1).float()
 
 def ndcg_at(ranked, target, k):
@@ -576,7 +577,7 @@ def save_model(model, folder):
         guide = {"gamma": model.gamma, "cm": model.cm.options}
         safetensors.torch.save_file(model.cm.state_dict(), path.with_name("cm.safetensors"))
     ids = policy.semantic_ids
-    report.write_json(path, {"num_codes": ids.num_codes, "codes": ids.codes.tolist(),
+    report.write(path, {"num_codes": ids.num_codes, "codes": ids.codes.tolist(),
                              "beams": policy.beams, "catalogue": policy.catalogue, "guide": guide})
 
 def load_model(folder, dropout=0.0, guided=True):
@@ -587,6 +588,8 @@ def load_model(folder, dropout=0.0, guided=True):
         lm = GPT2LMHeadModel.from_pretrained(                   # safetensors: no pickle
             folder, use_safetensors=True, resid_pdrop=dropout, embd_pdrop=dropout)
         policy = Policy(ids, lm.config.n_positions - ids.num_levels, lm=lm).eval()
+        fits = lm.config.vocab_size == policy.user_token + 1 + len(ids.codes)
+        check(fits, "its IDs do not fit its weights")
         policy.beams = table["beams"]
         policy.catalogue = table["catalogue"]
         if not (guided and table["guide"]):
@@ -648,11 +651,17 @@ def parse(argv):
     """Settings from the command line; a mistake ends in one line on stderr and status 2."""
     parser = HfArgumentParser(Settings, allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
-    known = parser.parse_args(argv)                             # once for the preset, once for all
-    parser.set_defaults(**PRESETS.get(known.preset or known.data, {}))
+    asked = [word for word in argv if word not in ("-h", "--help")]
+    first = parser.parse_args(asked)                            # once for the preset, once for all
+    parser.set_defaults(**PRESETS.get(first.preset or first.data, {}))
+    if asked != argv:
+        plain = Settings(data=first.data, preset=first.preset)
+        epochs = [f"{name} {recipe_of(name, plain).epochs}" for name in RECIPES]
+        parser.epilog = (f"Epochs with these data: {', '.join(epochs)}. In a run, the line that "
+                         "starts a method says its whole recipe.")
     settings = Settings(**vars(parser.parse_args(argv)))
-    if bool(settings.recommend) != bool(settings.model):
-        parser.error("--recommend and --model go together")
+    if bool(settings.recommend) != bool(settings.model) or settings.sample and not settings.model:
+        parser.error("--recommend and --model go together, and --sample with them")
     name = Path(settings.data).resolve().name
     settings.out = settings.out or f"runs/{name}" + "-quick" * settings.quick
     settings.sft += ":epochs=1" * settings.quick
@@ -671,7 +680,7 @@ def check_numbers(where, values):
 
 def check_choice(value, choices, what):
     """Raise InputError, which says what was chosen, if a value is not one of the choices."""
-    check(value in choices, f"{what} is not available; choose from {', '.join(choices)}")
+    check(value in choices, f"{what} is not available; choose from {', '.join(choices) or '–'}")
 
 def base_of(name):
     """A method's name without its changes: tb:lam=2+cm:gamma=3 → tb+cm."""
@@ -716,10 +725,15 @@ def recipe_of(name, settings):
 def facts_of(name, recipe):
     """The fields of a recipe that matter for a method, as numbers and words."""
     facts = {**vars(recipe), "loss": getattr(recipe.loss, "__name__", "L_GR alone")}
-    matter = ("debias", "gamma")                                # of pop, cm and NAME+cm
-    if base_of(name) in RECIPES:
-        matter = facts if recipe.loss else ("loss", "rate", "dropout", "epochs")
-    return {what: facts[what] for what in matter}
+    base = base_of(name)
+    if base not in RECIPES:                                     # NAME+cm: of its guide
+        matter = {"pop": (), "cm": ("debias",)}.get(base, ("debias", "gamma"))
+    elif recipe.loss is None:
+        matter = ("loss", "rate", "dropout", "epochs")
+    else:
+        idle = {"beta"} - {*recipe.given.split()} | ({"gamma"} if recipe.teacher == "cm" else set())
+        matter = facts.keys() - idle
+    return {what: value for what, value in facts.items() if what in matter}
 
 def check_settings(settings):
     """Check the settings and set the device → (names of methods in the table's order, seeds)."""
@@ -731,62 +745,45 @@ def check_settings(settings):
     if settings.preset:
         check_choice(settings.preset, PRESETS, f"--preset {settings.preset}")
     seeds = [seed.strip() for seed in settings.seeds.split(",")]
-    fine = all(seed.isdecimal() and len(seed) < 19 for seed in seeds)
-    check(fine, f"--seeds {settings.seeds} are not numbers like 42,43")
-    known = ["pop", "cm", *RECIPES, *[f"{method}+cm" for method in RECIPES]]
+    whole = all(seed.isdecimal() and len(seed) < 19 for seed in seeds)
+    check(whole, f"--seeds {settings.seeds} are not numbers like 42,43")
+    methods = ["pop", "cm", *RECIPES, *[f"{method}+cm" for method in RECIPES]]
     names = []
     for name in map(str.strip, settings.methods.split(",")):
-        check_choice(base_of(name), known, f"--methods {name}")
+        check_choice(base_of(name), methods, f"--methods {name}")
         if base_of(name) not in ("pop", "cm"):
             names += ["sft", name.partition("+cm")[0]]          # all start from SFT
         names.append(name)
-    names = sorted(dict.fromkeys(names), key=lambda name: known.index(base_of(name)))
+    names = sorted(dict.fromkeys(names), key=lambda name: methods.index(base_of(name)))
     return names, list(dict.fromkeys(map(int, seeds)))
 
 # --- The experiment: data → IDs, CM → SFT → fine-tuned policies → table ---------------------------
 def check_cm(cm, data):
     """Raise InputError if a CM of your own does not return what r_ŷ and the guide need."""
-    n = len(data.titles)
-    some = [[], *data.train[:99]]                               # an empty history, too
-    past = [history[:len(history) // 2] for history in some]
-    after = [history[len(history) // 2:] for history in some]
+    histories = [[], *data.train[:99]]                          # an empty history, too
+    past = [history[:len(history) // 2] for history in histories]
+    after = [history[len(history) // 2:] for history in histories]
     asked = "scores(histories, following) of a CM gets B lists of items and has to return"
+    size = (len(past), len(data.titles))
     for scores in (cm.scores(past), cm.scores(past, after)):    # as when it serves, as in training
-        kind = f"{type(scores).__name__} {getattr(scores, 'dtype', '')}"
-        shape = tuple(getattr(scores, "shape", ()))
-        check(torch.is_tensor(scores) and scores.is_floating_point() and shape == (len(past), n),
-              f"{asked} a tensor of floats (B, n), here {len(past), n}, not {kind} {shape}")
+        kind = (type(scores).__name__, getattr(scores, "dtype", ""), *getattr(scores, "shape", ()))
+        check(torch.is_tensor(scores) and scores.is_floating_point() and scores.shape == size,
+              f"{asked} a tensor of floats (B, n), here {size}, not {kind}")
         sums = scores.sum(1)
         check(scores.min() >= 0 and (sums - 1).abs().max() < 1e-3,
               f"{asked} numbers ≥ 0, a row's sum is 1; here the smallest number is "
               f"{scores.min():.3g}, the sums go from {sums.min():.3g} to {sums.max():.3g}")
 
-def try_out(name, world):
-    """A step on one row with a new policy, the CM in R: what is wrong in a sampler or a loss of
-    your own shows now, not after SFT. InputError if it returns a wrong shape."""
-    recipe = replace(recipe_of(name, world.settings), teacher="cm")
-    reward = world.reward(recipe)
-    policy = world.policy("", recipe.dropout)
-    batch = batch_of(world.rows[:1], world.data, policy)
-    batch.fill(reward)
-    shape = (len(batch.users), recipe.trajectories)
-    items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy.eval(), 0.0)
-    check(items.shape == shape, f"{name}: sampler {recipe.sampler} has to return item numbers of "
-          f"shape (C, N), here {shape}, not {tuple(items.shape)}")
-    loss = loss_of(recipe, policy, policy, batch, reward, 0.0)
-    check(loss.numel() == 1, f"{name}: its loss has to be a scalar, not {tuple(loss.shape)}")
-    loss.backward()
-
 @dataclass
 class World:
     """What all methods of one seed share, made from training items alone."""
     data: object                    # the Dataset of load_data: see data/__init__.py
-    settings: Settings
-    seed: int
-    ids: SemanticIDs
+    settings: Settings              # as the command line has set them
+    seed: int                       # of the IDs, of new policies, of training
+    ids: SemanticIDs                # one row of codes an item
     cm: object                      # CollaborativeModel, or a CM of your own
     rows: list                      # rows to train on, of training_rows
-    products: dict = field(default_factory=dict)
+    products: dict = field(default_factory=dict)    # (debias, gamma) → teacher "product", a Guided
 
     @classmethod
     def prepare(cls, seed, data, settings, cm=None):
@@ -842,28 +839,23 @@ class World:
         """The comprehensive reward of a recipe."""
         return Reward(self.ids, self.teacher(recipe), (recipe.w_a, recipe.w_y, recipe.w_s))
 
-def code_of(function):
-    """Its source, or its compiled code if it was typed in: what --resume compares."""
-    check(inspect.isfunction(function), f"{function} has to be a function, of def or lambda")
-    try:
-        return inspect.getsource(function)
-    except OSError:
-        code = function.__code__
-        return repr((code.co_code, code.co_consts, code.co_names))
-
 def key_of(name, world):
     """The inputs of a run that --resume compares; of the code, the loss and the sampler alone."""
     scores = world.cm.scores(world.data.train[:20]).cpu().numpy()
     key = {"checksum of data": world.data.sizes["checksum"],
            "checksum of CM": zlib.crc32(scores.round(6).tobytes()),
            "checksum of ids": zlib.crc32(world.ids.codes.cpu().numpy().tobytes())}
-    matter = ("window", "width", "layers", "batch", "beams", "temperatures")
-    key |= {what: vars(world.settings)[what] for what in matter}
-    for part in dict.fromkeys(("sft", name.partition("+cm")[0], name)):
+    if base_of(name) in ("pop", "cm"):
+        parts = [name]
+    else:                                                       # trained, or of a trained policy
+        parts = dict.fromkeys(("sft", name.partition("+cm")[0], name))
+        matter = ("window", "width", "layers", "batch", "beams", "temperatures")
+        key |= {what: vars(world.settings)[what] for what in matter}
+    for part in parts:
         recipe = recipe_of(part, world.settings)
         key |= {f"{part} {what}": value for what, value in facts_of(part, recipe).items()}
         if recipe.loss:
-            code = code_of(recipe.loss) + code_of(SAMPLERS[recipe.sampler])
+            code = inspect.getsource(recipe.loss) + inspect.getsource(SAMPLERS[recipe.sampler])
             key["checksum of loss and sampler"] = zlib.crc32(code.encode())
     return key
 
@@ -919,9 +911,10 @@ def run_method(name, world, key):
         if recipe.loss:
             history = data.histories[0][:-1]
             r = world.teacher(recipe).scores([history])[0].cpu()
-            teacher = f"r_ŷ: {recipe.teacher}, debias {recipe.debias}"
-            entry["flow"] = flow_of(model, history, r, data, teacher, name)
-    report.write_json(world.folder(name) / "run.json", {"key": key, **entry})
+            gamma = f", gamma {recipe.gamma}" * (recipe.teacher == "product")
+            teacher = f"r_ŷ: {recipe.teacher}, debias {recipe.debias}{gamma}"
+            entry["flow"] = picture_of(model, history, r, data, teacher, f"P, learned by {name}")
+    report.write(world.folder(name) / "run.json", {"key": key, **entry})
     return entry
 
 @torch.no_grad()
@@ -947,7 +940,7 @@ def learned(policy, reward, data):
     return {"kl": F.kl_div(p.log(), target, reduction="batchmean").item(),
             "entropy": -(p * p.log()).sum(1).mean().item(), "reward@10": share.sum(1).mean().item()}
 
-def flow_of(policy, history, teacher, data, teacher_name, learned_name):
+def picture_of(policy, history, teacher, data, teacher_name, learned_name):
     """What figures.plot_flows draws: P of the teacher (n,), and what was learned."""
     both = torch.stack([teacher, distribution(policy, [history])[0]])               # (2, n)
     both[:, history] = 0                                        # never recommended
@@ -969,10 +962,9 @@ def run(settings, cm=None):
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
     worlds = [World.prepare(seed, data, settings, cm) for seed in seeds]
-    for name in names:
-        if recipe_of(name, settings).loss:
-            try_out(name, worlds[0])
-    jobs = [(name, world, key_of(name, world)) for world in worlds for name in names]
+    jobs = []
+    for world in worlds:
+        jobs += [(name, world, key_of(name, world)) for name in names]
     kept = {}
     for name, world, key in jobs:                               # refuse now, not after hours
         path = world.folder(name) / "run.json"                  # written last: a finished run
@@ -981,9 +973,11 @@ def run(settings, cm=None):
         elif path.exists():
             path.unlink()                                       # train all of it anew
             path.with_name("semantic_ids.json").unlink(missing_ok=True)
+    for old in ("results.md", "diversity.png", "exposure.png", "flow.png"):
+        (Path(settings.out) / old).unlink(missing_ok=True)      # of an earlier run in this folder
     runs = []
     for name, world, key in jobs:                               # results so far; finish: all
-        report.write_json(Path(settings.out) / "results.json", report.results_of(runs, about))
+        report.write(Path(settings.out) / "results.json", report.results_of(runs, about))
         runs.append(kept.get((name, world.seed)) or run_method(name, world, key))
     return report.finish(settings.out, runs, about, data)
 
@@ -1008,20 +1002,20 @@ def run_oracle(settings):
     last = {row.user: row for row in training_rows(data.train, settings.window)}    # of each user
     rows = [row._replace(target=row.stop - 1) for row in last.values()]     # its last item alone
     world = replace(world, data=data, rows=100 * rows, settings=replace(settings, batch=4))
-    known = batch_of(rows, data, policy)
-    known.fill(world.reward(recipe))
-    target = (known.r / known.r.sum(1, keepdim=True)).cpu()     # P* = R/Z
-    before = distribution(policy, known.histories)
-    print(f"training on four contexts, sampler={recipe.sampler} (even: ∝ R/Z + 1/n), trajectories="
-          f"{recipe.trajectories}, first={recipe.first}; their validation says nothing")
-    train(settings.oracle, recipe, policy, world)               # 400 rows: 100 steps an epoch
-    after = distribution(policy, known.histories)
-    distance = [f"{(P - target).abs().sum(1).mean():.4f}" for P in (before, after)]     # L1
+    batch = batch_of(rows, data, policy)
+    batch.fill(world.reward(recipe))
+    target = (batch.r / batch.r.sum(1, keepdim=True)).cpu()     # P* = R/Z
+    before = distribution(policy, batch.histories)
     path = Path(settings.out) / "oracle.png"
+    path.parent.mkdir(parents=True, exist_ok=True)              # fails now, not after training
+    facts = [f"{what}={value}" for what, value in facts_of(settings.oracle, recipe).items()]
+    print("on four contexts; their validation says nothing:", *facts)
+    train(settings.oracle, recipe, policy, world)               # 400 rows: 100 steps an epoch
+    after = distribution(policy, batch.histories)
+    distance = [f"{(P - target).abs().sum(1).mean():.4f}" for P in (before, after)]     # L1
     print("mean L1 distance of P from R/Z: {} before, {} after; picture:".format(*distance), path)
-    flow = flow_of(policy, known.histories[0], target[0], data, "R/Z of unseen items",
+    flow = picture_of(policy, batch.histories[0], target[0], data, "R/Z of unseen items",
                    f"P of unseen items, learned by {settings.oracle}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     report.figures.plot_flows(path, flow)
 
 def print_recommendations(settings):
@@ -1042,7 +1036,7 @@ def main(settings):
     try:
         job(settings)
         return 0
-    except (InputError, OSError, FloatingPointError, safetensors.SafetensorError) as error:
+    except (InputError, OSError, FloatingPointError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

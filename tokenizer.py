@@ -120,8 +120,8 @@ class SemanticIDs(torch.nn.Module):
     def __init__(self, codes, num_codes):
         """codes (n, L) integers in [0, num_codes), all rows different; ValueError otherwise."""
         codes = np.asarray(codes)
-        fine = codes.ndim == 2 and codes.dtype.kind in "iu" and 0 <= codes.min()
-        if not fine or codes.max() >= num_codes or len(np.unique(codes, axis=0)) < len(codes):
+        right = codes.ndim == 2 and codes.dtype.kind in "iu" and 0 <= codes.min()
+        if not right or codes.max() >= num_codes or len(np.unique(codes, axis=0)) < len(codes):
             raise ValueError(f"IDs: (n, L) integers from 0 to {num_codes - 1}, all rows different")
         super().__init__()
         self.num_codes = int(num_codes)

@@ -9,9 +9,9 @@ from pathlib import Path
 class InputError(ValueError):
     """Something the user can mend: the message names the file, the line and the cure."""
 
-def check(fine, message):
-    """Raise InputError with this message unless all is fine."""
-    if not fine:
+def check(right, message):
+    """Raise InputError with this message unless all is right."""
+    if not right:
         raise InputError(message)
 
 @dataclass
@@ -66,6 +66,9 @@ def _read_users(path, index):
     kept = {user: liked for user, liked in users.items() if len(liked) >= 3}
     check(kept, f"{path}: no user has three different items; add interactions")
     print(f"dropped: {repeats} repeats of an item, {len(users) - len(kept)} users with < 3 items")
+    ties = 1 - len({event[:2] for event in events}) / len(events)
+    if ties:
+        print(f"{ties:.0%} of the interactions have the time of the user's one before")
     if not all(map(all, map(dict.values, kept.values()))):
         print("disliked items stay targets; liked only changes r_a of the reward")
     return kept
@@ -125,8 +128,8 @@ def read_ids(path, item_ids):
     for place, row in _rows(path, "item_id"):
         item = row.pop("item_id")
         check(found.get(item, "?") is None, f"{place}: item {item!r} is unknown or stands twice")
-        fine = [text.isdecimal() and float(text) < 65536 for text in row.values()]
-        check(all(fine) and 0 < len(fine) < 7, f"{place}: write 1 to 6 codes from 0 to 65535")
+        small = [text.isdecimal() and float(text) < 65536 for text in row.values()]
+        check(all(small) and 0 < len(small) < 7, f"{place}: write 1 to 6 codes from 0 to 65535")
         found[item] = list(map(int, row.values()))
     ids = list(found.values())
     check(all(ids), f"{path}: {ids.count(None)} items of items.csv have no line; add them")

@@ -1,5 +1,5 @@
 """Every picture. `python -m data.figures RUN` draws those of a run anew, into its folder; with
-`--readme` into data/pictures/, where README's are."""
+`--readme` diversity.png alone, into data/pictures/, where README's pictures are."""
 import argparse
 import contextlib
 import json
@@ -105,11 +105,11 @@ def plot_exposure(path, data, results):
 
 def plot_diversity(path, results):
     """Lists drawn at several temperatures (dots), the best list (star): quality and diversity."""
-    quality, diversity = "recall@10", "first_codes@10"
     runs = {run["method"]: run for run in results["runs"]      # the last seed's
             if run.get("drawn") and "+cm" not in run["method"]}
-    if all("hidden@10" in run["metrics"] for run in runs.values()):
-        quality, diversity = "hidden@10", "themes@10"
+    toy = all("hidden@10" in run["metrics"] for run in runs.values())
+    quality = "hidden@10" if toy else "recall@10"
+    diversity = "themes@10" if toy else "first_codes@10"
     colors = {"tb": BLUE, "grpo": "C1", "sft": "0.6", "distill": "0.1", "tb-huber": "C4"}
     with picture(path, 1, 1, (6.5, 3.8)) as [axis]:
         for number, method in enumerate(sorted(runs, key=[*colors, *runs].index)):
@@ -142,17 +142,19 @@ def main(arguments):
     """Draw a finished run anew; a wrong folder is one line on stderr and status 2."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="a folder with results.json")
-    parser.add_argument("--readme", action="store_true", help="write to data/pictures/")
+    parser.add_argument("--readme", action="store_true", help="data/pictures/diversity.png alone")
     options = parser.parse_args(arguments)
-    out = Path(__file__).parent / "pictures" if options.readme else options.run
     try:
         results = json.loads((options.run / "results.json").read_text("utf-8"))
         settings = results["settings"]
         data = load_data(settings["data"], settings["quick"])
         check(data.sizes == results["data"], "its data have changed since the run")
-        print(*draw_run(out, data, results), sep="\n")
+        if options.readme:
+            plot_diversity(Path(__file__).parent / "pictures/diversity.png", results)
+        else:
+            print(*draw_run(options.run, data, results), sep="\n")
     except (ValueError, KeyError, TypeError, OSError) as error:     # InputError: ValueError
-        parser.exit(2, f"error: {error}\n")
+        parser.exit(2, f"error: {options.run}/results.json: {type(error).__name__} {error}\n")
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -11,10 +11,11 @@ from data import InputError, check, figures
 
 BASES = {"paired": "sft", "paired_continued": "sft-continued"}  # in results.json: gains over …
 
-def write_json(path, value):
-    """Write under a temporary name, then rename: the file is whole or not there."""
+def write(path, value):
+    """Write text or a value as JSON, by a temporary name: the file is whole or not there."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{path}.part").write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    Path(f"{path}.part").write_text(text, encoding="utf-8")
     os.replace(f"{path}.part", path)
 
 def earlier_run(path, key):
@@ -40,10 +41,10 @@ def diversity(ranked, first_codes):
 
 def table_of_items(lists, num_items):
     """(B, n) bool: which items each of B lists holds; −1 is an empty place."""
-    table = np.zeros((len(lists), num_items), bool)
-    for row, items in zip(table, lists):
-        row[[item for item in items if item >= 0]] = True
-    return table
+    rows = np.repeat(np.arange(len(lists)), [len(items) for items in lists])
+    table = np.zeros((len(lists), num_items + 1), bool)         # the last column is that of −1
+    table[rows, list(itertools.chain.from_iterable(lists))] = True
+    return table[:, :-1]
 
 def exposure(ranked, data):
     """{metric: (B,)} of lists (B, 10); {} without a truth.
@@ -109,19 +110,19 @@ def table(results, short=False):
     short: for a screen of 120 columns, without ±, recall, gains over sft-continued."""
     summary = results["summary"]
     several = len(results["runs"]) > len(summary) and not short
-    form = "{mean:.4f} ± {std:.4f}" if several else "{mean:.4f}"
+    mean = "{mean:.4f} ± {std:.4f}" if several else "{mean:.4f}"
     shown = ["recall@10", "ndcg@10", "coverage@10", "hidden@10", "themes@10"][short:]
     bases = list(BASES.items())[:1 if short else 2]
     rows = []
     for method, numbers in summary.items():
         row = {"method": method}
-        row |= {name: form.format(**numbers[name]) for name in shown if name in numbers}
+        row |= {name: mean.format(**numbers[name]) for name in shown if name in numbers}
         for metric, (key, base) in itertools.product(("ndcg@10", "hidden@10"), bases):
             if metric in numbers:
                 gain = results[key].get(method, {}).get(metric, {})     # {}: an empty cell
                 percent = [100 * x for x in gain.values()]
-                cell = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*percent) if gain else ""
-                row[f"{metric} over {base}, %"] = cell
+                form = "{:+.0f} [{:+.0f}, {:+.0f}]" if short else "{:+.1f} [{:+.1f}, {:+.1f}]"
+                row[f"{metric} over {base}, %"] = form.format(*percent) if gain else ""
         rows.append(row.values())
     lines = [row, ["---"] * len(row), *rows]                    # row's keys are the header
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -141,9 +142,9 @@ def finish(out, runs, about, data):
     """Print the first user's list, the table and what was written; write results and pictures."""
     out = Path(out)
     results = results_of(runs, about)
-    write_json(out / "results.json", results)
+    write(out / "results.json", results)
     print_first_user(runs, data)
-    (out / "results.md").write_text(table(results) + "\n", encoding="utf-8")
+    write(out / "results.md", table(results) + "\n")
     print("", table(results, short=True), "", *figures.draw_run(out, data, results), sep="\n")
-    print(f"results.json, results.md (more columns) and the saved models are in {out}/")
+    print(f"results.json, results.md (more columns) and what was saved of models are in {out}/")
     return results

@@ -41,14 +41,9 @@ ADJECTIVES = ("Silent Golden Broken Hidden Last Crimson Endless Little Wild Froz
 def make_titles(items_per_theme, num_themes):
     """(title, genre, theme) of every item; item j of a theme has noun j mod 4."""
     rows = []
-    for theme in range(num_themes):
-        genre, nouns = THEMES[theme % len(THEMES)]
-        name = nouns[0] + f" {theme // len(THEMES) + 1}" * (theme >= len(THEMES))
-        for j in range(items_per_theme):
-            # In larger worlds words repeat, and a number keeps the titles different.
-            number = theme // len(THEMES) * items_per_theme + j // len(ADJECTIVES) + 1
-            title = f"{ADJECTIVES[j % len(ADJECTIVES)]} {nouns[j % 4]}"
-            rows.append((title if number == 1 else f"{title} {number}", genre, name))
+    for genre, nouns in THEMES[:num_themes]:
+        for j, adjective in enumerate(ADJECTIVES[:items_per_theme]):
+            rows.append((f"{adjective} {nouns[j % 4]}", genre, nouns[0]))
     return rows
 
 def make_user(theme, pair, exposure, lift, rng):
@@ -83,7 +78,7 @@ def write_csv(path, header, rows):
         writer.writerows(rows)
 
 def write(folder, num_users=700, items_per_theme=20, num_themes=12, seed=8, quality=0):
-    """Write the three CSV files of a world of any size into `folder`."""
+    """Write the three CSV files of a world (at most of this size) into `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
@@ -114,7 +109,10 @@ if __name__ == "__main__":
     parser.add_argument("--seed", default=8, type=int, help="of the random numbers (default: 8)")
     parser.add_argument("--quality", default=0, type=float, help="Q, from 0 (default) to 1")
     args = parser.parse_args()
-    if args.seed < 0 or not 0 <= args.quality <= 1 or Path(args.out).is_file():
-        parser.error("--seed is at least 0, --quality a number from 0 to 1, --out a folder")
-    write(args.out, seed=args.seed, quality=args.quality)
+    if args.seed < 0 or not 0 <= args.quality <= 1:
+        parser.exit(2, "error: --seed is at least 0, --quality a number from 0 to 1\n")
+    try:
+        write(args.out, seed=args.seed, quality=args.quality)
+    except OSError as problem:
+        parser.exit(2, f"error: {problem}\n")
     print(f"wrote items.csv, interactions.csv and truth.csv to {args.out}")
