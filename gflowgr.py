@@ -652,13 +652,8 @@ def parse(argv):
     parser = HfArgumentParser(Settings, allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
     asked = [word for word in argv if word not in ("-h", "--help")]
-    first = parser.parse_args(asked)                            # once for the preset, once for all
+    first = parser.parse_args(asked)            # once for the preset, which --help shows; then all
     parser.set_defaults(**PRESETS.get(first.preset or first.data, {}))
-    if asked != argv:
-        plain = Settings(data=first.data, preset=first.preset)
-        epochs = [f"{name} {recipe_of(name, plain).epochs}" for name in RECIPES]
-        parser.epilog = (f"Epochs with these data: {', '.join(epochs)}. In a run, the line that "
-                         "starts a method says its whole recipe.")
     settings = Settings(**vars(parser.parse_args(argv)))
     if bool(settings.recommend) != bool(settings.model) or settings.sample and not settings.model:
         parser.error("--recommend and --model go together, and --sample with them")
@@ -953,6 +948,8 @@ def picture_of(policy, history, teacher, data, teacher_name, learned_name):
 def run(settings, cm=None):
     """The whole job → results. cm: a CM of your own, with scores(histories, following=None)."""
     names, seeds = check_settings(settings)
+    recipes = {name: recipe_of(name, settings) for name in names if base_of(name) in RECIPES}
+    print("epochs:", ", ".join([f"{name} {recipe.epochs}" for name, recipe in recipes.items()]))
     for name in (*names, "sft", "tb"):      # a wrong --sft or --recipe fails now, not after hours
         check(not (recipe_of(name, settings).debias and cm),
               f"{name}: debias is of the built-in CM; pass --recipe debias=0, and no cm:debias")
