@@ -2,10 +2,10 @@
 
 A generative recommender reads a user's history and writes the semantic ID of the next item, code
 by code. Supervised fine-tuning (SFT) on the log teaches what was shown, not what the user would
-like: exposure bias. GFlowGR reads an ID as a path down a tree and trains a GFlowNet on it: the
-probability of an item shall be proportional to its reward R. R mixes the logged action, the score
-of a collaborative model (CM) and the similarity of IDs. The first part of this file, down to
-`train`, is the method.
+like: exposure bias. GFlowGR reads an ID as a path down a tree and trains a GFlowNet on it, with a
+loss called trajectory balance (TB): the probability of an item shall be proportional to its reward
+R. R mixes the logged action, the score of a collaborative model (CM) and the similarity of IDs.
+This file is the method, down to `beam_search`; then the experiment.
 
 Letters in shapes: B users or rows of a batch, H tokens of history, T targets per row, C contexts (a
 target and the history before it), J paths per context (N sampled, maybe the logged one), S places
@@ -45,8 +45,7 @@ NEVER = -1e9                            # log P of what is illegal; not −inf, 
 
 # --- Losses: pure functions of tensors, natural logs ----------------------------------------------
 def trajectory_balance(log_z, log_pf, log_r):
-    """Trajectory balance (TB, Malkin et al. 2022) of J paths at C contexts → scalar.
-    log_z: log Z(U) (C,); log_pf: Σ_l log P_F (C, J); log_r: log R (C, J).
+    """TB (Malkin et al. 2022): log Z(U) (C,); Σ_l log P_F and log R of J paths (C, J) → scalar.
 
     >>> log_pf, log_r = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
     >>> round(trajectory_balance(torch.zeros(1), log_pf, log_r).item(), 4)   # (0 + (log 1/2)²) / 2
@@ -61,16 +60,15 @@ def huber_balance(log_z, log_pf, log_r):
     return F.huber_loss(log_z[:, None] + log_pf, log_r)
 
 def detailed_balance(log_flow, log_pf):
-    """Detailed balance (DB, Bengio et al. 2023) → scalar.
-    log_flow: log F of s_0 … s_L (C, J, L+1), the last is log R; log_pf: of the steps (C, J, L)."""
-    # Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))² over steps, mean over paths
+    """Detailed balance (DB, Bengio et al. 2023): log F(s_0…s_L) (C, J, L+1), log P_F (C, J, L)."""
+    # Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))², mean over paths; F(s_L) = R
     return (log_flow[..., :-1] + log_pf - log_flow[..., 1:]).square().sum(-1).mean()
 
 def distillation(child_flow, log_probs):
     """Ours, KL(R/Z ‖ P): flows F* of all children (C, J, L, K), log P_F (C, J, L, K) → scalar.
     The flow of a prefix is the sum of R below it (0 for an illegal child). TB and DB see only the
     codes that a path takes; this loss, a yardstick for them, compares all children at each step.
-    If paths are drawn ∝ R, its mean is the KL over whole items, by the chain rule."""
+    Averaged over paths drawn ∝ R, it is the KL of whole items, by the chain rule."""
     # Σ_l Σ_c F*(c)/F*(s_l) · (log F*(c)/F*(s_l) − log P_F(c | s_l)), mean over paths
     target = child_flow / child_flow.sum(-1, keepdim=True)
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
@@ -97,20 +95,21 @@ def grpo(log_pf, log_ref, log_r, beta):
 class Recipe:
     """How a method is trained. `--methods tb:epochs=4` changes a field of an entry of RECIPES."""
     loss: Callable | None = None    # L_GFN; None: the next-token loss L_GR alone, as SFT
-    given: str = ""                 # the loss's arguments, in order: fields of Paths or of Recipe
-    gr: float = 0.0                 # weight of L_GR; 0 is ours: R rewards the logged item
+    given: str = ""                 # the loss's arguments in order, like "log_z log_pf log_r"; each
+                                    # is a field of Paths (what we know of J paths) or of Recipe
+    gr: float = 0.0                 # weight of L_GR beside L_GFN; 0: R rewards the logged item, too
     lam: float = 1.0                # λ, weight of L_GFN; matters if gr > 0: Adam ignores mere scale
     sampler: str = "reward"         # where the N sampled paths come from; "reward": drawn ∝ R
     trajectories: int = 2           # N: the paper's best is about 3
-    first: bool = False             # put τ_1, the logged path, first, as path 0: for L_GR and S-DPO
-    exact: bool = True              # ours: F(s), Z(U) are sums of R, right from the first step, as
-                                    # R of all items is known; False: flow_head learns them
+    first: bool = False             # path 0 is τ_1, the logged one: for L_GR, S-DPO, the paper's TB
+    exact: bool = True              # ours: F(s), Z(U) are sums of R, since R of all items is known;
+                                    # False: flow_head learns them, if the loss needs them
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n; r_ŷ and r_s each sum to 1 over the items
     w_a: float = 0.3                # r_a: 1 at the logged item v if it is liked, .1 if only clicked
     w_y: float = 0.65               # r_ŷ: the scores of the teacher
     w_s: float = 0.05               # r_s: codes shared with v
-    teacher: str = "product"        # r_ŷ: the score of "cm"; or "product", ours: P_SFT · CM^γ of
-                                    # the best --beams items, found by beam search, 0 of others
+    teacher: str = "product"        # r_ŷ: "cm", its score; or, ours, "product": P_SFT · CM^γ of the
+                                    # --beams items for which a beam search finds it highest, else 0
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ, ours: the CM's scores are divided by popularity^δ
     beta: float = 0.1               # S-DPO, GRPO: how strongly P is held near that of SFT
@@ -151,8 +150,8 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
     def fill(self, reward):
-        """The teacher's scores, R of every item. The CM has counted the whole log, so also v and
-        later items. It is told these (`following`) and subtracts their counts: v shall not leak."""
+        """Fill in the teacher's scores and R of all items. The CM has counted the training log, so
+        also v and later items. We tell it these (`following`), and it subtracts their counts."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -173,9 +172,10 @@ class Paths:
     log_r: torch.Tensor = None      # (C, J) log R
     child_flow: torch.Tensor = None     # (C, J, L, K) exact F* of all children, if recipe.exact
     policy_pos: torch.Tensor = None     # (C,) log P of path 0, the logged one if recipe.first
-    policy_neg: torch.Tensor = None     # (C, J-1) of the others; NEVER, with exp 0, if v again
+    policy_neg: torch.Tensor = None     # (C, J-1) of the others; where one is v again, NEVER, so
+                                        # that it adds nothing to the sum over negatives
     log_ref: torch.Tensor = None        # (C, J) log P by the frozen SFT policy
-    ref_pos: torch.Tensor = None        # (C,) that of the logged path
+    ref_pos: torch.Tensor = None        # (C,) that of path 0
     ref_neg: torch.Tensor = None        # (C, J-1) those of the others
 
 # --- The policy: P_F(next code | user, codes so far) ----------------------------------------------
@@ -224,7 +224,7 @@ class Policy(torch.nn.Module):
             activation_function="gelu_pytorch_tanh"))           # gelu_new's values, faster on CPU
         self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)   # log F(s); log Z(U) at s_0
         for parameter in self.flow_head.parameters():
-            torch.nn.init.zeros_(parameter)                     # log Z = 0, as R's weights sum to 1
+            torch.nn.init.zeros_(parameter)                     # log Z ≈ 0: R's weights sum to 1
 
     def tokens(self, histories):
         """Tokens (B, H): <user>, the last `window` items, padding; ends (B, 1): the last item."""
@@ -312,9 +312,9 @@ def random(batch, count, policy, progress):
 
 def curriculum(batch, count, policy, progress):
     """The paper's default: unobserved items with low scores early in training, high ones late. The
-    scores are the teacher's. Draw a pool of 2N−1 items, item i with P ∝ scores[i]/2 + 1/(2n),
-    unobserved ones alone. Sort it from low to high score. Keep N consecutive ones, the first
-    at place round(progress · (N−1)). 1/(2n) is ours: without it, few low ones are drawn."""
+    scores are the teacher's. Draw a pool of 2N−1 unobserved items, item i ∝ scores[i]/2 + 1/(2n)
+    (1/(2n) is ours: without it, few low ones are drawn). Sort it from low to high score. Keep N
+    neighbours, from place round(progress · (N−1)) on."""
     weight = 0.5 * batch.scores + 0.5 / batch.scores.shape[1]
     weight[batch.observed()] = 1e-12
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -351,8 +351,8 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         return -policy(batch.tokens, batch.ends, batch.positives[:, None]).log_steps.sum(-1).mean()
     batch.fill(reward)
     # Which paths to learn from: N of the sampler, maybe after the logged one. Off-policy: at
-    # P = R/Z, TB and DB are 0 on every path, whoever drew it. (But R depends on v: if one history
-    # is followed by different v, no P fits them all. Where it settles, depends on the sampler.)
+    # P = R/Z, TB and DB are 0 on every path, whoever drew it. (If several v follow one history, it
+    # has several R, and no P fits them all. Which P training ends at, depends on the sampler.)
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
     policy.train()
@@ -390,7 +390,7 @@ def train(name, recipe, policy, world):
     per_epoch = math.ceil(len(world.rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},
-              {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # idle if exact
+              {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # learned flows
     optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10 + 1), steps)
     reference = copy.deepcopy(policy).eval() if "ref" in recipe.given else None  # log_ref, …
