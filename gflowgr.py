@@ -108,8 +108,8 @@ class Recipe:
     w_a: float = 0.3                # r_a: 1 at the logged item v if it is liked, .1 if only clicked
     w_y: float = 0.65               # r_ŷ: the scores of the teacher
     w_s: float = 0.05               # r_s: codes shared with v
-    teacher: str = "product"        # r_ŷ: "cm", its score; or, ours, "product": P_SFT · CM^γ of the
-                                    # --beams items for which a beam search finds it highest, else 0
+    teacher: str = "product"        # r_ŷ: "cm", its score; or "product", ours: P_SFT · CM^γ at the
+                                    # items where a beam search ends (--beams of them), 0 elsewhere
     gamma: float = 2.0              # γ of the product
     debias: float = 0.0             # δ, ours: the CM's scores are divided by popularity^δ
     beta: float = 0.1               # S-DPO, GRPO: how strongly P is held near that of SFT
