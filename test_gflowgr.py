@@ -417,6 +417,8 @@ def test_ids_are_all_different_and_those_of_a_plain_loop(features, K, L):
     for wrong in ([[0, 0], [0, 0]], [[0, K]], [[-1, 0]], [0, 1], [[0.5, 0]]):
         with pytest.raises(ValueError, match="IDs:"):
             SemanticIDs(wrong, K)
+    with pytest.raises(InputError, match=f"{K ** L + 1} items do not fit"):
+        SemanticIDs.fit(points(K ** L + 1), K, L)
 
 def test_kmeans_finds_clusters_and_ends_at_their_means():
     clouds = 100 * points(5)[:, None] + points(200).reshape(5, 40, 4)
