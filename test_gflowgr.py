@@ -1220,15 +1220,16 @@ def packing(J, n, length, rows):              # a step on rows of J branches; on
     one_a_row = tokens.repeat_interleave(J, 0), ends.repeat_interleave(J, 0), items.view(-1, 1)
     return partial(step, tokens, ends, items), partial(step, *one_a_row)
 
-def steps(method, n, size):                   # a step of SFT; of a method with the CM's scores
+def steps(method, n, size):                   # four steps of SFT; of a method with the CM's scores
     policy, rng = random_policy(n, K=512), np.random.default_rng(0)
     train = [rng.choice(n, 3 + rng.geometric(0.25), False).tolist() for _ in range(2 * n)]
     data = SimpleNamespace(train=train, liked=[[True] * len(history) for history in train])
     job = reward.Reward(policy.semantic_ids, CollaborativeModel.fit(train, n), (0.3, 0.65, 0.05))
-    rows = itertools.islice(gflowgr.training_rows(train, policy.window), size)
-    batch = gflowgr.batch_of([*rows], data, policy)
+    rows = [*gflowgr.training_rows(train, policy.window)]
+    four = [*itertools.islice(gflowgr.batches(rows, data, size, policy, rng), 4)]
     def run(method):
-        gflowgr.loss_of(RECIPES[method], policy, policy, batch, job, 0.5).backward()
+        for batch in four:
+            gflowgr.loss_of(RECIPES[method], policy, policy, batch, job, 0.5).backward()
     return partial(run, "sft"), partial(run, method)
 
 def speed(tiny):                              # seconds of both, their ratio, what is asked
@@ -1239,8 +1240,8 @@ def speed(tiny):                              # seconds of both, their ratio, wh
             (f"{users} users, {many} items: best, drawn lists", "<= 1.3", decoding, many, users, 1),
             ("a step on 8 paths: packed, one a row", ">= 7", packing, 8, many, length, users // 2),
             ("a step on 16 paths", ">= 12", packing, 16, many, length, users // 2),
-            (f"a step on {users} rows: sft, distill", "<= 2.6", steps, "distill", many, users),
-            (f"a step on {users} rows: sft, tb", "", steps, "tb", many, users)):
+            (f"4 steps of {users} rows: sft, distill", "<= 2.6", steps, "distill", many, users),
+            (f"4 steps of {users} rows: sft, tb", "", steps, "tb", many, users)):
         one, other = [min(timeit.repeat(job, number=1, repeat=4)) for job in make(*arguments)]
         print(f"{what:50} {one:8.3f} {other:8.3f} {other / one:6.1f}  {asked}", flush=True)
 
