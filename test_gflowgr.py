@@ -445,7 +445,6 @@ def test_features_against_loops():
     for kind, expected in (("content", gram(table)), ("mixed", gram(table) + 4 * gram(mutual))):
         found = tokenizer.item_features(kind, texts, histories, seed=0)
         np.testing.assert_allclose(found @ found.T, expected, atol=1e-4)
-        assert (tokenizer.item_features(kind, texts, histories, seed=0) == found).all()
 
 @pytest.mark.parametrize("window", [1, 4, 7])
 def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
