@@ -578,7 +578,7 @@ def save_model(model, folder):
         safetensors.torch.save_file(model.cm.state_dict(), path.with_name("cm.safetensors"))
     ids = policy.semantic_ids
     report.write(path, {"num_codes": ids.num_codes, "codes": ids.codes.tolist(),
-                             "beams": policy.beams, "catalogue": policy.catalogue, "guide": guide})
+                        "beams": policy.beams, "catalogue": policy.catalogue, "guide": guide})
 
 def load_model(folder, dropout=0.0, guided=True):
     """The saved Policy or Guided in eval mode, with recommend(histories, k); or InputError."""

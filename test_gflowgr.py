@@ -623,13 +623,11 @@ def test_the_whole_loss_against_one_path_at_a_time(name, K, L, tiny, monkeypatch
     data.liked = [[item % 3 > 0 for item in history] for history in data.train]
     policy, reference = (made(ids=world.ids, seed=seed) for seed in (0, 1))
     monkeypatch.setattr(World, "policy", lambda world, method: {"sft": reference}[method])
-    rows = [*gflowgr.training_rows(data.train, 4)]
-    batch = next(gflowgr.batches(rows, data, 5, policy, np.random.default_rng(0)))
+    batch = gflowgr.batch_of([*gflowgr.training_rows(data.train, 4)][:5], data, policy)
     drawn = torch.randint(len(codes), (len(batch.users), recipe.trajectories))
     drawn[0, 0] = batch.positives[0]                            # v is no negative of itself
     def sampler(batch, *others):
-        assert others == (recipe.trajectories, policy, 0.5)
-        assert not policy.training                              # no dropout while they draw
+        assert others == (recipe.trajectories, policy, 0.5) and not policy.training     # no dropout
         return drawn
     monkeypatch.setitem(SAMPLERS, recipe.sampler, sampler)
     found = gflowgr.loss_of(recipe, policy.train(), reference, batch, world.reward(recipe), 0.5)
