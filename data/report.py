@@ -120,7 +120,7 @@ def table(results, short=False):
         for metric, (key, base) in itertools.product(("ndcg@10", "hidden@10"), bases):
             if metric in numbers:
                 gain = results[key].get(method, {}).get(metric, {})     # {}: an empty cell
-                percent = [100 * x for x in gain.values()]
+                percent = [round(100 * x, 1 - short) + 0 for x in gain.values()]    # + 0: no "-0"
                 form = "{:+.0f} [{:+.0f}, {:+.0f}]" if short else "{:+.1f} [{:+.1f}, {:+.1f}]"
                 row[f"{metric} over {base}, %"] = form.format(*percent) if gain else ""
         rows.append(row.values())
