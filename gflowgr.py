@@ -60,8 +60,8 @@ def huber_balance(log_z, log_pf, log_r):
     return F.huber_loss(log_z[:, None] + log_pf, log_r)
 
 def detailed_balance(log_flow, log_pf):
-    """Detailed balance (DB, Bengio et al. 2023): log F(s_0…s_L) (C, J, L+1), log P_F (C, J, L)."""
-    # Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))², mean over paths; F(s_L) = R
+    """Detailed balance (DB, Bengio et al. 2023): the mean over all paths of Σ_l (log F(s_l) +
+    log P_F(s_{l+1} | s_l) − log F(s_{l+1}))²; log F (C, J, L+1), F(s_L) = R; log P_F (C, J, L)."""
     return (log_flow[..., :-1] + log_pf - log_flow[..., 1:]).square().sum(-1).mean()
 
 def distillation(child_flow, log_probs):
@@ -949,7 +949,8 @@ def run(settings, cm=None):
     """The whole job → results. cm: a CM of your own, with scores(histories, following=None)."""
     names, seeds = check_settings(settings)
     recipes = {name: recipe_of(name, settings) for name in names if base_of(name) in RECIPES}
-    print("epochs:", ", ".join([f"{name} {recipe.epochs}" for name, recipe in recipes.items()]))
+    epochs = [f"{name} {recipe.epochs}" for name, recipe in recipes.items()]
+    print("epochs:", ", ".join(epochs) or "nothing is trained")
     for name in (*names, "sft", "tb"):      # a wrong --sft or --recipe fails now, not after hours
         check(not (recipe_of(name, settings).debias and cm),
               f"{name}: debias is of the built-in CM; pass --recipe debias=0, and no cm:debias")

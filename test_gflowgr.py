@@ -1052,7 +1052,7 @@ def test_two_users_and_nine_items_without_text_or_truth_work_as_they_are(tmp_pat
     events = EVENTS.replace("b,1", "b,2")                       # as u,c,2: one in six
     folder = folder_of(tmp_path / "d", "\n".join(["item_id", *"abcdefghi"]), events)
     status, out, err = cli("--data", folder, "--out", tmp_path / "out", "--quick")
-    assert "17% of the interactions have the time of the user's one before" in out
+    assert "17% have the time of the user's interaction before" in out
     assert status == 0 and "| tb-huber+cm | " in out and "hidden@10" not in out, err
 
 def test_the_toy_world_is_as_committed_and_popularity_can_be_earned(tmp_path, monkeypatch):

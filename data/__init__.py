@@ -68,7 +68,7 @@ def _read_users(path, index):
     print(f"dropped: {repeats} repeats of an item, {len(users) - len(kept)} users with < 3 items")
     ties = 1 - len({event[:2] for event in events}) / len(events)
     if ties:
-        print(f"{ties:.0%} of the interactions have the time of the user's one before")
+        print(f"{ties:.0%} have the time of the user's interaction before: the order is arbitrary")
     if not all(map(all, map(dict.values, kept.values()))):
         print("disliked items stay targets; liked only changes r_a of the reward")
     return kept
