@@ -951,6 +951,11 @@ def run(settings, cm=None):
     recipes = {name: recipe_of(name, settings) for name in names if base_of(name) in RECIPES}
     epochs = [f"{name} {recipe.epochs}" for name, recipe in recipes.items()]
     print("epochs:", ", ".join(epochs) or "nothing is trained")
+    used = set()                                                # fields of recipes
+    for name in names:
+        used |= facts_of(name, recipe_of(name, settings)).keys()
+    for change in filter(None, settings.recipe.split(":") if recipes else ()):
+        check(change.partition("=")[0] in used, f"--recipe {change}: no method of this run uses it")
     for name in (*names, "sft", "tb"):      # a wrong --sft or --recipe fails now, not after hours
         check(not (recipe_of(name, settings).debias and cm),
               f"{name}: debias is of the built-in CM; pass --recipe debias=0, and no cm:debias")

@@ -1157,6 +1157,7 @@ FLAGS = {  # what the line must say: flags, or methods, each of which alone is w
     "out of range": "--layers=0 --beams=-1 --codes=-1 --temperatures=-1 --temperatures=nan "
                     "tb:trajectories=0 tb:rate=nan tb:dropout=1 tb:lam=-1 tb:w_s=inf "
                     "tb+cm:gamma=0",
+    "no method of this run uses it": "--recipe=beta=5 --recipe=epochs=2:gr=0:beta=1",
     "given": "tb:given=x", "lam": "tb:lam=x", "loss": "tb:loss=x", "exact=1": "distill:exact=0",
     "w_a, w_y": "tb:w_a=0:w_y=0:w_s=0", "first=1": "sdpo:gr=0:first=0 tb:gr=1 --recipe=gr=1",
     "trajectories": "sdpo:trajectories=0 grpo:trajectories=1"}
