@@ -948,17 +948,19 @@ def picture_of(policy, history, teacher, data, teacher_name, learned_name):
 def run(settings, cm=None):
     """The whole job → results. cm: a CM of your own, with scores(histories, following=None)."""
     names, seeds = check_settings(settings)
-    recipes = {name: recipe_of(name, settings) for name in names if base_of(name) in RECIPES}
-    epochs = [f"{name} {recipe.epochs}" for name, recipe in recipes.items()]
-    print("epochs:", ", ".join(epochs) or "nothing is trained")
+    # sft and tb also if they are not asked for: a wrong --sft or --recipe fails now, not after hours
+    recipes = {name: recipe_of(name, settings) for name in (*names, "sft", "tb")}
+    for name, recipe in recipes.items():
+        check(not (recipe.debias and cm),
+              f"{name}: debias is of the built-in CM; pass --recipe debias=0, and no cm:debias")
+    trained = [name for name in names if base_of(name) in RECIPES]
     used = set()                                                # fields of recipes
     for name in names:
-        used |= facts_of(name, recipe_of(name, settings)).keys()
-    for change in filter(None, settings.recipe.split(":") if recipes else ()):
+        used |= facts_of(name, recipes[name]).keys()
+    for change in filter(None, settings.recipe.split(":") if trained else ()):
         check(change.partition("=")[0] in used, f"--recipe {change}: no method of this run uses it")
-    for name in (*names, "sft", "tb"):      # a wrong --sft or --recipe fails now, not after hours
-        check(not (recipe_of(name, settings).debias and cm),
-              f"{name}: debias is of the built-in CM; pass --recipe debias=0, and no cm:debias")
+    epochs = [f"{name} {recipes[name].epochs}" for name in trained]
+    print("epochs:", ", ".join(epochs) or "nothing is trained")
     data = load_data(settings.data, settings.quick)
     if cm:
         check_cm(cm, data)
