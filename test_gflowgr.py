@@ -240,6 +240,16 @@ def cm_loops(self, histories, following=None, length=None):
         out.append(row / row.sum())
     return torch.stack(out)
 
+def mask_loops(ends, H, L, order=True):
+    S = H + ends.shape[1] * (L - 1)
+    mask = torch.full((len(ends), S, S), NEVER)
+    for b, i, j in np.ndindex(*mask.shape):
+        branch = (i - H) // (L - 1)
+        last = ends[b, branch] if i >= H else i if order else H
+        if j <= last if j < H else i >= j >= H + branch * (L - 1):
+            mask[b, i, j] = 0
+    return mask
+
 def scored(own):                              # what `curriculum` reads of a Batch; own: logged
     logged = list(range(3000)), [own] * 3000
     return SimpleNamespace(scores=torch.tensor([SCORES]).repeat(3000, 1), observed=lambda: logged)
@@ -325,12 +335,12 @@ ALL = [
         lambda p, ref, r, beta: grpo_loops(p, ref, r.exp(), beta)]),
     Exercise(CollaborativeModel.scores, 45, cm_loops, cm_cases, [
         partial(cm_loops, length=99), lambda self, histories, *more: cm_loops(self, histories)]),
-    Exercise(gflowgr.tree_mask, 30, gflowgr.tree_mask, lambda: [    # one_by_one has checked ours
+    Exercise(gflowgr.tree_mask, 30, mask_loops, lambda: [
         ("<user> and an item; 1 branch of 1 code after <user>", torch.tensor([[0]]), 2, 2),
         ("the example of the docstring", torch.tensor([[1, 2]]), 3, 3),
         ("2 rows, 3 branches", torch.tensor([[0, 3, 2], [1, 1, 3]]), 4, 3)], [
-        lambda e, H, L: gflowgr.tree_mask(e, H, L).mT,                              # rows, columns
-        lambda e, H, L: gflowgr.tree_mask(e[:, :1], H, 1 + e.shape[1] * (L - 1))]), # one branch
+        partial(mask_loops, order=False), lambda e, H, L: mask_loops(e - 1, H, L),
+        lambda e, H, L: mask_loops(e[:, :1], H, 1 + e.shape[1] * (L - 1))]),        # one branch
     Exercise(gflowgr.curriculum, 30, curriculum_loops, lambda: [
         (f"3000 contexts, scores {SCORES}, item 1 logged; shares of the 6 items at each place",
          scored(1), count, None, progress)
