@@ -59,6 +59,12 @@ def huber_balance(log_z, log_pf, log_r):
     # mean of h(log Z(U) + Σ_l log P_F − log R): h(x) = x²/2 up to 1 nat, |x| − 1/2 beyond
     return F.huber_loss(log_z[:, None] + log_pf, log_r)
 
+def vargrad(log_pf, log_r):
+    """VarGrad (Richter et al. 2020): TB without log Z; log P_F, log R (C, J) → scalar. At P = R/Z,
+    log R − log P is log Z(U) on all J paths of a context, so their mean stands for log Z(U)."""
+    # mean of (log P − log R − mean over the context's paths)²: the variance of log P − log R
+    return (log_pf - log_r).var(1, correction=0).mean()
+
 def detailed_balance(log_flow, log_pf):
     """Detailed balance (DB, Bengio et al. 2023): the mean over all paths of Σ_l (log F(s_l) +
     log P_F(s_{l+1} | s_l) − log F(s_{l+1}))²; log F (C, J, L+1), F(s_L) = R; log P_F (C, J, L)."""
@@ -101,7 +107,8 @@ class Recipe:
     lam: float = 1.0                # λ, weight of L_GFN; matters if gr > 0: Adam ignores mere scale
     sampler: str = "reward"         # where the N sampled paths come from; "reward": drawn ∝ R
     trajectories: int = 2           # N: the paper's best is about 3
-    first: bool = False             # path 0 is τ_1, the logged one: for L_GR, S-DPO, the paper's TB
+    first: bool = False             # path 0 is τ_1, the chosen one: for L_GR, S-DPO, the paper's TB
+    chosen: str = "logged"          # which one that is: the "logged" item, or one drawn ∝ "reward"
     exact: bool = True              # ours: F(s), Z(U) are sums of R, since R of all items is known;
                                     # False: flow_head learns them, if the loss needs them
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/n; r_ŷ and r_s each sum to 1 over the items
@@ -126,10 +133,13 @@ RECIPES = {
     "sft": Recipe(dropout=0.2, epochs=8),
     "sft-continued": Recipe(dropout=0.2, rate=4.5e-4),          # more of the same, to compare
     "sdpo": Recipe(sdpo, "policy_pos policy_neg ref_pos ref_neg beta", **PAPER),
+    "sdpo-reward": Recipe(sdpo, "policy_pos policy_neg ref_pos ref_neg beta", first=True,
+                          chosen="reward", sampler="drawn", trajectories=7, exact=False),
     "grpo": Recipe(grpo, "log_pf log_ref log_r beta", sampler="drawn", trajectories=8, exact=False),
     "tb-paper": Recipe(trajectory_balance, TB, **PAPER),
     "db": Recipe(detailed_balance, "log_flow log_steps"),       # log P_F of each step, no sum
     "tb": Recipe(trajectory_balance, TB),
+    "vargrad": Recipe(vargrad, "log_pf log_r", sampler="drawn", trajectories=8, exact=False),
     "tb-huber": Recipe(huber_balance, TB),
     "distill": Recipe(distillation, "child_flow log_probs", trajectories=1)}
 
@@ -146,6 +156,7 @@ class Batch:
     following: list                 # C lists: the target and the user's later training items
     positives: torch.Tensor         # (C,) the targets v
     liked: torch.Tensor             # (C,) bool: v was liked, not only clicked
+    unseen: torch.Tensor            # (C, P + n) bool: of each node, see SemanticIDs.unseen
     scores: torch.Tensor = None     # (C, n) the teacher's, of sum 1, filled in by `fill`
     r: torch.Tensor = None          # (C, n) R of every item, filled in by `fill`
 
@@ -155,17 +166,14 @@ class Batch:
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
-        self.r = reward(self.scores, self.positives, self.liked.to(device))
-
-    def observed(self):
-        """Where the user's logged items, v and later ones too, stand in (C, n): rows, columns."""
-        return entries([past + after for past, after in zip(self.histories, self.following)])
+        unseen = self.unseen[:, reward.ids.num_prefixes:].to(device)                # (C, n)
+        self.r = reward(self.scores, self.positives, self.liked.to(device), unseen)
 
 @dataclass
 class Paths:
     """J paths at each of C contexts: what a loss may be given. A recipe names the fields."""
     log_steps: torch.Tensor         # (C, J, L) log P_F(s_{l+1} | s_l) of the codes taken
-    log_probs: torch.Tensor         # (C, J, L, K) log P_F of all codes, NEVER where illegal
+    log_probs: torch.Tensor         # (C, J, L, K) log P_F of all codes, < NEVER/2 where illegal
     log_flow: torch.Tensor          # (C, J, L+1) log F of s_0 … s_L; loss_of adds the last, log R
     log_pf: torch.Tensor = None     # (C, J) log P of the whole path, Σ_l log P_F
     log_z: torch.Tensor = None      # (C,) log Z(U)
@@ -231,10 +239,11 @@ class Policy(torch.nn.Module):
         rows = [[-1, *history[-self.window:]] for history in histories]     # −1 becomes <user>
         return pad(rows, -1) + self.user_token + 1, torch.tensor([[len(row) - 1] for row in rows])
 
-    def forward(self, tokens, ends, items):
-        """items (C, J), J at each context → their Paths; tokens and ends are those of a Batch."""
+    def forward(self, tokens, ends, unseen, items):
+        """items (C, J), J at each context → their Paths; tokens, ends, unseen are a Batch's."""
         ids = self.semantic_ids
-        tokens, ends, items = (x.to(ids.codes.device) for x in (tokens, ends, items))
+        device = ids.codes.device
+        tokens, ends, unseen, items = (x.to(device) for x in (tokens, ends, unseen, items))
         H = tokens.shape[1]
         L = ids.num_levels
         J = items.shape[1]
@@ -242,10 +251,9 @@ class Policy(torch.nn.Module):
         # The J items of a context become J branches of its row, E = T·J; padding gets item 0
         packed = items.new_zeros(*ends.shape, J)                                    # (B, T, J)
         packed[valid] = items                                   # contexts go row by row
-        packed = packed.flatten(1)                                                  # (B, E)
         ends = ends.clamp(min=0).repeat_interleave(J, 1)                            # (B, E)
         levels = torch.arange(L, device=ends.device)
-        code_tokens = ids.codes[packed] + ids.num_codes * levels                    # (B, E, L)
+        code_tokens = ids.codes[packed.flatten(1)] + ids.num_codes * levels         # (B, E, L)
         mask = tree_mask(ends, H, L)
         # A place's position is the number of places that it sees, less 1
         hidden = self.lm.transformer(
@@ -254,26 +262,28 @@ class Policy(torch.nn.Module):
         root = hidden.take_along_dim(ends[..., None], 1)        # (B, E, d) s_0: the history's end
         later = hidden[:, H:].unflatten(1, (ends.shape[1], L - 1))                  # (B, E, L-1, d)
         prefixes = torch.cat([root[:, :, None], later], 2)                          # (B, E, L, d)
+        # Back from rows to contexts, without padding: (B, E, …) → (B, T, J, …) → (C, J, …)
+        prefixes = prefixes.unflatten(1, (-1, J))[valid]                            # (C, J, L, d)
         # A level's output weights are its codes' embeddings (all levels at once: it is faster)
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
-        logits = torch.einsum("beld,lkd->belk", prefixes, heads).float()            # (B, E, L, K)
-        states = ids.nodes[packed][..., :-1]                    # (B, E, L) nodes s_0…s_{L-1}
-        illegal = ids.next_node[states] < 0                     # (B, E, L, K) −1: no such child
+        logits = torch.einsum("cjld,lkd->cjlk", prefixes, heads).float()            # (C, J, L, K)
+        states = ids.nodes[items][..., :-1]                     # (C, J, L) nodes s_0…s_{L-1}
+        illegal = ids.legal_children(states.flatten(1), unseen).view_as(logits) < 0
         log_probs = logits.masked_fill(illegal, NEVER).log_softmax(-1)
-        log_flow = self.flow_head(prefixes)[..., 0]                                 # (B, E, L)
-        # Back from rows to contexts, without padding: (B, E, …) → (B, T, J, …) → (C, J, …)
-        log_probs, log_flow = (x.unflatten(1, (-1, J))[valid] for x in (log_probs, log_flow))
+        log_flow = self.flow_head(prefixes)[..., 0]                                 # (C, J, L)
         log_steps = log_probs.gather(-1, ids.codes[items][..., None])[..., 0]       # (C, J, L)
         return Paths(log_steps, log_probs, log_flow)
 
     def path_log_probs(self, histories, items):
-        """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L)."""
+        """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L). A step
+        that leads to no unseen item has −1e9 or less."""
         tokens, ends = self.tokens(histories)                   # one target, after all items
-        return self(tokens, ends, torch.as_tensor(items)).log_steps
+        unseen = self.semantic_ids.unseen(histories)
+        return self(tokens, ends, unseen, torch.as_tensor(items)).log_steps
 
     def recommend(self, histories, k=10, beams=None, guide=None, sample=0.0):
         """The k best items of B histories: items (B, k), best first, and their scores (B, k).
-        Never an item of the history, never a duplicate; −1 and −inf where the beam holds no more.
+        Never an item of the history, never a duplicate; −1 and −inf where fewer than k are unseen.
         Beam search over legal codes: the score of a prefix is Σ log P_F of its codes, and the best
         max(beams or self.beams, k) of a user go on to the next level: exact with enough beams.
         guide (B, n) ≥ 0 multiplies P: the score of an item is log P + log guide, that of a prefix
@@ -298,25 +308,26 @@ def draw(weight, count):
     return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
 
 def session(batch, count, policy, progress):
-    """Other items of the user's own log; the positive if there is no other."""
+    """Later items of the user's own log; the positive v if there is none."""
     weight = torch.zeros_like(batch.r)
-    weight[batch.observed()] = 1
-    weight.scatter_(1, batch.positives[:, None], 1e-6)          # v: only if there is no other
-    return draw(weight, count)
+    weight[entries(batch.following)] = 1
+    return draw(weight.scatter_(1, batch.positives[:, None], 1e-6), count)      # v: if alone
+
+def unlogged(batch, weight):
+    """weight (C, n), 0 at all logged items of the user; the positive if no other item is left."""
+    weight[entries([past + after for past, after in zip(batch.histories, batch.following)])] = 0
+    return weight.scatter_(1, batch.positives[:, None], 1e-12)
 
 def random(batch, count, policy, progress):
     """Any unobserved items."""
-    weight = torch.ones_like(batch.r)
-    weight[batch.observed()] = 1e-12                            # not 0: maybe all are observed
-    return draw(weight, count)
+    return draw(unlogged(batch, torch.ones_like(batch.r)), count)
 
 def curriculum(batch, count, policy, progress):
     """The paper's default: unobserved items with low scores early in training, high ones late. The
     scores are the teacher's. Draw a pool of 2N−1 unobserved items, item i ∝ scores[i]/2 + 1/(2n)
     (1/(2n) is ours: without it, few low ones are drawn). Sort it from low to high score. Keep N
     neighbours, from place round(progress · (N−1)) on."""
-    weight = 0.5 * batch.scores + 0.5 / batch.scores.shape[1]
-    weight[batch.observed()] = 1e-12
+    weight = unlogged(batch, 0.5 * batch.scores + 0.5 / batch.scores.shape[1])
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
     ranked = pool.gather(1, batch.scores.gather(1, pool).argsort(1))
     start = round(progress * (count - 1))
@@ -328,10 +339,10 @@ def beam(batch, count, policy, progress):
     positives = batch.positives[:, None]
     order = (items == positives).int().argsort(dim=1, stable=True)      # the positive goes last
     items = items.gather(1, order)[:, :count]
-    return items.where(items >= 0, positives)                   # fewer than N found: the positive
+    return items.where(items >= 0, positives)                   # fewer than N unseen: the positive
 
 def drawn(batch, count, policy, progress):
-    """Ours: N items drawn from the policy itself, without replacement and none of the history."""
+    """Ours: N items drawn from the policy itself, without replacement."""
     items = policy.recommend(batch.histories, count, beams=count, sample=1.0)[0].to(batch.r.device)
     return items.where(items >= 0, batch.positives[:, None])    # fewer than N unseen: the positive
 
@@ -348,7 +359,8 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
     """L = gr · L_GR(U, v) + λ · L_GFN, the means over the batch. L_GR alone without recipe.loss.
     reference: the frozen SFT policy, or None; progress: the share of training that is done."""
     if not recipe.loss:
-        return -policy(batch.tokens, batch.ends, batch.positives[:, None]).log_steps.sum(-1).mean()
+        paths = policy(batch.tokens, batch.ends, batch.unseen, batch.positives[:, None])
+        return -paths.log_steps.sum(-1).mean()
     batch.fill(reward)
     # Which paths to learn from: N of the sampler, maybe after the logged one. Off-policy: at
     # P = R/Z, TB and DB are 0 on every path, whoever drew it. (If several v follow one history, it
@@ -357,9 +369,12 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
     policy.train()
     if recipe.first:
-        items = torch.cat([batch.positives[:, None], items], 1)                     # (C, J)
+        logged = recipe.chosen == "logged"
+        chosen = batch.positives[:, None] if logged else draw(batch.r, 1)           # (C, 1)
+        items = torch.cat([chosen, items], 1)                                       # (C, J)
     # What the policy says of them, and R. log F(s_L) is log R.
-    paths = policy(batch.tokens, batch.ends, items)
+    asked = batch.tokens, batch.ends, batch.unseen, items
+    paths = policy(*asked)
     device = paths.log_steps.device     # the policy's; if it is a Mac's "mps", R is on the CPU
     paths.log_pf = paths.log_steps.sum(-1)                      # Σ_l log P_F      (C, J)
     paths.log_r = batch.r.gather(1, items).log().to(device)                         # (C, J)
@@ -373,7 +388,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
     paths.policy_neg = paths.log_pf[:, 1:].masked_fill(again, NEVER)
     if reference:
         with torch.no_grad():
-            paths.log_ref = reference(batch.tokens, batch.ends, items).log_steps.sum(-1)    # (C, J)
+            paths.log_ref = reference(*asked).log_steps.sum(-1)                     # (C, J)
         paths.ref_pos = paths.log_ref[:, 0]
         paths.ref_neg = paths.log_ref[:, 1:]
     values = vars(recipe) | vars(paths)                         # TB is given log_z, log_pf, log_r
@@ -453,14 +468,16 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     hidden = hidden.take_along_dim(ends[..., None], 1)                              # (B, W = 1, d)
     place = torch.arange(tokens.shape[1], device=tokens.device)
     mask = torch.where(place > ends[..., None], NEVER, 0.0)                         # (B, W, keys)
+    unseen = ids.unseen(histories)                              # (B, P + n), by node
     node = torch.zeros_like(ends)                               # (B, W) nodes of the tree; 0: root
     score = value = hidden.new_zeros(node.shape)    # (B, W): log P so far; what ranks the beams
     below = 0.0                                                 # log Σ guide of the items below
     if guide is not None:
-        log_guide = ids.flows(guide.to(mask.device)).clamp(min=1e-30).log()  # (B, P + n), by node
+        guide = guide.to(mask.device) * unseen[:, ids.num_prefixes:]                # (B, n)
+        log_guide = ids.flows(guide).clamp(min=1e-30).log()     # (B, P + n), by node
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
-        child = ids.next_node[node]                             # (B, W, K) −1: illegal
+        child = ids.legal_children(node, unseen)                      # (B, W, K) −1: illegal
         # If fewer than W children are legal, illegal ones, nodes −1, fill the beam, at score NEVER.
         # At the next level, next_node[−1], an extra last row, makes all their children −1 as well
         logits = (hidden @ head.T).masked_fill_(child < 0, NEVER)
@@ -473,16 +490,17 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
             score = logits.log_softmax(-1) + score[..., None]
             value = score + below
         child, score, value = (x.flatten(1) for x in (child, score, value))         # (B, W·K)
-        if level == ids.num_levels - 1:                         # children are items, nodes P + i
-            scores = value.new_full((len(value), 1 + len(ids.codes)), -math.inf)
-            # Item i goes to column 1 + i; column 0 takes what is illegal, and is cut off
-            column = (child - ids.num_prefixes + 1).clamp(min=0)
-            return best_unseen(scores.scatter_(1, column, value)[:, 1:], histories, k)
         best = value.topk(min(beams, value.shape[1]), 1).indices                    # (B, W)
         node, score, value = (x.gather(1, best) for x in (child, score, value))
+        if level == ids.num_levels - 1:                         # children are items, nodes P + i
+            break
         mask = grown(mask, parents=best // K)
         hidden = lm(level * K + best % K, cache, attention_mask=mask[:, None],
                     position_ids=(ends + 1 + level).expand_as(best)).last_hidden_state  # (B,W,d)
+    nothing = [len(set(history)) == len(ids.codes) for history in histories]    # all were seen
+    node[nothing] = -1
+    items = F.pad((node - ids.num_prefixes).clamp(min=-1), (0, k), value=-1)[:, :k]
+    return items, F.pad(value, (0, k))[:, :k].masked_fill(items < 0, -math.inf)
 
 # --- Rows of a batch ------------------------------------------------------------------------------
 # A row reads the items start … stop-2 of a user's history, and its targets are target … stop-1.
@@ -513,7 +531,8 @@ def batch_of(rows, data, policy):
     following = [data.train[user][index:] for user, index in zip(users, indices)]
     positives = torch.tensor([items[0] for items in following])
     liked = torch.tensor([data.liked[user][index] for user, index in zip(users, indices)])
-    return Batch(tokens, ends, users, histories, following, positives, liked)
+    unseen = policy.semantic_ids.unseen(histories)
+    return Batch(tokens, ends, users, histories, following, positives, liked, unseen)
 
 def batches(rows, data, size, policy, rng):
     """One epoch of Batches in random order; rows of similar length together, for less padding."""
@@ -903,12 +922,6 @@ def run_method(name, world, key):
         plain = "" if isinstance(world.cm, CollaborativeModel) else "debias=0"
         judge = recipe if recipe.loss else recipe_of("tb", replace(world.settings, recipe=plain))
         metrics |= learned(model, world.reward(judge), data)
-        if recipe.loss:
-            history = data.histories[0][:-1]
-            r = world.teacher(recipe).scores([history])[0].cpu()
-            gamma = f", gamma {recipe.gamma}" * (recipe.teacher == "product")
-            teacher = f"r_ŷ: {recipe.teacher}, debias {recipe.debias}{gamma}"
-            entry["flow"] = picture_of(model, history, r, data, teacher, f"P, learned by {name}")
     report.write(world.folder(name) / "run.json", {"key": key, **entry})
     return entry
 
@@ -927,7 +940,8 @@ def learned(policy, reward, data):
     device = reward.ids.codes.device
     positives = torch.tensor([data.histories[user][-2] for user in users], device=device)
     liked = torch.tensor([data.liked[user][-2] for user in users], device=device)
-    r = reward(reward.teacher.scores(histories).to(device), positives, liked).cpu()
+    unseen = reward.ids.unseen(histories)[:, reward.ids.num_prefixes:]              # (50, n)
+    r = reward(reward.teacher.scores(histories).to(device), positives, liked, unseen).cpu()
     target = r / r.sum(1, keepdim=True)                                             # R/Z (50, n)
     p = torch.cat([distribution(policy, [history]) for history in histories]).clamp(min=1e-30)
     ten = policy.recommend(histories)[0].cpu()
@@ -935,20 +949,11 @@ def learned(policy, reward, data):
     return {"kl": F.kl_div(p.log(), target, reduction="batchmean").item(),
             "entropy": -(p * p.log()).sum(1).mean().item(), "reward@10": share.sum(1).mean().item()}
 
-def picture_of(policy, history, teacher, data, teacher_name, learned_name):
-    """What figures.plot_flows draws: P of the teacher (n,), and what was learned."""
-    both = torch.stack([teacher, distribution(policy, [history])[0]])               # (2, n)
-    both[:, history] = 0                                        # never recommended
-    teacher, learned = (both / both.sum(1, keepdim=True)).tolist()
-    return {"codes": policy.semantic_ids.codes.tolist(), "titles": data.titles,
-            "history": [data.titles[item] for item in history], "teacher": teacher,
-            "learned": learned, "teacher_name": teacher_name, "learned_name": learned_name}
-
 # --- Command line ---------------------------------------------------------------------------------
 def run(settings, cm=None):
     """The whole job → results. cm: a CM of your own, with scores(histories, following=None)."""
     names, seeds = check_settings(settings)
-    # sft and tb also if they are not asked for: a wrong --sft or --recipe fails now, not after hours
+    # sft and tb also if not asked for: a wrong --sft or --recipe fails now, not after hours
     recipes = {name: recipe_of(name, settings) for name in (*names, "sft", "tb")}
     for name, recipe in recipes.items():
         check(not (recipe.debias and cm),
@@ -978,7 +983,7 @@ def run(settings, cm=None):
         elif path.exists():
             path.unlink()                                       # train all of it anew
             path.with_name("semantic_ids.json").unlink(missing_ok=True)
-    for old in ("results.md", "diversity.png", "exposure.png", "flow.png"):
+    for old in ("results.md", "diversity.png", "exposure.png"):
         (Path(settings.out) / old).unlink(missing_ok=True)      # of an earlier run in this folder
     runs = []
     for name, world, key in jobs:                               # results so far; finish: all
@@ -987,8 +992,9 @@ def run(settings, cm=None):
     return report.finish(settings.out, runs, about, data)
 
 def even(batch, count, policy, progress):
-    """The sampler of --oracle: P ∝ R/Z + 1/n, so that no item is forgotten."""
-    return draw(batch.r / batch.r.sum(1, keepdim=True) + 1 / batch.r.shape[1], count)
+    """The sampler of --oracle: P ∝ R/Z + 1/n of unseen items, so that none is forgotten."""
+    target = batch.r / batch.r.sum(1, keepdim=True)
+    return draw((target + 1 / target.shape[1]) * (target > 0), count)
 SAMPLERS["even"] = even
 
 def run_oracle(settings):
@@ -1019,9 +1025,11 @@ def run_oracle(settings):
     after = distribution(policy, batch.histories)
     distance = [f"{(P - target).abs().sum(1).mean():.4f}" for P in (before, after)]     # L1
     print("mean L1 distance of P from R/Z: {} before, {} after; picture:".format(*distance), path)
-    flow = picture_of(policy, batch.histories[0], target[0], data, "R/Z of unseen items",
-                   f"P of unseen items, learned by {settings.oracle}")
-    report.figures.plot_flows(path, flow)
+    report.figures.plot_flows(path, {
+        "codes": world.ids.codes.tolist(), "titles": data.titles,
+        "history": [data.titles[item] for item in batch.histories[0]],
+        "teacher": target[0].tolist(), "teacher_name": "R/Z",
+        "learned": after[0].tolist(), "learned_name": f"P, learned by {settings.oracle}"})
 
 def print_recommendations(settings):
     """Ten titles by a saved model, for a history of titles or ids, oldest first."""

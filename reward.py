@@ -13,14 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tokenizer import cooccurrence
+from tokenizer import cooccurrence, entries
 
 warnings.filterwarnings("ignore", message="Sparse CSR")         # torch calls its sparse CSR "beta"
-
-def entries(lists):
-    """Row and column indices (two lists) of all items of B lists, to index a (B, n) matrix."""
-    rows = np.repeat(np.arange(len(lists)), np.fromiter(map(len, lists), int))
-    return rows.tolist(), list(chain.from_iterable(lists))
 
 def best_unseen(scores, histories, k=10):
     """The k items with the highest scores (B, n), none of the histories: items, scores (B, k);
@@ -76,7 +71,7 @@ class CollaborativeModel(torch.nn.Module):
         n = len(self.count)
         device = self.count.device
         recent = [history[-self.length:] for history in histories]
-        index = torch.tensor(entries(recent), dtype=torch.long, device=device)
+        index = torch.tensor(np.stack(entries(recent)), device=device)
         ages = chain.from_iterable(reversed(range(len(history))) for history in recent)
         weight = self.decay ** torch.tensor([*ages], device=device).float()
         # score = H · T, H (B, n) with decay^age at each recent item
@@ -91,7 +86,7 @@ class CollaborativeModel(torch.nn.Module):
         owned = entries([set(history) for history in histories])
         scores[owned] = 0
         popular = (self.count + 1.0) / (self.count + 1.0).sum()                     # (n,)
-        rows = torch.tensor(owned[0], dtype=torch.long, device=device)
+        rows = torch.tensor(owned[0], device=device)
         had = torch.bincount(rows, popular[owned[1]], len(histories))   # Σ popular over the history
         total = scores.sum(1)                                                       # (B,)
         s = torch.where(total > 0, self.popularity, 1.0)                            # (B,)
@@ -139,7 +134,7 @@ class Guided:
 
     def scores(self, histories, following=None):
         """(B, n) ∝ P(v | U) · CM(U, v)^γ at the W items that the guided beam finds, 0 at others.
-        Rows sum to 1, or to 0 if no new item was found. following: as in the CM's scores."""
+        Rows sum to 1, or to 0 if the user has seen all items. following: as in the CM's scores."""
         later = following or [()] * len(histories)
         keys = [(*past, -1, *after) for past, after in zip(histories, later)]
         new = [b for b, key in enumerate(keys) if key not in self.memory]
@@ -149,17 +144,18 @@ class Guided:
             past = [histories[b] for b in chunk]
             after = following and [following[b] for b in chunk]
             items, score = self.recommend(past, self.policy.beams, after)   # log P + γ · log CM
-            shares = score.softmax(1).nan_to_num()              # nan if no item was found
+            shares = score.softmax(1).nan_to_num()              # nan if all items were seen
             self.memory.update(zip([keys[b] for b in chunk], zip(items.clamp(min=0), shares)))
         items, shares = map(torch.stack, zip(*[self.memory[key] for key in keys]))  # (B, W)
         table = shares.new_zeros(len(keys), len(self.policy.semantic_ids.codes))
         return table.scatter_add_(1, items, shares)
 
 class Reward:
-    """R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/n, the comprehensive reward.
-    Each signal sums to 1 over the catalogue (r_a to 1/10 where v was only clicked), so the
-    heuristic weights are shares of Z. The paper's raw signals are 10, a score, and up to L for each
-    item: over thousands of items the similarity would outweigh the one logged item.
+    """R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/n of the n unseen items, the comprehensive
+    reward; R of an item of the history is 0. Each signal sums to 1 over the unseen items (r_a to
+    1/10 where v was only clicked), so the heuristic weights are shares of Z: where v is liked,
+    Z = w_a + w_ŷ + w_s + ε. The paper's raw signals are 10, a score, and up to L for each item:
+    over thousands of items the similarity would outweigh the one logged item.
     """
     def __init__(self, ids, teacher, weights, epsilon=1e-3):
         """ids: SemanticIDs; teacher: has scores(histories, following); weights w_a, w_ŷ, w_s."""
@@ -173,16 +169,18 @@ class Reward:
         r = torch.zeros(len(positives), len(self.ids.codes), device=positives.device)
         return r.scatter_(1, positives[:, None], torch.where(liked, 1.0, 0.1)[:, None])
 
-    def similarity(self, positives):
-        """r_s (B, n), rows sum to 1: codes that an ID shares with that of the positive (B,)."""
+    def similarity(self, positives, unseen):
+        """r_s (B, n), rows sum to 1: codes that unseen IDs share with that of v, positive (B,)."""
         # r_s(v') = m(v') / Σ m; m(v') = Σ_l 1[t_l = t'_l], t of v and t' of v', each level alone
         shared = sum((column[positives, None] == column).byte() for column in self.ids.codes.T)
+        shared = shared * unseen
         return shared / shared.sum(1, keepdim=True)
 
-    def __call__(self, scores, positives, liked):
-        """R (B, n) > 0 of every item: r_ŷ is scores (B, n); positives and liked (bool) are (B,)."""
+    def __call__(self, scores, positives, liked, unseen):
+        """R (B, n) of every item, > 0 at unseen (B, n; bool) ones; r_ŷ is scores (B, n);
+        positives and liked (bool) are (B,)."""
         # R = w_a · r_a + w_ŷ · r_ŷ + w_s · r_s + ε/n, in place
         w_a, w_y, w_s = self.weights
-        r = torch.add(self.epsilon / scores.shape[1], scores, alpha=w_y)
-        r.add_(self.similarity(positives), alpha=w_s)
-        return r.add_(self.action(positives, liked), alpha=w_a)
+        r = torch.add(self.epsilon / unseen.sum(1, keepdim=True), scores, alpha=w_y)
+        r.add_(self.similarity(positives, unseen), alpha=w_s)
+        return r.add_(self.action(positives, liked), alpha=w_a).mul_(unseen)

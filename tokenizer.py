@@ -26,11 +26,15 @@ def tf_idf(texts):
     idf = np.log(len(texts) / count).clip(0) * (count > 1)
     return rows, columns, idf[columns], (len(texts), len(count))
 
+def entries(lists):
+    """Row and column indices (two arrays) of all items of B lists, to index a (B, n) matrix."""
+    rows = np.repeat(np.arange(len(lists)), np.fromiter(map(len, lists), np.int64, len(lists)))
+    return rows, np.fromiter(chain.from_iterable(lists), np.int64, len(rows))
+
 def cooccurrence(histories, num_items, window, decay, backward):
     """Sparse (n, n) counts of b near a: arrays (rows a, columns b, weights), each pair once.
     For b at d ≤ window places after a, (a, b) gains decay^(d-1), (b, a) backward · decay^(d-1)."""
-    items = np.fromiter(chain.from_iterable(histories), np.int64)
-    user = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
+    user, items = entries(histories)
     keys = []                                                   # a · n + b
     weights = []
     for distance in range(1, window + 1):
@@ -138,8 +142,10 @@ class SemanticIDs(torch.nn.Module):
         next_node = np.full((count + 1, num_codes), -1, np.int64)
         next_node[nodes[:, :-1], codes] = nodes[:, 1:]
         self.num_prefixes = count                               # P
+        size = np.bincount(nodes.ravel())                       # (P + n,) items below each node
         # codes (n, L); next_node (P + 1, K); nodes (n, L + 1): s_0 … s_L of each item
-        for name, table in (("codes", codes), ("next_node", next_node), ("nodes", nodes)):
+        tables = {"codes": codes, "next_node": next_node, "nodes": nodes, "size": size}
+        for name, table in tables.items():
             self.register_buffer(name, torch.tensor(table, dtype=torch.long), persistent=False)
 
     @classmethod
@@ -173,6 +179,26 @@ class SemanticIDs(torch.nn.Module):
         """Codes that lead from a prefix of l < L codes on to an item: (..., l) → (..., K) bool.
         Entry c is True where some row of self.codes begins with the prefix and then c."""
         return self.next_node[self.node(prefix)] >= 0
+
+    def unseen(self, histories):
+        """(B, P + n) bool: is an item below this node not in the history? If a user has seen all
+        items, all count as unseen. Ours: in the paper, P is over all items, seen ones included."""
+        rows, items = map(torch.as_tensor, entries([set(history) for history in histories]))
+        rows, items = rows.to(self.nodes.device), items.to(self.nodes.device)
+        place = rows[:, None] * len(self.size) + self.nodes[items]  # above each seen item, and it
+        place, seen = place.unique(return_counts=True)
+        full = place[seen == self.size[place % len(self.size)]]     # all items below were seen
+        unseen = torch.ones(len(histories), len(self.size), dtype=torch.bool, device=rows.device)
+        unseen.view(-1)[full] = False
+        unseen[~unseen[:, 0]] = True                            # node 0: nothing is left
+        return unseen
+
+    def legal_children(self, nodes, unseen):
+        """Where each code leads: nodes (B, W), unseen (B, P + n) → nodes (B, W, K), −1: illegal.
+        Legal is a code that leads to an unseen item. This decides it for P, R, beams and draws."""
+        child = self.next_node[nodes]                           # (B, W, K)
+        legal = unseen.gather(1, child.clamp(min=0).flatten(1)).view_as(child)
+        return child.where(legal, -1)
 
     def lookup(self, codes):
         """Item index (...) of whole IDs (..., L); −1 where no item has that ID."""

@@ -71,37 +71,25 @@ def plot_flows(path, flow):
         axes[0].text(0, -0.09, textwrap.fill(text, int(22 * width)), va="top")
 
 def plot_exposure(path, data, results):
-    """For a typical user, what was logged, shown, and is liked, and what each method recommends.
-    data has a truth; the runs hold "lists" (B, 10), −1 where empty, and one run is SFT's."""
+    """What is logged, liked and listed: items often shown are dark, items rarely shown are light.
+    data has a truth; the runs hold "lists" (B, 10), −1 where empty."""
+    n = len(data.titles)
+    shown = np.bincount([item for items in data.truth["shown"] for item in items], minlength=n)
+    group = np.empty(n, int)                                   # 0: the tenth that was shown least
+    group[np.argsort(shown, kind="stable")] = np.arange(n) * 10 // n
     lists = {run["method"]: run["lists"] for run in results["runs"]}             # last seed's
-    best = "tb" if "tb" in lists else list(lists)[-1]
-    hidden = [liked - shown for liked, shown in zip(data.truth["liked"], data.truth["shown"])]
-    change = [len(items.intersection(after)) - len(items.intersection(before))
-              for items, before, after in zip(hidden, lists["sft"], lists[best])]
-    user = np.abs(change - np.median(change)).argmin()         # the first with the median change
-    liked = data.truth["liked"][user]
-    rows = {"in the log": data.histories, "shown": data.truth["shown"],
+    rows = {"in the log": data.histories,
             "truly liked": data.truth["liked"], **lists}
-    themes = data.truth["theme"]
-    count = np.bincount(np.concatenate(data.train), minlength=len(themes))
-    order = sorted(range(len(themes)), key=lambda item: (themes[item], -count[item]))
-    kinds = [(ORANGE, hidden[user], "liked, never shown (counted on the right)"),
-             (BLUE, liked - hidden[user], "liked, shown"), (GREY, set(order) - liked, "not liked")]
-    with picture(path, 1, 1, (8.5, 1 + 0.28 * len(rows))) as [axis]:
-        for row, items in enumerate(rows.values()):
-            axis.text(len(order) + 1, row, len(hidden[user].intersection(items[user])), va="center")
-            for color, kind, label in kinds:
-                bars = [(order.index(item) - 0.5, 1) for item in kind.intersection(items[user])]
-                axis.broken_barh(bars, (row - 0.4, 0.8), color=color, lw=0, label="_" * row + label)
-        names, sizes = np.unique(themes, return_counts=True)
-        ends = np.cumsum(sizes) - 0.5
-        axis.vlines(ends, -0.5, len(rows) - 0.5, color=GREY)
-        axis.set_xticks(ends - sizes / 2, names)
-        axis.set_yticks(range(len(rows)), rows)
-        axis.axhline(2.5, color="black")
-        axis.set(xlim=(-0.5, ends[-1]), ylim=(len(rows) - 0.5, -0.5))
-        axis.set_xlabel(f"items by theme, most logged first; user: median gain of {best} over sft")
-        axis.legend(ncols=3, loc=(0.1, 1.01))                  # without labels that begin with _
+    colors = [str(0.95 - 0.095 * tenth) for tenth in range(10)]                 # light to dark grey
+    with picture(path, 1, 1, (8, 1 + 0.28 * len(rows))) as [axis]:
+        for name, users in rows.items():
+            items = [item for items in users for item in items if item >= 0]
+            share = np.bincount(group[items], minlength=10) / max(1, len(items))
+            color = dict(color=colors, edgecolor=BLUE if name in lists else ORANGE)
+            axis.barh(name, share, left=np.cumsum(share) - share, **color)
+        axis.invert_yaxis()
+        axis.set(xlim=(0, 1), xlabel="share of the row's items, a part for each tenth of the "
+                 "catalogue: from the least shown (light) to the most shown (dark)")
 
 def plot_diversity(path, results):
     """Lists drawn at several temperatures (dots), the best list (star): quality and diversity."""
@@ -127,12 +115,9 @@ def plot_diversity(path, results):
 
 def draw_run(out, data, results):
     """Draw all that a run has into the folder `out`; returns a sentence on each picture."""
-    sft = "sft" in results["summary"]
     drawn = any(run.get("drawn") for run in results["runs"])
-    flows = [run["flow"] for run in results["runs"] if "flow" in run]
     jobs = [("diversity.png", drawn, plot_diversity, results),  # (file, if this, function, …)
-            ("exposure.png", sft and data.truth, plot_exposure, data, results),
-            ("flow.png", flows, plot_flows, *flows[-1:])]
+            ("exposure.png", data.truth, plot_exposure, data, results)]
     jobs = [job for job in jobs if job[1]]
     for name, _, plot, *arguments in jobs:
         plot(Path(out) / name, *arguments)

@@ -48,6 +48,7 @@ def table_of_items(lists, num_items):
 
 def exposure(ranked, data):
     """{metric: (B,)} of lists (B, 10); {} without a truth.
+    liked@10: share of the listed items that the user truly likes
     hidden@10: share of the liked, never shown items that are listed
     themes@10: how many of the user's three themes, those with the most liked items, are listed"""
     if not data.truth:
@@ -60,7 +61,8 @@ def exposure(ranked, data):
     of_theme = np.eye(theme.max() + 1)[theme]                                       # (n, themes)
     three = np.argsort(-(liked @ of_theme), axis=1, kind="stable")[:, :3]
     in_list = np.take_along_axis(listed @ of_theme > 0, three, axis=1)              # (B, 3)
-    return {"hidden@10": (hidden & listed).sum(1) / np.maximum(1, hidden.sum(1)),
+    return {"liked@10": (liked & listed).sum(1) / np.maximum(1, listed.sum(1)),
+            "hidden@10": (hidden & listed).sum(1) / np.maximum(1, hidden.sum(1)),
             "themes@10": in_list.sum(1)}
 
 # --- Summary, gains, table ------------------------------------------------------------------------
@@ -111,13 +113,13 @@ def table(results, short=False):
     summary = results["summary"]
     several = len(results["runs"]) > len(summary) and not short
     mean = "{mean:.4f} ± {std:.4f}" if several else "{mean:.4f}"
-    shown = ["recall@10", "ndcg@10", "coverage@10", "hidden@10", "themes@10"][short:]
+    shown = ["recall@10", "ndcg@10", "liked@10", "coverage@10"][short:]
     bases = list(BASES.items())[:1 if short else 2]
     rows = []
     for method, numbers in summary.items():
         row = {"method": method}
         row |= {name: mean.format(**numbers[name]) for name in shown if name in numbers}
-        for metric, (key, base) in itertools.product(("ndcg@10", "hidden@10"), bases):
+        for metric, (key, base) in itertools.product(("ndcg@10", "liked@10"), bases):
             if metric in numbers:
                 gain = results[key].get(method, {}).get(metric, {})     # {}: an empty cell
                 percent = [round(100 * x, 1 - short) + 0 for x in gain.values()]    # + 0: no "-0"

@@ -1,10 +1,11 @@
 """Write the toy world: a small log with exposure bias, and the true tastes behind it.
 
-    python data/toy/prepare.py [--quality 0.5 --seed 9 --out DIR]    always writes the same bytes
+    python data/toy/prepare.py [--items 120 --quality 0.5 --seed 9 --out DIR]     same bytes always
 
 The four nouns of a theme make two pairs. A user likes one pair in each of three themes: nine in
 ten of its items, one in ten of the theme's others, and one in a hundred of all other items.
-The log shows only a part of that. An item of rank r in its theme is shown in proportion to 1/r².
+The log shows only a part of that. An item of rank r in its theme is shown in proportion to 1/r²,
+so of the 60 items of a theme (--items) half are in the log of two users at most: a long tail.
 The ranks are drawn at random: popularity says nothing about quality, so dividing a score by
 popularity is right by construction. With --quality Q above 0, popularity is partly earned. Users
 like the best item of a favourite theme with a chance 0.3·Q higher, the worst with 0.3·Q lower.
@@ -36,13 +37,14 @@ THEMES = (("Adventure", ("Harbour", "Tide", "Lighthouse", "Reef")),
           ("Music", ("Trumpet", "Cellar", "Rhythm", "Midnight")))
 ADJECTIVES = ("Silent Golden Broken Hidden Last Crimson Endless Little Wild Frozen Lucky Burning "
               "Distant Velvet Second Hollow Gentle Bitter Northern Paper Secret Borrowed Rising "
-              "Empty").split()
+              "Empty Ancient Rusty Crooked Midwinter Painted Scarlet").split()
 
 def make_titles(items_per_theme, num_themes):
-    """(title, genre, theme) of every item; item j of a theme has noun j mod 4."""
+    """(title, genre, theme) of every item; item j of a theme has noun j mod 4; titles differ."""
     rows = []
     for genre, nouns in THEMES[:num_themes]:
-        for j, adjective in enumerate(ADJECTIVES[:items_per_theme]):
+        for j in range(items_per_theme):
+            adjective = ADJECTIVES[(j // 4 + 7 * j) % len(ADJECTIVES)]
             rows.append((f"{adjective} {nouns[j % 4]}", genre, nouns[0]))
     return rows
 
@@ -77,7 +79,7 @@ def write_csv(path, header, rows):
         writer.writerow(header)
         writer.writerows(rows)
 
-def write(folder, num_users=700, items_per_theme=20, num_themes=12, seed=8, quality=0):
+def write(folder, num_users=700, items_per_theme=60, num_themes=12, seed=8, quality=0):
     """Write the three CSV files of a world (at most of this size) into `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,12 +109,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default=Path(__file__).parent, help="folder (default: this one)")
     parser.add_argument("--seed", default=8, type=int, help="of the random numbers (default: 8)")
+    parser.add_argument("--items", default=60, type=int, help="of a theme (default: 60)")
     parser.add_argument("--quality", default=0, type=float, help="Q, from 0 (default) to 1")
     args = parser.parse_args()
-    if args.seed < 0 or not 0 <= args.quality <= 1:
-        parser.exit(2, "error: --seed is at least 0, --quality a number from 0 to 1\n")
+    if args.seed < 0 or not 4 <= args.items <= 120 or not 0 <= args.quality <= 1:
+        parser.exit(2, "error: --seed ≥ 0, --items from 4 to 120, --quality from 0 to 1\n")
     try:
-        write(args.out, seed=args.seed, quality=args.quality)
+        write(args.out, items_per_theme=args.items, seed=args.seed, quality=args.quality)
     except OSError as problem:
         parser.exit(2, f"error: {problem}\n")
     print(f"wrote items.csv, interactions.csv and truth.csv to {args.out}")
