@@ -1,71 +1,60 @@
-"""The collaborative model (CM), its product with a policy, and the comprehensive reward.
+"""The collaborative model (CM), what is made of it, and the comprehensive reward.
 
 The CM, a "traditional recommender", counts which items follow which. It is fitted in a second, and
 hard to beat on small data. A *teacher* is what r_ŷ of the reward comes from: an object with
 scores(histories, following), as the CM has, and Guided, and maybe a CM of your own.
 Letters: B users or contexts, n items, W beams.
 """
-import copy
 import warnings
 from itertools import chain
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from tokenizer import cooccurrence, entries
 
 warnings.filterwarnings("ignore", message="Sparse CSR")         # torch calls its sparse CSR "beta"
 
-def best_unseen(scores, histories, k=10):
-    """The k items with the highest scores (B, n), none of the histories: items, scores (B, k);
-    −1 and −inf where none is left."""
-    scores = scores.clone()
-    scores[entries(histories)] = -torch.inf
-    value, items = F.pad(scores, (0, k), value=-torch.inf).topk(k, 1)   # fewer than k may be left
-    return items.masked_fill(value == -torch.inf, -1), value
-
 class CollaborativeModel(torch.nn.Module):
-    """CM(U, v) ∝ Σ_j decay^age(j) · T[j, v] over the recent items j, plus a little popularity.
-    T[j, v] = (forward(j, v) + backward · forward(v, j)) / count(j)^power; forward(j, v) adds up
+    """CM(U, v) ∝ Σ_j decay^age(j) · near[j, v] over the recent items j, plus a little popularity.
+    near[j, v] = (forward(j, v) + backward · forward(v, j)) / count(j)^power; forward(j, v) adds up
     nearness^(d−1) where v stands d ≤ window places after j. The paper's CM is neural. The defaults
     were chosen on the validation items of MovieLens and Beauty.
     """
+    OPTIONS = ("window", "nearness", "length", "decay", "popularity")       # saved with a model
+
     @classmethod
     def fit(cls, histories, num_items, window=5, nearness=0.8, backward=0.25, power=0.5,
             length=10, decay=0.6, popularity=0.05):
         """Count transitions in training histories: lists of items, oldest first, no repeats."""
-        # w = forward(a, b) + backward · forward(b, a), of T[j = a, v = b]
+        # w = forward(a, b) + backward · forward(b, a), of near[j = a, v = b]
         a, b, w = cooccurrence(histories, num_items, window, nearness, backward)
         count = np.bincount(entries(histories)[1], minlength=num_items)
         scale = 1 / np.maximum(count, 1) ** power               # (n,)
-        options = dict(window=window, nearness=nearness, length=length, decay=decay,
-                       popularity=popularity, debias=0.0)
-        return cls(options, index=torch.tensor(np.stack([a, b])), value=torch.tensor(w * scale[a]),
-                   count=torch.tensor(count), scale=torch.tensor(scale))
+        tables = {"index": np.stack([a, b]), "value": w * scale[a], "count": count, "scale": scale}
+        tables = {name: torch.tensor(table) for name, table in tables.items()}
+        return cls(tables, window, nearness, length, decay, popularity)
 
-    def __init__(self, options, **tables):
+    def __init__(self, tables, window, nearness, length, decay, popularity):
         super().__init__()
-        self.__dict__.update(options)
-        self.options = options
         for name, table in tables.items():                      # index (2, nnz), value, count, …
             self.register_buffer(name, table)
-
-    def debiased(self, delta):
-        """A copy whose scores are divided by (count(v) + 1)^delta, ours: an item that was shown
-        more is logged more. The tables are shared."""
-        other = copy.copy(self)
-        other.options = {**self.options, "debias": delta}
-        other.debias = delta
-        return other
+        self.window = window
+        self.nearness = nearness
+        self.length = length
+        self.decay = decay
+        self.popularity = popularity
 
     def scores(self, histories, following=None):
         """CM(U, ·) of B histories (lists of items, oldest first) → (B, n) ≥ 0, rows sum to 1.
-        score(v) = Σ_j decay^age(j) · T[j, v] over the last `length` items j, age 0 for the newest;
-        popular(v) = count(v) + 1. At items of the history both are set to 0; then both are divided
-        by their sums. Result: (1 − s)·score + s·popular, s = self.popularity, or 1 if all score 0.
+        score(v) = Σ_j decay^age(j) · near[j, v] over the last `length` items j, age 0 for the
+        newest; near[j, v] is self.value[i] where self.index[:, i] is (j, v), else 0; popular(v) =
+        count(v) + 1. At all items of the history both are set to 0; then both are divided by their
+        sums. Result: (1 − s)·score + s·popular, s = self.popularity, or 1 if no score is above
+        1e-6. Who has seen all items gets `popular` of all n.
         following: B lists, what came next in the same training histories. For each v in it, d ≤
-        window places after j, `fit` had added nearness^(d−1) · self.scale[j] to T[j, v]. That is
+        window places after j, `fit` added nearness^(d−1) · self.scale[j] to near[j, v]. That is
         subtracted, else the CM would know the answer (leave one user out). Item counts stay.
         """
         n = len(self.count)
@@ -74,15 +63,15 @@ class CollaborativeModel(torch.nn.Module):
         index = torch.tensor(np.stack(entries(recent)), device=device)
         ages = chain.from_iterable(reversed(range(len(history))) for history in recent)
         weight = self.decay ** torch.tensor([*ages], device=device).float()
-        # score = H · T, H (B, n) with decay^age at each recent item
-        H = torch.sparse_coo_tensor(index, weight, (len(histories), n), check_invariants=False)
-        T = torch.sparse_coo_tensor(self.index, self.value.float(), (n, n), is_coalesced=True,
-                                    check_invariants=False)
-        scores = torch.sparse.mm(H, T).to_dense()
+        # score = aged · near, aged (B, n) with decay^age at each recent item
+        aged = torch.sparse_coo_tensor(index, weight, (len(histories), n), check_invariants=False)
+        near = torch.sparse_coo_tensor(self.index, self.value.float(), (n, n), is_coalesced=True,
+                                       check_invariants=False)
+        scores = torch.sparse.mm(aged, near).to_dense()
         if following is not None:
             self._take_out(scores, recent, following)
         # From here in place: at 10^4 items every pass over (B, n) takes time
-        F.threshold_(scores, 1e-6, 0.0)                         # ≤ 1e-6: float rounding
+        functional.threshold_(scores, 1e-6, 0.0)                         # ≤ 1e-6: float rounding
         owned = entries([set(history) for history in histories])
         scores[owned] = 0
         popular = (self.count + 1.0) / (self.count + 1.0).sum()                     # (n,)
@@ -96,13 +85,10 @@ class CollaborativeModel(torch.nn.Module):
         scores[owned] = 0
         whole = [len(set(history)) == n for history in histories]
         scores[whole] = popular                                 # nothing is left: all is popular
-        if self.debias:
-            scores /= (self.count + 1.0) ** self.debias
-            scores /= scores.sum(1, keepdim=True)
         return scores
 
     def _take_out(self, scores, recent, following):
-        """Subtract from scores (B, n), in place, what the contexts' own histories added to T."""
+        """Subtract from scores (B, n), in place, what the contexts' own histories added."""
         places = []                                             # (row, item) of each count
         counts = []
         scale = self.scale.tolist()
@@ -114,6 +100,20 @@ class CollaborativeModel(torch.nn.Module):
         places = torch.tensor(places, dtype=torch.long, device=scores.device).reshape(-1, 2)
         counts = torch.tensor(counts, dtype=torch.float32, device=scores.device)
         scores.index_put_(tuple(places.T), -counts, accumulate=True)
+
+class Debiased:
+    """A CM, maybe of your own, whose scores are divided by (count(v) + 1)^δ, ours: an item that is
+    shown more is logged more. count (n,): how often each item is in the training log."""
+    def __init__(self, cm, count, delta):
+        self.cm = cm
+        self.delta = delta
+        self.weight = (count + 1.0) ** delta
+
+    def scores(self, histories, following=None):
+        """(B, n) ≥ 0, rows sum to 1, as those of the CM."""
+        scores = self.cm.scores(histories, following)
+        scores = scores / self.weight.to(scores.device)
+        return scores / scores.sum(1, keepdim=True)
 
 class Guided:
     """A policy and the CM that guides its beam search: the best items by log P + γ · log CM, ours.

@@ -3,7 +3,7 @@
     features of an item  →  residual k-means  →  (c_1, …, c_L)
 TIGER and LETTER learn IDs with an RQ-VAE; k-means on residuals also gives similar items the
 same first codes. All IDs differ: a prefix of l codes has room for K^(L-l) items, the nearest ones.
-Letters: n items, L levels, K codes a level, P prefixes.
+Letters: n items, L levels, K codes a level, M prefixes.
 """
 from itertools import chain
 
@@ -120,7 +120,7 @@ def assign_with_capacity(cost, parent, capacity):
 
 class SemanticIDs(torch.nn.Module):
     """The table item ↔ semantic ID, and the tree of its prefixes. A Module, so that .to() moves it.
-    Nodes: 0 is the root, 1 … P−1 the other prefixes, level by level, P + i is item i."""
+    Nodes: 0 is the root, 1 … M−1 the other prefixes, level by level, M + i is item i."""
     def __init__(self, codes, num_codes):
         """codes (n, L) integers in [0, num_codes), all rows different; ValueError otherwise."""
         codes = np.asarray(codes)
@@ -141,9 +141,9 @@ class SemanticIDs(torch.nn.Module):
         # Index −1 reads that row, so a walk that has left the tree stays outside.
         next_node = np.full((count + 1, num_codes), -1, np.int64)
         next_node[nodes[:, :-1], codes] = nodes[:, 1:]
-        self.num_prefixes = count                               # P
-        size = np.bincount(nodes.ravel())                       # (P + n,) items below each node
-        # codes (n, L); next_node (P + 1, K); nodes (n, L + 1): s_0 … s_L of each item
+        self.num_prefixes = count                               # M
+        size = np.bincount(nodes.ravel())                       # (M + n,) items below each node
+        # codes (n, L); next_node (M + 1, K); nodes (n, L + 1): s_0 … s_L of each item
         tables = {"codes": codes, "next_node": next_node, "nodes": nodes, "size": size}
         for name, table in tables.items():
             self.register_buffer(name, torch.tensor(table, dtype=torch.long), persistent=False)
@@ -181,9 +181,13 @@ class SemanticIDs(torch.nn.Module):
         return self.next_node[self.node(prefix)] >= 0
 
     def unseen(self, histories):
-        """(B, P + n) bool: is an item below this node not in the history? If a user has seen all
-        items, all count as unseen. Ours: in the paper, P is over all items, seen ones included."""
+        """(B, M + n) bool: is an item below this node not in the history? If a user has seen all
+        items, all count as unseen. Ours: in the paper, P is over all items, seen ones included.
+        Raises InputError for an item that is not in the catalogue."""
         rows, items = map(torch.as_tensor, entries([set(history) for history in histories]))
+        n = len(self.codes)
+        known = not len(items) or 0 <= items.min() and items.max() < n
+        check(known, f"items of a history are numbers from 0 to {n - 1}")
         rows, items = rows.to(self.nodes.device), items.to(self.nodes.device)
         place = rows[:, None] * len(self.size) + self.nodes[items]  # above each seen item, and it
         place, seen = place.unique(return_counts=True)
@@ -193,8 +197,12 @@ class SemanticIDs(torch.nn.Module):
         unseen[~unseen[:, 0]] = True                            # node 0: nothing is left
         return unseen
 
+    def unseen_items(self, unseen):
+        """(B, n) bool of the items alone, from that of all nodes."""
+        return unseen[:, self.num_prefixes:]
+
     def legal_children(self, nodes, unseen):
-        """Where each code leads: nodes (B, W), unseen (B, P + n) → nodes (B, W, K), −1: illegal.
+        """Where each code leads: nodes (B, W), unseen (B, M + n) → nodes (B, W, K), −1: illegal.
         Legal is a code that leads to an unseen item. This decides it for P, R, beams and draws."""
         child = self.next_node[nodes]                           # (B, W, K)
         legal = unseen.gather(1, child.clamp(min=0).flatten(1)).view_as(child)
@@ -205,14 +213,14 @@ class SemanticIDs(torch.nn.Module):
         return (self.node(codes) - self.num_prefixes).clamp(min=-1)
 
     def flows(self, values):
-        """Exact flow F*(s) of every node: values (C, n), such as R → (C, P + n).
-        F*(s) = Σ values over the items below s. Node 0 is the root: its flow is Z. Node P + i is
+        """Exact flow F*(s) of every node: values (C, n), such as R → (C, M + n).
+        F*(s) = Σ values over the items below s. Node 0 is the root: its flow is Z. Node M + i is
         item i. self.nodes (n, L + 1) holds the nodes from the root to each item."""
         flow = values.new_zeros(self.num_prefixes, len(values))
         items = values.T.contiguous()                           # (n, C): rows are faster to add
         for level in range(self.num_levels):
             flow.index_add_(0, self.nodes[:, level], items)
-        return torch.cat([flow, items]).T                       # (C, P + n)
+        return torch.cat([flow, items]).T                       # (C, M + n)
 
     def child_flows(self, values, items):
         """F* of all children of s_0 … s_{L-1} on the paths of items (C, J) → (C, J, L, K)."""

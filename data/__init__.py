@@ -49,6 +49,8 @@ def _read_users(path, index):
     events = []
     for place, row in _rows(path, "user_id", "item_id", "position or timestamp"):
         item = row["item_id"]
+        check("position" not in row or "timestamp" not in row,
+              f"{path}: it has both position and timestamp; keep one")
         check(item in index, f"{place}: items.csv has no item {item!r}; add it there")
         try:
             position = float(row.get("position", row.get("timestamp")))
@@ -124,15 +126,18 @@ def find_item(name, ids, titles):
 def read_ids(path, item_ids):
     """Own semantic IDs, n lists of codes, from a CSV file: item_id and a column for each code.
     If some are equal, all get one more code (0, 1, 2 … among equal ones), as in TIGER."""
-    found = dict.fromkeys(item_ids)                  # item id → codes, None until they are read
+    found = {}                                       # item id → codes
     for place, row in _rows(path, "item_id"):
         item = row.pop("item_id")
-        check(found.get(item, "?") is None, f"{place}: item {item!r} is unknown or stands twice")
+        check(item not in found, f"{place}: item {item!r} stands twice")
         small = [text.isdecimal() and float(text) < 65536 for text in row.values()]
         check(all(small) and 0 < len(small) < 7, f"{place}: write 1 to 6 codes from 0 to 65535")
         found[item] = list(map(int, row.values()))
-    ids = list(found.values())
-    check(all(ids), f"{path}: {ids.count(None)} items of items.csv have no line; add them")
+    missing = [item for item in item_ids if item not in found]
+    check(not missing, f"{path}: no line for {len(missing)} items of items.csv, {missing[:3]}…")
+    if len(found) > len(item_ids):
+        print(f"{path}: left out {len(found) - len(item_ids)} items that items.csv does not have")
+    ids = [found[item] for item in item_ids]
     seen = dict.fromkeys(map(tuple, ids), 0)         # ID → how many items had it so far
     if len(seen) < len(ids):
         print(f"{path}: {len(ids) - len(seen)} items have the ID of another; all get one more code")

@@ -1,5 +1,4 @@
-"""Every picture. `python -m data.figures RUN` draws those of a run anew, into its folder; with
-`--readme` diversity.png alone, into data/pictures/, where README's pictures are."""
+"""Every picture. `python -m data.figures RUN` draws that of a run anew, into its folder."""
 import argparse
 import contextlib
 import json
@@ -91,53 +90,24 @@ def plot_exposure(path, data, results):
         axis.set(xlim=(0, 1), xlabel="share of the row's items, a part for each tenth of the "
                  "catalogue: from the least shown (light) to the most shown (dark)")
 
-def plot_diversity(path, results):
-    """Lists drawn at several temperatures (dots), the best list (star): quality and diversity."""
-    runs = {run["method"]: run for run in results["runs"]      # the last seed's
-            if run.get("drawn") and "+cm" not in run["method"]}
-    toy = all("hidden@10" in run["metrics"] for run in runs.values())
-    quality = "hidden@10" if toy else "recall@10"
-    diversity = "themes@10" if toy else "first_codes@10"
-    colors = {"tb": BLUE, "grpo": "C1", "sft": "0.6", "distill": "0.1", "tb-huber": "C4"}
-    with picture(path, 1, 1, (6.5, 3.8)) as [axis]:
-        for number, method in enumerate(sorted(runs, key=[*colors, *runs].index)):
-            color = colors.get(method, f"C{number}")
-            best = runs[method]["metrics"]
-            drawn = runs[method]["drawn"]
-            axis.plot([m[diversity] for m in drawn.values()], [m[quality] for m in drawn.values()],
-                      ".-", color=color, label=method)
-            axis.plot(best[diversity], best[quality], "*", ms=11, color=color)
-            for temperature, m in drawn.items():
-                axis.text(m[diversity], m[quality], f" {temperature}", fontsize=7,
-                          va="top" if method == "grpo" else "bottom")
-        axis.set(xlabel=f"diversity: {diversity}", ylabel=f"quality: {quality}")
-        axis.legend()
-
 def draw_run(out, data, results):
-    """Draw all that a run has into the folder `out`; returns a sentence on each picture."""
-    drawn = any(run.get("drawn") for run in results["runs"])
-    jobs = [("diversity.png", drawn, plot_diversity, results),  # (file, if this, function, …)
-            ("exposure.png", data.truth, plot_exposure, data, results)]
-    jobs = [job for job in jobs if job[1]]
-    for name, _, plot, *arguments in jobs:
-        plot(Path(out) / name, *arguments)
-    return [f"{name}: {plot.__doc__.splitlines()[0]}" for name, _, plot, *_ in jobs]
+    """Draw what a run with a known truth has into the folder `out`; a sentence on the picture."""
+    if not data.truth:
+        return []
+    plot_exposure(Path(out) / "exposure.png", data, results)
+    return [f"exposure.png: {plot_exposure.__doc__.splitlines()[0]}"]
 
 def main(arguments):
     """Draw a finished run anew; a wrong folder is one line on stderr and status 2."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="a folder with results.json")
-    parser.add_argument("--readme", action="store_true", help="data/pictures/diversity.png alone")
     options = parser.parse_args(arguments)
     try:
         results = json.loads((options.run / "results.json").read_text("utf-8"))
         settings = results["settings"]
         data = load_data(settings["data"], settings["quick"])
         check(data.sizes == results["data"], "its data have changed since the run")
-        if options.readme:
-            plot_diversity(Path(__file__).parent / "pictures/diversity.png", results)
-        else:
-            print(*draw_run(options.run, data, results), sep="\n")
+        print(*draw_run(options.run, data, results), sep="\n")
     except (ValueError, KeyError, TypeError, OSError) as error:     # InputError: ValueError
         parser.exit(2, f"error: {options.run}/results.json: {type(error).__name__} {error}\n")
 

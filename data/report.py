@@ -1,4 +1,4 @@
-"""What a run leaves: results.json, the table, gains with intervals, the first user's list."""
+"""What a run leaves: results.json, the table, gains over SFT with intervals."""
 import itertools
 import json
 import os
@@ -9,8 +9,6 @@ import numpy as np
 
 from data import InputError, check, figures
 
-BASES = {"paired": "sft", "paired_continued": "sft-continued"}  # in results.json: gains over …
-
 def write(path, value):
     """Write text or a value as JSON, by a temporary name: the file is whole or not there."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -18,18 +16,16 @@ def write(path, value):
     Path(f"{path}.part").write_text(text, encoding="utf-8")
     os.replace(f"{path}.part", path)
 
-def earlier_run(path, key):
-    """The run that --resume keeps; InputError if `key`, all that it depends on, has changed."""
+def earlier_run(path, made_with):
+    """The run that --resume keeps; InputError if any of its inputs was another."""
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        old = run.pop("key")
+        old = run.pop("made_with")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is of another program; choose another --out") from None
-    for name in [*old, *key]:
-        was = old.get(name)
-        now = key.get(name)
-        check(was == now, f"{path} was made with {name} = {was}, now it is {now}; choose another "
-              "--out, or leave out --resume to train it anew")
+    for name, now in made_with.items():
+        check(old.get(name) == now, f"{path} was made with {name} = {old.get(name)}, now it is "
+              f"{now}; choose another --out, or leave out --resume to train it anew")
     print(f"{run['method']}, seed {run['seed']}: kept, as it was finished")
     return run
 
@@ -68,9 +64,12 @@ def exposure(ranked, data):
 # --- Summary, gains, table ------------------------------------------------------------------------
 @lru_cache(maxsize=1)
 def bootstrap(users):
-    """How often each user is drawn in 1,000 samples (1000, users): the same for all methods."""
-    draws = np.random.default_rng(0).integers(users, size=(1000, users))
-    return np.array([np.bincount(sample, minlength=users) for sample in draws])
+    """How often each user is drawn in 500 samples (500, users): the same for all methods."""
+    draws = np.random.default_rng(0)
+    table = np.empty((500, users), np.int32)
+    for sample in table:
+        sample[:] = np.bincount(draws.integers(users, size=users), minlength=users)
+    return table
 
 def paired_gains(runs, base):
     """{metric: {"gain", "low", "high"}}, shares of the base: .25 is +25 %; means over the seeds.
@@ -81,72 +80,55 @@ def paired_gains(runs, base):
         own = np.mean([run["by_user"][metric] for run in runs], 0)                  # (B,)
         other = np.mean([run["by_user"][metric] for run in base], 0)
         if other.any():
-            draws = bootstrap(len(own))
-            total = draws @ other
-            # own / base − 1 in each sample; not a number where the base has drawn only zeros
-            ratio = np.divide(draws @ own, total, out=np.full(1000, np.nan), where=total > 0) - 1
-            low, high = np.nanquantile(ratio, [0.025, 0.975])
+            draws = [(sample @ own, sample @ other) for sample in bootstrap(len(own))]
+            ratios = [mine / theirs - 1 for mine, theirs in draws if theirs > 0]
+            low, high = np.quantile(ratios, [0.025, 0.975])
             gains[metric] = {"gain": own.sum() / other.sum() - 1, "low": low, "high": high}
     return gains
 
 def results_of(runs, about):
-    """results.json of these runs: what it is about, mean and std over seeds, paired gains."""
-    results = {**about, "runs": runs, "summary": {}, "paired": {}, "paired_continued": {}}
+    """results.json of these runs: what it is about, mean and std over seeds, gains over SFT."""
+    results = {**about, "runs": runs, "summary": {}, "paired": {}}
     runs_of = {}
     for run in sorted(runs, key=lambda run: run["seed"]):
         runs_of.setdefault(run["method"], []).append(run)
+    base = runs_of.get("sft", [])
     for method, own in runs_of.items():
         summary = results["summary"][method] = {}
         for metric in own[0]["metrics"]:
             values = [run["metrics"][metric] for run in own]
             std = np.std(values, ddof=1) if len(own) > 1 else 0.0
             summary[metric] = {"mean": np.mean(values), "std": std}
-        for key, base in BASES.items():
-            others = runs_of.get(base, [])
-            if method != base and [run["seed"] for run in own] == [run["seed"] for run in others]:
-                results[key][method] = paired_gains(own, others)
+        if method != "sft" and [run["seed"] for run in own] == [run["seed"] for run in base]:
+            results["paired"][method] = paired_gains(own, base)
     return results
 
-def table(results, short=False):
-    """The Markdown table: means (± std over seeds), gains in % of the base with 95 % intervals.
-    short: for a screen of 120 columns, without ±, recall, gains over sft-continued."""
-    summary = results["summary"]
-    several = len(results["runs"]) > len(summary) and not short
-    mean = "{mean:.4f} ± {std:.4f}" if several else "{mean:.4f}"
-    shown = ["recall@10", "ndcg@10", "liked@10", "coverage@10"][short:]
-    bases = list(BASES.items())[:1 if short else 2]
-    rows = []
-    for method, numbers in summary.items():
+def table(results):
+    """The Markdown table: means over seeds, gains over SFT in % with 95 % intervals over users."""
+    seeds = len({run["seed"] for run in results["runs"]})
+    lines = []
+    for method, numbers in results["summary"].items():
         row = {"method": method}
-        row |= {name: mean.format(**numbers[name]) for name in shown if name in numbers}
-        for metric, (key, base) in itertools.product(("ndcg@10", "liked@10"), bases):
+        for metric in ("ndcg@10", "liked@10", "coverage@10"):
             if metric in numbers:
-                gain = results[key].get(method, {}).get(metric, {})     # {}: an empty cell
-                percent = [round(100 * x, 1 - short) + 0 for x in gain.values()]    # + 0: no "-0"
-                form = "{:+.0f} [{:+.0f}, {:+.0f}]" if short else "{:+.1f} [{:+.1f}, {:+.1f}]"
-                row[f"{metric} over {base}, %"] = form.format(*percent) if gain else ""
-        rows.append(row.values())
-    lines = [row, ["---"] * len(row), *rows]                    # row's keys are the header
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-def print_first_user(runs, data):
-    """The first user's history, and what each method recommends, by title."""
-    hidden = data.truth["liked"][0] - data.truth["shown"][0] if data.truth else set()
-    names = [title + "*" * (item in hidden) for item, title in enumerate(data.titles)]
-    print(f"user {data.user_ids[0]}:", ", ".join(data.titles[i] for i in data.histories[0][-9:-1]))
-    for run in runs:
-        if run["seed"] == runs[0]["seed"]:
-            listed = [names[item] for item in run["lists"][0][:5] if item >= 0]
-            print(f"  {run['method']:>13} ", ", ".join(listed))
-    print("  * liked, but never shown" if hidden else "")
+                row[metric] = f"{numbers[metric]['mean']:.4f}"
+        for metric in ("ndcg@10", "liked@10"):
+            if metric in numbers:
+                gain = results["paired"].get(method, {}).get(metric, {})    # {}: an empty cell
+                percent = [round(100 * share) + 0 for share in gain.values()]       # + 0: no "-0"
+                cell = "{:+.0f} [{:+.0f}, {:+.0f}]".format(*percent) if gain else ""
+                row[f"{metric} over sft, %"] = cell
+        lines.append(row.values())
+    lines = [row, ["---"] * len(row), *lines]                   # row's keys are the header
+    caption = f"Means over {seeds} seed(s). In brackets: 95 % intervals over users."
+    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", caption])
 
 def finish(out, runs, about, data):
-    """Print the first user's list, the table and what was written; write results and pictures."""
+    """Print the table and what was written; write results and pictures."""
     out = Path(out)
     results = results_of(runs, about)
     write(out / "results.json", results)
-    print_first_user(runs, data)
     write(out / "results.md", table(results) + "\n")
-    print("", table(results, short=True), "", *figures.draw_run(out, data, results), sep="\n")
-    print(f"results.json, results.md (more columns) and what was saved of models are in {out}/")
+    print("", table(results), "", *figures.draw_run(out, data, results), sep="\n")
+    print(f"results.json, results.md and the saved models are in {out}/")
     return results
