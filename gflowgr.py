@@ -146,7 +146,7 @@ class Batch:
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
-        unseen = reward.ids.unseen_items(self.unseen).to(device)                    # (C, n)
+        unseen = self.unseen[:, reward.ids.num_prefixes:].to(device)                    # (C, n)
         self.r = reward(self.scores, self.positives, self.liked.to(device), unseen)
 
 # --- The policy: P_F(next code | user, codes so far) ----------------------------------------------
@@ -458,7 +458,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     value = log_p           # (B, W) what ranks the beams; the same items win, whatever the root has
     below = 0.0                                                 # log Σ guide of the items below
     if guide is not None:
-        guide = guide.to(mask.device) * ids.unseen_items(unseen)                    # (B, n)
+        guide = guide.to(mask.device) * unseen[:, ids.num_prefixes:]                 # (B, n)
         log_guide = ids.flows(guide).clamp(min=1e-30).log()                         # (B, nodes)
     for level in range(ids.num_levels):
         head = lm.wte.weight[level * K:(level + 1) * K]                             # (K, d)
@@ -590,7 +590,7 @@ def target_metrics(policy, reward, data):
     device = reward.ids.codes.device
     positives = torch.tensor([data.histories[user][-2] for user in users], device=device)
     liked = torch.tensor([data.liked[user][-2] for user in users], device=device)
-    unseen = reward.ids.unseen_items(reward.ids.unseen(histories))                  # (50, n)
+    unseen = reward.ids.unseen(histories)[:, reward.ids.num_prefixes:]                  # (50, n)
     r = reward(reward.teacher.scores(histories).to(device), positives, liked, unseen).cpu()
     target = r / r.sum(1, keepdim=True)                                             # R/Z (50, n)
     p = torch.cat([distribution(policy, [history]) for history in histories]).clamp(min=1e-30)
@@ -790,8 +790,8 @@ GIVEN = ("log_pf", "log_z", "log_r", "log_flow", "child_flow", "log_probs", "pol
 
 def asks_reference(recipe):
     """Does the recipe's loss need the frozen SFT policy?"""
-    asked = inspect.signature(recipe.loss).parameters if recipe.loss else ()
-    return any(name in asked for name in ("log_ref", "ref_pos", "ref_neg"))
+    asked = inspect.signature(recipe.loss).parameters if recipe.loss else {}
+    return bool(asked.keys() & {"log_ref", "ref_pos", "ref_neg"})
 
 def check_numbers(where, values):
     """Raise InputError if a number of a Settings or Recipe is out of its range."""
@@ -815,6 +815,8 @@ def check_recipe(name, recipe):
     check_choice(recipe.sampler, SAMPLERS, f"{name}: sampler={recipe.sampler}")
     check_choice(recipe.teacher, ("cm", "product"), f"{name}: teacher={recipe.teacher}")
     check_choice(recipe.chosen, ("logged", "reward"), f"{name}: chosen={recipe.chosen}")
+    few = recipe.trajectories <= 128
+    check(few, f"{name}: trajectories: at most 128, memory grows with the square of their number")
     check(recipe.w_a + recipe.w_y + recipe.w_s > 0, f"{name}: w_a, w_y and w_s are all 0")
     parameters = inspect.signature(recipe.loss).parameters if recipe.loss else {}
     for what, parameter in parameters.items():
@@ -850,14 +852,6 @@ def check_finite(loss, name, recipe, step, batch, data):
         who = ", ".join(sorted({data.user_ids[user] for user in batch.users}))
         raise FloatingPointError(f"{name}: loss {loss} at step {step}, rate {recipe.rate:g} (maybe "
                                  f"too high); users {who}")
-
-def check_memory(name, recipe, world):
-    """Raise InputError if the attention mask of a step, B rows of S² places, cannot fit."""
-    targets = sorted(row.stop - row.target for row in world.rows)[-world.settings.batch:]
-    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 8 / len(targets)  # 8 bytes
-    most = int((room ** 0.5 - world.settings.window) / world.ids.num_levels / targets[-1])
-    check(recipe.trajectories < most, f"{name}: trajectories={recipe.trajectories} may need more "
-          f"memory than there is; at most {most - 1}, or a smaller --batch")
 
 def check_settings(settings):
     """Check the settings and set the device → (names of methods in the table's order, seeds)."""
@@ -928,7 +922,7 @@ class World:
             check(known, f"--ids {settings.ids} is no content, mixed, item or CSV file")
             codes = read_ids(settings.ids, data.item_ids)
             ids = SemanticIDs(codes, max(map(max, codes)) + 1)
-        print(f"seed {seed}: {ids.health()}", flush=True)
+        print(f"seed {seed}: {n} semantic IDs; {ids.num_levels} codes, of {ids.num_codes} each")
         device = "cuda" if settings.device == "cuda" else "cpu"     # mps has no sparse matrices
         cm = cm or CollaborativeModel.fit(data.train, n).to(device)
         count = torch.tensor(np.bincount(entries(data.train)[1], minlength=n))
@@ -1035,7 +1029,6 @@ def run(settings, cm=None):
     jobs = [(name, world) for world in worlds for name in names]
     kept = {}
     for name, world in jobs:                                    # refuse now, not after hours
-        check_memory(name, recipe_of(name, settings), world)
         path = world.folder(name) / "run.json"                  # written last: a finished run
         if settings.resume and path.exists():
             kept[name, world.seed] = report.earlier_run(path, made_with(name, world))
@@ -1061,7 +1054,6 @@ def run_oracle(settings):
     data = load_data(settings.data, settings.quick)
     check(len(data.titles) <= 2000, "--oracle scores every item at once: at most 2,000 items")
     world = World.prepare(seeds[0], data, settings)
-    check_memory(settings.oracle, recipe, world)
     policy = world.policy()
     data = replace(data, train=data.train[:4], histories=data.histories[:4])
     last = {row.user: row for row in training_rows(data.train, settings.window)}    # of each user

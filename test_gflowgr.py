@@ -697,7 +697,7 @@ def check_context(batch, c, place, window, policy):     # place: row and column 
     assert batch.liked[c] == (v % 3 > 0)
     assert past + batch.following[c] == list(range(LENGTHS[batch.users[c]]))
     assert batch.following[c][0] == v
-    seen = (~policy.semantic_ids.unseen_items(batch.unseen)[c]).nonzero().flatten()
+    seen = (~batch.unseen[c, policy.semantic_ids.num_prefixes:]).nonzero().flatten()
     assert seen.tolist() == past
     return batch.users[c], v
 
@@ -815,7 +815,7 @@ def test_r_against_loops_and_its_sum():
     recipe = Recipe(w_a=0.5, w_y=0.3, w_s=0.2)
     past = [[], [3], [5, 0, 7], list(range(4, 23))]
     v = torch.tensor([1, 6, 2, 3])
-    unseen = ids.unseen_items(ids.unseen(past))
+    unseen = ids.unseen(past)[:, ids.num_prefixes:]
     signal = torch.rand(4, 24) * unseen
     signal /= signal.sum(1, keepdim=True)
     found = Reward(ids, None, (0.5, 0.3, 0.2))(signal, v, v % 3 > 0, unseen)
@@ -992,7 +992,7 @@ def test_the_whole_loss_against_one_path_at_a_time(name, K, L, tiny, monkeypatch
     world.data.liked = [[item % 3 > 0 for item in history] for history in world.data.train]
     rows = [*gflowgr.training_rows(world.data.train, 4)][:5]
     batch = gflowgr.batch_of(rows, world.data, policy)
-    left = world.ids.unseen_items(batch.unseen).float()
+    left = batch.unseen[:, world.ids.num_prefixes:].float()
     chosen = left.multinomial(1)                                # S-DPO's, if it is drawn ∝ R
     drawn = left.multinomial(recipe.trajectories, True)
     drawn[0, 0] = batch.positives[0]                            # v is no negative of itself
@@ -1197,20 +1197,6 @@ def test_what_stops_a_run_and_when(tiny, tmp_path, monkeypatch):
                        ("partial", "its loss has to be a function"),
                        ("function", "RECIPES['function'] is a function, no Recipe")):
         refused(said, *tiny, f"--out={tmp_path}", f"--methods=tb,{name}")
-
-def test_paths_that_cannot_fit_in_memory_are_refused(tiny, tmp_path, monkeypatch):
-    memory = {"SC_PHYS_PAGES": 4000, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(gflowgr.os, "sysconf", memory.get)
-    world = prepared(*tiny)
-    with pytest.raises(InputError, match="may need more memory than there is; at most") as error:
-        gflowgr.check_memory("tb", Recipe(trajectories=99), world)
-    most = int(re.search(r"at most (\d+)", str(error.value))[1])
-    targets = max(row.stop - row.target for row in world.rows)
-    places = [8 + targets * 3 * (n + 1) for n in (most, most + 1)]      # window, T · L · J
-    needed = [8 * 16 * place ** 2 for place in places]          # bytes of a mask of 16 rows
-    assert needed[0] <= 4000 * 4096 < needed[1]
-    for flag in (f"--methods=tb:trajectories={most + 1}", f"--oracle=tb:trajectories={most + 1}"):
-        refused(f"at most {most}, or a smaller", *tiny, f"--out={tmp_path}", flag)
 
 def all_of_it(log_pf, log_z, log_r, log_flow, child_flow, log_probs, policy_pos, policy_neg,
               log_ref, ref_pos, ref_neg, beta):
@@ -1581,6 +1567,8 @@ def test_the_speed_of_seven_jobs_is_told(capsys):
     ("exact has to be a bool, not 'maybe'", "--methods=tb:exact=maybe"),
     ("rate nan is out of range", "--methods=tb:rate=nan"),
     ("dropout 1.0 is out of range", "--methods=tb:dropout=1"),
+    ("at most 128, memory", "--methods=tb:trajectories=129"),
+    ("at most 128, memory", "--oracle=tb:trajectories=129"),
     ("its loss needs exact=1", "--methods=distill:exact=0"),
     ("w_a, w_y and w_s are all 0", "--methods=tb:w_a=0:w_y=0:w_s=0"),
     ("it compares paths: trajectories > 1", "--methods=grpo:trajectories=1"),

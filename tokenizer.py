@@ -185,9 +185,8 @@ class SemanticIDs(torch.nn.Module):
         items, all count as unseen. Ours: in the paper, P is over all items, seen ones included.
         Raises InputError for an item that is not in the catalogue."""
         rows, items = map(torch.as_tensor, entries([set(history) for history in histories]))
-        n = len(self.codes)
-        known = not len(items) or 0 <= items.min() and items.max() < n
-        check(known, f"items of a history are numbers from 0 to {n - 1}")
+        known = not len(items) or 0 <= items.min() and items.max() < len(self.codes)
+        check(known, f"items of a history are numbers from 0 to {len(self.codes) - 1}")
         rows, items = rows.to(self.nodes.device), items.to(self.nodes.device)
         place = rows[:, None] * len(self.size) + self.nodes[items]  # above each seen item, and it
         place, seen = place.unique(return_counts=True)
@@ -196,10 +195,6 @@ class SemanticIDs(torch.nn.Module):
         unseen.view(-1)[full] = False
         unseen[~unseen[:, 0]] = True                            # node 0: nothing is left
         return unseen
-
-    def unseen_items(self, unseen):
-        """(B, n) bool of the items alone, from that of all nodes."""
-        return unseen[:, self.num_prefixes:]
 
     def legal_children(self, nodes, unseen):
         """Where each code leads: nodes (B, W), unseen (B, M + n) → nodes (B, W, K), −1: illegal.
@@ -227,8 +222,3 @@ class SemanticIDs(torch.nn.Module):
         child = self.next_node[self.nodes[items][..., :-1]]                          # (C, J, L, K)
         flow = self.flows(values).gather(1, child.clamp(min=0).flatten(1)).reshape(child.shape)
         return flow * (child >= 0)                              # 0 where a code is illegal
-
-    def health(self):
-        """How many codes each level uses."""
-        used = [len(column.unique()) for column in self.codes.T]
-        return f"{len(self.codes)} semantic IDs; of {self.num_codes} codes {used} used by level"
