@@ -57,7 +57,7 @@ def trajectory_balance(log_z, log_pf, log_r):
     return (log_z[:, None] + log_pf - log_r).square().mean()
 
 def huber_balance(log_z, log_pf, log_r):
-    """Ours: TB, but a few paths with R far from P cannot outweigh all others.
+    """Ours: TB, but a few paths with R far from P cannot outweigh all others. Shapes as in TB.
     Mean of h(log Z(U) + log P − log R): h(x) = x²/2 up to 1 nat, |x| − 1/2 beyond."""
     return functional.huber_loss(log_z[:, None] + log_pf, log_r)
 
@@ -102,7 +102,7 @@ def grpo(log_pf, log_ref, log_r, beta):
 @dataclass
 class Recipe:
     """How a method is trained; `--methods tb:epochs=4` changes a field."""
-    loss: object = None             # L_GFN, a function; None: the next-token loss L_GR, as SFT
+    loss: object = None             # L_GFN, a function of names of GIVEN; None: L_GR alone, as SFT
     gr: float = 0.0                 # weight of L_GR; 0, since R already rewards the logged item
     lam: float = 1.0                # λ, weight of L_GFN; matters if gr > 0: Adam ignores the scale
     sampler: str = "reward_draws"   # of SAMPLERS: where the N sampled paths come from
@@ -710,7 +710,7 @@ class Settings:
     sample: float = HfArg(default=0.0, metadata={"nargs": "?", "const": 1.0},
                           help="draw the titles of --recommend, at this temperature")
 
-FIELDS = vars(Recipe())                                         # name → default
+FIELDS = {name: value for name, value in vars(Recipe()).items() if name != "loss"}     # defaults
 
 def parse(argv):
     """Settings from the command line; a mistake ends in one line on stderr and status 2."""
@@ -737,8 +737,9 @@ def parse(argv):
     return settings
 
 def recipe_of(name, settings):
-    """The Recipe of a method, or InputError: that of RECIPES, changed by PRESETS, by --sft or
-    --recipe, then by the name itself, NAME:field=value. NAME+cm uses debias and gamma alone."""
+    """The Recipe of a method, or InputError: that of RECIPES, changed by PRESETS (also if it is
+    your own: PRESETS["toy"][NAME] comes after "*"), by --sft or --recipe, then by the name itself,
+    NAME:field=value. NAME+cm uses debias and gamma alone."""
     base, *changes = name.split(":")
     tuned = PRESETS.get(settings.preset or settings.data, {})
     recipe = RECIPES.get(base, Recipe())
@@ -752,7 +753,7 @@ def recipe_of(name, settings):
     for change in filter(None, changes):
         what, _, text = change.partition("=")
         kind = type(FIELDS.get(what))
-        check(kind in (bool, int, float, str), f"{name}: there is no field {what}; {list(FIELDS)}")
+        check(what in FIELDS, f"{name}: there is no field {what}; there are {', '.join(FIELDS)}")
         try:
             value = string_to_bool(text) if kind is bool else kind(text)
         except (ValueError, TypeError, argparse.ArgumentTypeError):
@@ -867,7 +868,7 @@ def check_settings(settings):
     check(whole, f"--seeds {settings.seeds} are not numbers like 42,43")
     methods = ["pop", "cm", *RECIPES, *[f"{method}+cm" for method in RECIPES]]  # own ones, too
     names = []
-    for name in map(str.strip, settings.methods.split(",")):
+    for name in filter(None, map(str.strip, settings.methods.split(","))):
         base = name.partition(":")[0]
         check_choice(base, methods, f"--methods {name}")
         if base not in ("pop", "cm"):
@@ -962,10 +963,11 @@ class World:
         return Reward(self.ids, self.teacher(recipe), (recipe.w_a, recipe.w_y, recipe.w_s))
 
 def made_with(name, world):
-    """All inputs of a run that --resume compares. It does not notice edited code or an own CM."""
+    """All inputs of a run that --resume compares. It does not notice edited code."""
     settings = vars(world.settings)
     same = "ids codes levels window width layers batch beams".split()
     made = {"data": world.data.sizes, "checksum of ids": zlib.crc32(world.ids.codes.cpu().numpy())}
+    made["cm"] = type(world.cm).__name__
     made |= {f"--{what}": settings[what] for what in same}
     for part in dict.fromkeys(("sft", name.partition("+cm")[0], name)):
         made[f"recipe of {part}"] = sentence(part, recipe_of(part, world.settings))
@@ -1069,7 +1071,7 @@ def run_oracle(settings):
                     measure=distance, measured="L1 distance of P from R/Z")
     print(f"four contexts, {settings.oracle}: {sentence(settings.oracle, recipe)}")
     curve = train(settings.oracle, recipe, policy, world)       # 400 rows: 100 steps an epoch
-    print("mean L1 distance of P from R/Z: {:.4f} before, {:.4f} after; picture: {}".format(
+    print("mean L1 distance of P from R/Z (2 at most): {:.4f} before, {:.4f} after; {}".format(
         curve[0]["ndcg@10"], curve[-1]["ndcg@10"], path))
     report.figures.plot_flows(path, {
         "codes": world.ids.codes.tolist(), "titles": data.titles,

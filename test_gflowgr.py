@@ -399,12 +399,12 @@ Exercise(3, 60, Policy.recommend, recommend_loops, recommend_cases, [recommends_
          note="self.semantic_ids.codes (n, L): the ID of each item; self.beams: a number\n"
          "self.path_log_probs(histories, items (B, J)): log P_F of each step, (B, J, L)\n"
          "In all cases, sample is 0.")
-# --- Session 4: sdpo (20 minutes) -----------------------------------------------------------------
+# --- Session 4: sdpo, S-DPO (20 minutes) -----------------------------------------------------------------
 def sdpo_cases():
     return [
-        # Δ_p = log 2, Δ_d = 0: −log σ(log 2) = −log(2/3) = 0.4055
-        Case("P of the chosen item rose from 1/2 to 1",
-             (logs(1.0), logs([0.5]), logs(0.5), logs([0.5]), 1.0)),
+        # Δ_p = log 2, Δ_d = log 1/2: −log σ(log 4) = −log(4/5) = 0.2231
+        Case("P of the chosen item rose from 1/2 to 1, P of the other fell from 1/4 to 1/8",
+             (logs(1.0), logs([0.125]), logs(0.5), logs([0.25]), 1.0)),
         Case("3 users, 3 rejected items",
              (torch.randn(3), torch.randn(3, 3), torch.randn(3), torch.randn(3, 3), 0.3))]
 def sdpo_loops(policy_pos, policy_neg, ref_pos, ref_neg, beta):
@@ -902,8 +902,11 @@ def test_samplers_that_ask_the_policy():
         assert sorted(row) == [4] * (len(row) - 2) + [22, 23]
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_sampler_returns_v_if_it_alone_is_unseen(name):
-    batch = contexts([[v for v in range(24) if v != 8]], [[8]])
+def test_a_sampler_never_returns_an_item_of_the_history(name):
+    items = SAMPLERS[name](contexts(PAST, NEXT), 20, made(), 0.5)
+    for history, row in zip(PAST, items.tolist()):
+        assert not {*history} & {*row}
+    batch = contexts([[v for v in range(24) if v != 8]], [[8]])     # one item is left: the logged
     items = SAMPLERS[name](batch, 5, made(), 0.5)
     gflowgr.check_items(items, Recipe(sampler=name, trajectories=5), batch)     # as in training
     assert items.tolist() == [[8] * 5]
