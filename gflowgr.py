@@ -7,7 +7,7 @@ loss called trajectory balance (TB): the probability of an item shall be proport
 R. R mixes the logged action, the score of a collaborative model (CM) and the similarity of IDs.
 This file is the method, down to `beam_search`; then the experiment.
 
-U is a user's history, v the item logged next: a context. s_0 … s_L are the prefixes of an ID, a
+A context (U, v): a user's history, the item logged next. s_0 … s_L are the prefixes of an ID, a
 path; P_F(s_{l+1} | s_l) is the policy's P of the next code; the flow F(s) is the sum of R below s.
 Letters in shapes: B users or rows of a batch, C contexts, J paths at each context, L levels of an
 ID, K codes at each level, n items, d width of the model.
@@ -76,7 +76,7 @@ def detailed_balance(log_flow, log_pf):
 def distillation(child_flow, log_probs):
     """Ours, KL(R/Z ‖ P): flows F* (sums of R) of all children (C, J, L, K), log P_F of all codes
     (C, J, L, K) → scalar. TB and DB see only the codes that a path takes. This loss compares all
-    children at each step. Averaged over paths drawn ∝ R, it is KL(R/Z ‖ P) of whole items.
+    children at each step. Averaged over paths drawn ∝ R, it is KL(R/Z ‖ P) of items: chain rule.
     Mean over paths of Σ_l Σ_c q(c) · (log q(c) − log P_F(c | s_l)), q(c) = F*(c) / F*(s_l)."""
     target = child_flow / child_flow.sum(-1, keepdim=True)      # q; 0 for an illegal child
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
@@ -90,7 +90,7 @@ def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
 
 def grpo(log_pf, log_ref, log_r, beta):
     """GRPO (Shao et al. 2024), a maximiser of R: log P, log P_ref, log R of paths (C, J) → scalar.
-    Its paths are drawn from P, so GRPO's ratio P_new / P_old is 1, with the gradient of log P.
+    Its paths are new draws from P: the ratio P_new / P_old is 1 in value, with gradient ∇ log P.
     A = (R − mean R) / std R over a context's J paths: std with J − 1, at least 1e-8; A is constant.
     Mean over paths of β · (x − log x − 1) − A · log P, x = P_ref / P: a KL, and the gain of R."""
     r = log_r.exp()
@@ -126,8 +126,8 @@ class Recipe:
 @dataclass
 class Batch:
     """B rows, each a part of a user's history. Every target v in it makes a context: v and the
-    history before it. A row with the targets a, b, c reads <user> a b (c is only predicted), at
-    places 0, 1, 2. The history before a ends at place 0, before b at 1, before c at 2: the `ends`.
+    history before it. A row with the targets a, b, c reads <user>, a, b at places 0, 1, 2 (c is
+    only predicted). The history before a ends at place 0, before b at 1, before c at 2: the `ends`.
     H tokens and T targets in the longest row; contexts go row by row, without padding."""
     tokens: torch.Tensor            # (B, H) <user>, the items read, padding on the right
     ends: torch.Tensor              # (B, T) where the history of each target ends; −1: padding
@@ -136,17 +136,17 @@ class Batch:
     following: list                 # C lists: the target and the user's later training items
     positives: torch.Tensor         # (C,) the targets v
     liked: torch.Tensor             # (C,) bool: v was liked, not only clicked
-    unseen: torch.Tensor            # (C, nodes) bool: has a node of the tree an unseen item below?
+    unseen: torch.Tensor            # (C, nodes) bool: True at a node with an unseen item below it
     scores: torch.Tensor = None     # (C, n) the teacher's, of sum 1; SFT needs none
     r: torch.Tensor = None          # (C, n) R of every item; SFT needs none
 
     def fill(self, reward):
         """Compute the teacher's scores, and R of all items, 0 at seen ones. The CM has counted v
-        and later items (`following`), too; it subtracts these counts, not to know the answer."""
+        and later items (`following`), too; it subtracts these counts: v must not leak."""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
-        unseen = self.unseen[:, reward.ids.num_prefixes:].to(device)                    # (C, n)
+        unseen = self.unseen[:, reward.ids.num_prefixes:].to(device)    # (C, n) after the prefixes
         self.r = reward(self.scores, self.positives, self.liked.to(device), unseen)
 
 # --- The policy: P_F(next code | user, codes so far) ----------------------------------------------
@@ -170,7 +170,7 @@ def tree_mask(ends, H, L):
     branch = functional.pad(branch, (H, 0), value=-1)           # (S,) −1: the history
     own = (branch[:, None] == branch).tril()                    # (S, S) same branch, not later
     place = torch.arange(len(branch), device=ends.device)
-    # (B, S) how far into the history a place sees: up to itself; a code, up to its branch's end
+    # (B, S) how far into the history a place sees: up to itself; a code of branch e, to ends[b, e]
     last = torch.cat([place[:H].expand(len(ends), H), ends.repeat_interleave(L - 1, 1)], 1)
     return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
 
@@ -178,7 +178,7 @@ class Policy(torch.nn.Module):
     """A small GPT-2 that reads a history and writes a semantic ID, plus the table of IDs.
     Tokens: code c of level l is l·K + c; L·K is <user>, which begins each row, and pads it. An item
     i of a history is one token, L·K + 1 + i (ours: its L codes would take L tokens). A row is
-    packed as in `tree_mask`: of a path, its first L−1 codes (the last is predicted, never read)."""
+    packed as in `tree_mask`, with the first L−1 codes of each path (the last is only predicted)."""
     def __init__(self, semantic_ids, window=20, width=128, layers=3, dropout=0.2, beams=20,
                  catalogue=None, lm=None):
         super().__init__()
@@ -191,7 +191,7 @@ class Policy(torch.nn.Module):
             vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
             n_head=math.gcd(width, max(1, width // 32)),        # a divisor, at most width / 32
             n_positions=window + semantic_ids.num_levels,       # <user>, items, L−1 codes
-            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,   # it doubles the time
+            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,   # dropout here is slow
             bos_token_id=self.user_token, eos_token_id=self.user_token,
             activation_function="gelu_pytorch_tanh"))           # gelu_new's values, faster on CPU
         self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)   # log F(s); log Z(U) at s_0
@@ -204,9 +204,9 @@ class Policy(torch.nn.Module):
         return pad(rows, -1) + self.user_token + 1, torch.tensor([[len(row) - 1] for row in rows])
 
     def forward(self, tokens, ends, unseen, items):
-        """tokens (B, H), ends (B, T), −1: padding, unseen (C, nodes) of a Batch; items (C, J) → of
-        the items' paths, log P_F of each step (C, J, L), log P_F of all codes (C, J, L, K), near
-        NEVER if illegal, and the learned log F of the prefixes s_0 … s_{L-1} (C, J, L)."""
+        """Of a Batch: tokens (B, H), ends (B, T), −1 is padding, unseen (C, nodes); items (C, J).
+        Returns, on the paths of the items: log P_F of each step (C, J, L), log P_F of all codes
+        (C, J, L, K), near NEVER if illegal, and the learned log F of s_0 … s_{L-1} (C, J, L)."""
         ids = self.semantic_ids
         device = ids.codes.device
         tokens, ends, unseen, items = (x.to(device) for x in (tokens, ends, unseen, items))
@@ -233,15 +233,15 @@ class Policy(torch.nn.Module):
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("cjld,lkd->cjlk", prefixes, heads).float()            # (C, J, L, K)
         states = ids.nodes[items][..., :-1]                     # (C, J, L) nodes s_0 … s_{L-1}
-        # Legal is a code that leads to an unseen item; −1 elsewhere
+        # Node that each code leads to; −1 if illegal: no unseen item is below
         child = ids.legal_children(states.flatten(1), unseen).view_as(logits)       # (C, J, L, K)
         log_probs = logits.masked_fill(child < 0, NEVER).log_softmax(-1)
         log_steps = log_probs.gather(-1, ids.codes[items][..., None])[..., 0]       # (C, J, L)
         return log_steps, log_probs, self.flow_head(prefixes)[..., 0]
 
     def path_log_probs(self, histories, items):
-        """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L). The sum
-        over the steps to a seen item is below NEVER/2."""
+        """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L). Of the
+        steps to a seen item, one is illegal, near NEVER."""
         tokens, ends = self.tokens(histories)                   # one target, after all items
         unseen = self.semantic_ids.unseen(histories)
         return self(tokens, ends, unseen, torch.as_tensor(items))[0]
@@ -275,7 +275,7 @@ def draw(weight, count):
     return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
 
 def session(batch, count, policy, progress):
-    """The paper's first: other items of the user's log, ours: later ones; v if there is none."""
+    """The paper's first: other items of the user's log (ours: later ones alone); else v."""
     weight = torch.zeros_like(batch.r)
     weight[entries(batch.following)] = 1                        # row and column of each item
     weight.scatter_(1, batch.positives[:, None], 1e-6)          # v is in `following`: down to 1e-6
@@ -337,8 +337,8 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
     batch.fill(reward)
     asked = inspect.signature(recipe.loss).parameters           # what the loss needs, by name
-    # Off-policy: at P = R/Z, TB is 0 on every path, whoever drew it. R depends on v, but P does not
-    # know v: if several v follow one history, P settles on a mean, and the sampler decides on which
+    # Off-policy: at P = R/Z, TB is 0 on every path, whoever drew it. (But if several v follow one
+    # history, P settles on a mean of their R: how often paths are drawn, sets the weights.)
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
     check_items(items, recipe, batch)
@@ -348,7 +348,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         first = batch.positives[:, None] if logged else draw(batch.r, 1)            # (C, 1)
         items = torch.cat([first, items], 1)                                        # (C, J)
     given = known_of(recipe, asked, policy, reference, batch, reward, items)
-    L_GFN = recipe.loss(**{name: given[name] for name in asked if name in given})
+    L_GFN = recipe.loss(**{name: given[name] for name in asked if name in given})   # else: default
     check_loss(L_GFN, recipe)
     L_GR = -given["policy_pos"].mean() if recipe.gr else 0.0
     return recipe.gr * L_GR + recipe.lam * L_GFN
@@ -369,7 +369,7 @@ def known_of(recipe, asked, policy, reference, batch, reward, items):
     if reference:
         with torch.no_grad():
             log_ref = reference(*context, items)[0].sum(-1)
-    again = (items[:, 1:] == items[:, :1]).to(device)   # the chosen one, sampled: exp(NEVER) = 0
+    again = (items[:, 1:] == items[:, :1]).to(device)   # the chosen item again: not rejected, too
     return {
         # (C, J) log P of whole paths; but of each step (C, J, L), if a loss asks for log_flow: DB
         "log_pf": log_steps if "log_flow" in asked else log_pf,
@@ -401,7 +401,7 @@ def train(name, recipe, policy, world):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = (world.seed, epoch)              # torch takes one number: it is made of this pair
+        seed = (world.seed, epoch)              # one number for torch is made of this pair
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         epoch_batches = batches(world.rows, world.data, size, policy, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
@@ -422,14 +422,14 @@ def train(name, recipe, policy, world):
 # --- Recommending: beam search down the tree ------------------------------------------------------
 def moved_to(parent, noisy):
     """To draw k items without replacement (Kool et al. 2019, Stochastic beams): give each item the
-    value log P + Gumbel noise, keep the k largest. The value of a prefix is the largest of the
-    items below it: also log P + Gumbel noise. Top-down, that of the parent (B, W, 1) is known. So
-    noisy (B, W, K), log P + noise of the children, are moved to be draws with this largest value.
+    value log P + Gumbel noise, keep the k largest. The value of a prefix is the largest value of
+    the items below it. Top-down, the value of the parent (B, W, 1) is drawn first. Then noisy
+    (B, W, K), log P + noise of its children, are moved to be draws whose largest is this value.
     >>> moved_to(torch.tensor([0.5]), torch.tensor([0.3, 1.2, -2.0]))
     tensor([-0.0451,  0.5000, -2.0405])
 
-    −log(exp(−parent) + exp(−noisy) − exp(−largest)) = parent − log(1 + exp(x)), without overflow,
-    since exp(x) = exp(parent) · (exp(−noisy) − exp(−largest)). The largest becomes `parent`."""
+    −log(exp(−parent) + exp(−noisy) − exp(−largest)); without overflow: parent − softplus(x),
+    x = parent − noisy + log(1 − exp(noisy − largest)), softplus(x) = log(1 + exp(x))."""
     x = parent - noisy + torch.log1p(-torch.exp(noisy - noisy.amax(-1, keepdim=True)))
     return parent - functional.softplus(x)
 
@@ -455,7 +455,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     mask = torch.where(place > ends[..., None], NEVER, 0.0)                         # (B, W, keys)
     node = torch.zeros_like(ends)                               # (B, W) nodes of the beams; 0: root
     log_p = hidden.new_zeros(node.shape)                        # (B, W) log P so far
-    value = log_p           # (B, W) what ranks the beams; the same items win, whatever the root has
+    value = log_p                           # (B, W) what ranks the beams; any number at the root
     below = 0.0                                                 # log Σ guide of the items below
     if guide is not None:
         guide = guide.to(mask.device) * unseen[:, ids.num_prefixes:]                 # (B, n)

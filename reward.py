@@ -151,7 +151,7 @@ class Guided:
         return table.scatter_add_(1, items, shares)
 
 class Reward:
-    """R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/n of the n unseen items, the comprehensive
+    """R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/m of the m unseen items, the comprehensive
     reward; R of an item of the history is 0. Each signal sums to 1 over the unseen items (r_a to
     1/10 where v was only clicked), so the heuristic weights are shares of Z: where v is liked,
     Z = w_a + w_ŷ + w_s + ε. The paper's raw signals are 10, a score, and up to L for each item:
