@@ -454,8 +454,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     place = torch.arange(tokens.shape[1], device=tokens.device)
     mask = torch.where(place > ends[..., None], NEVER, 0.0)                         # (B, W, keys)
     node = torch.zeros_like(ends)                               # (B, W) nodes of the beams; 0: root
-    log_p = hidden.new_zeros(node.shape)                        # (B, W) log P so far
-    value = log_p                           # (B, W) what ranks the beams; any number at the root
+    log_p = value = hidden.new_zeros(node.shape)    # (B, W) log P so far; what ranks (root: any)
     below = 0.0                                                 # log Σ guide of the items below
     if guide is not None:
         guide = guide.to(mask.device) * unseen[:, ids.num_prefixes:]                 # (B, n)
@@ -480,10 +479,9 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
             mask = grown(mask, parents=best // K)
             hidden = lm(level * K + best % K, cache, attention_mask=mask[:, None],
                         position_ids=(ends + 1 + level).expand_as(best)).last_hidden_state
-    items = node - ids.num_prefixes                             # (B, W) prefixes first, then items
-    saw_all = [len({*history}) == len(ids.codes) for history in histories]
-    items[saw_all] = -1                                         # for them, `unseen` made all legal
-    items = functional.pad(items.clamp(min=-1), (0, k), value=-1)[:, :k]
+    items = (node - ids.num_prefixes).clamp(min=-1)             # (B, W) prefixes first, then items
+    items[[len({*past}) == len(ids.codes) for past in histories]] = -1  # who saw all gets nothing
+    items = functional.pad(items, (0, k), value=-1)[:, :k]
     return items, functional.pad(value, (0, k))[:, :k].masked_fill(items < 0, -math.inf)
 
 # --- Rows of a batch ------------------------------------------------------------------------------
@@ -649,17 +647,17 @@ def load_model(folder, dropout=0.0, guided=True):
 PAPER = dict(gr=1.0, sampler="curriculum", trajectories=3, exact=False, teacher="cm",
              rate=4.5e-4, dropout=0.2)
 RECIPES = {
-    "sft": Recipe(dropout=0.2, epochs=8),
+    "sft": Recipe(dropout=0.2, epochs=8),                       # all others start from it
     "sft-continued": Recipe(dropout=0.2, rate=4.5e-4),          # more of the same, to compare
-    "sdpo": Recipe(sdpo, **PAPER),
+    "sdpo": Recipe(sdpo, **PAPER),                              # the logged item above others
     "sdpo-reward": Recipe(sdpo, sampler="policy_draws", trajectories=7, chosen="reward"),
-    "grpo": Recipe(grpo, sampler="policy_draws", trajectories=8),
-    "tb-paper": Recipe(trajectory_balance, **PAPER),
-    "db": Recipe(detailed_balance),
+    "grpo": Recipe(grpo, sampler="policy_draws", trajectories=8),           # the highest R
+    "tb-paper": Recipe(trajectory_balance, **PAPER),            # our reading of the paper
+    "db": Recipe(detailed_balance),                             # P = R/Z, here and below
     "tb": Recipe(trajectory_balance),
-    "tb-huber": Recipe(huber_balance),
-    "vargrad": Recipe(vargrad, sampler="policy_draws", trajectories=8),
-    "distill": Recipe(distillation, trajectories=1)}
+    "tb-huber": Recipe(huber_balance),                          # the default on real logs
+    "vargrad": Recipe(vargrad, sampler="policy_draws", trajectories=8),     # R of N items alone
+    "distill": Recipe(distillation, trajectories=1)}            # without a GFlowNet's loss
 
 DRAWS = dict(sampler="policy_draws", trajectories=8)
 PRESETS = {         # by --data: settings, and changes of RECIPES; "*": of all recipes but sft's
