@@ -399,7 +399,7 @@ Exercise(3, 60, Policy.recommend, recommend_loops, recommend_cases, [recommends_
          note="self.semantic_ids.codes (n, L): the ID of each item; self.beams: a number\n"
          "self.path_log_probs(histories, items (B, J)): log P_F of each step, (B, J, L)\n"
          "In all cases, sample is 0.")
-# --- Session 4: sdpo, S-DPO (20 minutes) -----------------------------------------------------------------
+# --- Session 4: sdpo, S-DPO (20 minutes) ----------------------------------------------------------
 def sdpo_cases():
     return [
         # Δ_p = log 2, Δ_d = log 1/2: −log σ(log 4) = −log(4/5) = 0.2231
