@@ -674,7 +674,7 @@ PRESETS = {         # by --data: settings, and changes of RECIPES; "*": of all r
         "tb-huber": DRAWS,
         "distill": dict(dropout=0.2)},
     "ml-100k": {
-        "settings": dict(codes=256, width=96, beams=50),
+        "settings": dict(codes=256, width=96),
         "sft": dict(rate=0.003),
         "*": dict(epochs=4, dropout=0.2),
         "sft-continued": dict(rate=0.00045)}}

@@ -1448,6 +1448,7 @@ def test_ids_from_a_file_one_code_an_item_and_devices(tmp_path, capsys):
     world = prepared(f"--data={folder}", "--ids=item")
     assert world.ids.codes.tolist() == [[0], [1], [2], [3]]
     assert world.count.tolist() == [1, 1, 0, 0]                 # of training items
+    assert prepared("--data=toy").ids.num_codes == 32           # 720 / 24 = 30; a power of 2
     world.settings.device = "meta"                              # a policy moves, not the shared IDs
     assert world.policy().semantic_ids.codes.is_meta
     assert not world.ids.codes.is_meta
