@@ -1001,7 +1001,8 @@ def run_method(name, world):
     recommend = getattr(model, "recommend", partial(best_unseen, model))
     metrics, by_user, ranked = evaluate(recommend, data, world.ids)
     if curve and len(data.titles) <= 2000:                      # P of all n items at once
-        judge = recipe if recipe.loss else recipe_of("tb", world.settings)      # of SFT: R of tb
+        # SFT is judged by the R of tb, without --recipe: so --resume may keep its numbers
+        judge = recipe if recipe.loss else recipe_of("tb", replace(world.settings, recipe=""))
         metrics |= target_metrics(model, world.reward(judge), data)
     facts = {**vars(recipe), "loss": getattr(recipe.loss, "__name__", "L_GR")}
     entry = {"method": name, "seed": world.seed, "recipe": facts, "metrics": metrics,

@@ -71,7 +71,7 @@ class CollaborativeModel(torch.nn.Module):
         if following is not None:
             self._take_out(scores, recent, following)
         # From here in place: at 10^4 items every pass over (B, n) takes time
-        functional.threshold_(scores, 1e-6, 0.0)                         # ≤ 1e-6: float rounding
+        functional.threshold_(scores, 1e-6, 0.0)                # ≤ 1e-6: float rounding
         owned = entries([set(history) for history in histories])
         scores[owned] = 0
         popular = (self.count + 1.0) / (self.count + 1.0).sum()                     # (n,)
@@ -179,7 +179,7 @@ class Reward:
     def __call__(self, scores, positives, liked, unseen):
         """R (B, n) of every item, > 0 at unseen (B, n; bool) ones; r_ŷ is scores (B, n);
         positives and liked (bool) are (B,)."""
-        # R = w_a · r_a + w_ŷ · r_ŷ + w_s · r_s + ε/n, in place
+        # R = w_a · r_a + w_ŷ · r_ŷ + w_s · r_s + ε/m, 0 at seen items; in place
         w_a, w_y, w_s = self.weights
         r = torch.add(self.epsilon / unseen.sum(1, keepdim=True), scores, alpha=w_y)
         r.add_(self.similarity(positives, unseen), alpha=w_s)
