@@ -336,7 +336,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         log_steps, *_ = policy(*context, batch.positives[:, None])
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
     batch.fill(reward)
-    asked = inspect.signature(recipe.loss).parameters           # what the loss needs, by name
+    asked = asked_by(recipe)                # the names of the loss's parameters: what it needs
     # Off-policy: at P = R/Z, TB is 0 on every path, whoever drew it. (But if several v follow one
     # history, P settles on a mean of their R: how often paths are drawn, sets the weights.)
     policy.eval()                                               # no dropout while sampling
@@ -349,7 +349,6 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         items = torch.cat([first, items], 1)                                        # (C, J)
     given = known_of(recipe, asked, policy, reference, batch, reward, items)
     L_GFN = recipe.loss(**{name: given[name] for name in asked if name in given})   # else: default
-    check_loss(L_GFN, recipe)
     L_GR = -given["policy_pos"].mean() if recipe.gr else 0.0
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
@@ -582,7 +581,7 @@ def distribution(policy, histories):
     return torch.cat(steps, 1).sum(-1).exp().cpu()
 
 def target_metrics(policy, reward, data):
-    """At 50 validation contexts: KL(R/Z ‖ P), entropy of P (nats), R's share in the ten best."""
+    """At 50 validation contexts: KL(R/Z ‖ P) and the entropy of P, in nats."""
     users = range(0, len(data.train), math.ceil(len(data.train) / 50))
     histories = [data.train[user] for user in users]
     device = reward.ids.codes.device
@@ -592,11 +591,8 @@ def target_metrics(policy, reward, data):
     r = reward(reward.teacher.scores(histories).to(device), positives, liked, unseen).cpu()
     target = r / r.sum(1, keepdim=True)                                             # R/Z (50, n)
     p = torch.cat([distribution(policy, [history]) for history in histories]).clamp(min=1e-30)
-    ten = policy.recommend(histories)[0].cpu()
-    share = target.gather(1, ten.clamp(min=0)) * (ten >= 0)
     kl = functional.kl_div(p.log(), target, reduction="batchmean")
-    return {"kl": kl.item(), "entropy": -(p * p.log()).sum(1).mean().item(),
-            "reward@10": share.sum(1).mean().item()}
+    return {"kl": kl.item(), "entropy": -(p * p.log()).sum(1).mean().item()}
 
 # --- Saved models ---------------------------------------------------------------------------------
 def save_model(model, folder):
@@ -683,7 +679,6 @@ PRESETS = {         # by --data: settings, and changes of RECIPES; "*": of all r
 class Settings:
     """All settings, each a command-line flag. PRESETS changes some of the defaults with --data."""
     data: str = HfArg(default="toy", help="toy, ml-100k, beauty, or a folder of two CSV files")
-    preset: str = HfArg(default="", help="whose settings: toy or ml-100k (default: as --data)")
     methods: str = HfArg(default="pop,cm,sft,sft-continued,tb-huber,sft+cm,tb-huber+cm",
                          help="comma-separated; with changes: tb:epochs=4:sampler=policy_beam")
     sft: str = HfArg(default="", help="changes in the recipe of sft, like epochs=12:rate=.003")
@@ -693,7 +688,7 @@ class Settings:
     resume: bool = HfArg(default=False, help="keep the finished methods of a run that was killed")
     quick: bool = HfArg(default=False, help="a smoke run in seconds: 100 users, one epoch")
     device: str = HfArg(default="auto", help="where to train: auto, cuda, mps or cpu")
-    ids: str = HfArg(default="mixed", help="content (text), mixed (text, log), item, or FILE.csv")
+    ids: str = HfArg(default="mixed", help="content (text), mixed (text and log), or FILE.csv")
     codes: int = HfArg(default=0, help="K, codes a level (0: a power of 2, about n / 24)")
     levels: int = HfArg(default=3, help="L, levels of an ID: as in the paper's examples")
     window: int = HfArg(default=20, help="items of the history that are read: the last say most")
@@ -710,6 +705,11 @@ class Settings:
 
 FIELDS = {name: value for name, value in vars(Recipe()).items() if name != "loss"}     # defaults
 
+def preset_of(settings):
+    """What PRESETS holds for this data. All made-up worlds, those with truth.csv, are "toy"."""
+    made_up = (Path(settings.data) / "truth.csv").exists()
+    return PRESETS.get("toy" if made_up else settings.data, {})
+
 def parse(argv):
     """Settings from the command line; a mistake ends in one line on stderr and status 2."""
     parser = HfArgumentParser(
@@ -720,7 +720,7 @@ def parse(argv):
     parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
     asked = [word for word in argv if word not in ("-h", "--help")]
     first = parser.parse_args(asked)            # once for the preset, which --help shows; then all
-    parser.set_defaults(**PRESETS.get(first.preset or first.data, {}).get("settings", {}))
+    parser.set_defaults(**preset_of(first).get("settings", {}))
     if asked != list(argv):
         print(re.sub(r"\s*\(default:\s(None|\[\])?\)", "", parser.format_help()))
         parser.exit()
@@ -739,7 +739,7 @@ def recipe_of(name, settings):
     your own: PRESETS["toy"][NAME] comes after "*"), by --sft or --recipe, then by the name itself,
     NAME:field=value. NAME+cm uses debias and gamma alone."""
     base, *changes = name.split(":")
-    tuned = PRESETS.get(settings.preset or settings.data, {})
+    tuned = preset_of(settings)
     recipe = RECIPES.get(base, Recipe())
     check(isinstance(recipe, Recipe), f"RECIPES[{base!r}] is a {type(recipe).__name__}, no Recipe")
     if base == "sft":
@@ -761,7 +761,7 @@ def recipe_of(name, settings):
     return recipe
 
 def sentence(name, recipe):
-    """What a method does, for a person: all of its recipe that matters."""
+    """What a method does, for a person; run.json has the whole recipe."""
     cm = f"CM / popularity^{recipe.debias:g}" if recipe.debias else "CM"
     product = f"P · ({cm})^{recipe.gamma:g}"
     if name.partition(":")[0] in ("pop", "cm") or "+cm" in name:
@@ -769,28 +769,30 @@ def sentence(name, recipe):
     training = f"rate {recipe.rate:g}, dropout {recipe.dropout:g}, {recipe.epochs} epochs"
     if not recipe.loss:
         return f"next-token loss; {training}"
-    asked = inspect.signature(recipe.loss).parameters
-    parts = [f"{recipe.loss.__name__} on {recipe.trajectories} items by {recipe.sampler}"]
-    if recipe.gr:
-        parts.append(f"and on the logged one, · {recipe.lam:g}, + next-token loss · {recipe.gr:g}")
-    if "policy_pos" in asked:
-        parts.append(f"chosen: {recipe.chosen}, beta {recipe.beta:g}")
-    elif "beta" in asked:
-        parts.append(f"beta {recipe.beta:g}")
-    if {"log_z", "log_flow"} & asked.keys():
-        parts.append("exact flows" if recipe.exact else "learned flows")
     teacher = cm if recipe.teacher == "cm" else f"P_SFT{product[1:]}"
     reward = f"R = {recipe.w_a:g} logged + {recipe.w_y:g} {teacher} + {recipe.w_s:g} similar ID"
-    return f"{', '.join(parts)}; {reward}; {training}"
+    items = f"{recipe.trajectories} items by {recipe.sampler}"
+    return f"{recipe.loss.__name__} on {items}; {reward}; {training}"
+
+def facts_of(recipe):
+    """The fields of a recipe that matter, for run.json."""
+    facts = {**vars(recipe), "loss": getattr(recipe.loss, "__name__", "L_GR")}
+    without = ("loss", "rate", "dropout", "epochs", "gamma", "debias")      # without L_GFN
+    return facts if recipe.loss else {what: facts[what] for what in without}
 
 # --- Checks: one sentence that says what is wrong and what is right -------------------------------
-GIVEN = ("log_pf", "log_z", "log_r", "log_flow", "child_flow", "log_probs", "policy_pos",
-         "policy_neg", "log_ref", "ref_pos", "ref_neg", "beta")     # what known_of gives a loss
+# What known_of gives a loss, with the shapes of a trial: 2 contexts, 3 paths, 2 levels, 4 codes
+SHAPES = {"log_pf": (2, 3), "log_z": (2,), "log_r": (2, 3), "log_flow": (2, 3, 3),
+          "child_flow": (2, 3, 2, 4), "log_probs": (2, 3, 2, 4), "policy_pos": (2,),
+          "policy_neg": (2, 2), "log_ref": (2, 3), "ref_pos": (2,), "ref_neg": (2, 2), "beta": ()}
+
+def asked_by(recipe):
+    """What the recipe's loss asks for: its parameters by name."""
+    return inspect.signature(recipe.loss).parameters if recipe.loss else {}
 
 def asks_reference(recipe):
     """Does the recipe's loss need the frozen SFT policy?"""
-    asked = inspect.signature(recipe.loss).parameters if recipe.loss else {}
-    return bool(asked.keys() & {"log_ref", "ref_pos", "ref_neg"})
+    return bool({"log_ref", "ref_pos", "ref_neg"} & asked_by(recipe).keys())
 
 def check_numbers(where, values):
     """Raise InputError if a number of a Settings or Recipe is out of its range."""
@@ -817,16 +819,32 @@ def check_recipe(name, recipe):
     few = recipe.trajectories <= 128
     check(few, f"{name}: trajectories: at most 128, memory grows with the square of their number")
     check(recipe.w_a + recipe.w_y + recipe.w_s > 0, f"{name}: w_a, w_y and w_s are all 0")
-    parameters = inspect.signature(recipe.loss).parameters if recipe.loss else {}
-    for what, parameter in parameters.items():
-        if parameter.default is parameter.empty:
-            check_choice(what, GIVEN, f"{name}: parameter {what} of its loss")
-    check(recipe.exact or "child_flow" not in parameters, f"{name}: its loss needs exact=1")
-    paths = recipe.trajectories + bool(recipe.gr or "policy_pos" in parameters)
-    compares = {"policy_neg", "log_ref"} & parameters.keys() or recipe.loss is vargrad
+    asked = asked_by(recipe)
+    check(recipe.exact or "child_flow" not in asked, f"{name}: its loss needs exact=1")
+    paths = recipe.trajectories + bool(recipe.gr or "policy_pos" in asked)
+    compares = {"policy_neg", "log_ref"} & asked.keys() or recipe.loss is vargrad
     check(paths > 1 or not compares, f"{name}: it compares paths: trajectories > 1")
     logged = recipe.chosen == "logged"
     check(logged or not recipe.gr, f"{name}: gr > 0 needs chosen=logged: path 0 is that of L_GR")
+    if recipe.loss:
+        check_loss(name, recipe)
+
+def check_loss(name, recipe):
+    """Raise InputError if a loss asks for what is not given, or if its value cannot be trained."""
+    asked = asked_by(recipe)
+    for what, parameter in asked.items():
+        if parameter.default is parameter.empty:
+            check_choice(what, SHAPES, f"{name}: parameter {what} of its loss")
+    trial = {what: torch.full(shape, -1.0) for what, shape in SHAPES.items()}
+    for what in ("log_pf", "log_probs", "policy_pos", "policy_neg"):                # P is trained
+        trial[what].requires_grad_()
+    if "log_flow" in asked:                                     # then of each step, as in known_of
+        trial["log_pf"] = trial["log_pf"][..., None].expand(2, 3, 2)
+    loss = recipe.loss(**{what: trial[what] for what in asked if what in trial})
+    found = tuple(loss.shape) if torch.is_tensor(loss) else type(loss).__name__
+    check(found == (), f"{name}: its loss has to return a tensor of one number, the mean over all "
+          f"paths, not {found}")
+    check(loss.requires_grad, f"{name}: its loss does not depend on P: no gradient")
 
 def check_items(items, recipe, batch):
     """Raise InputError if a sampler does not return N unseen items a context."""
@@ -837,13 +855,6 @@ def check_items(items, recipe, batch):
     check(found == wanted, f"{asked} a tensor of items (C, N), here {wanted}, not {found}")
     unseen = 0 <= items.min() and items.max() < n and batch.r.gather(1, items).min() > 0
     check(unseen, f"{asked} items from 0 to {n - 1} that are not in batch.histories")
-
-def check_loss(loss, recipe):
-    """Raise InputError if a loss does not return one number that can be trained."""
-    found = tuple(loss.shape) if torch.is_tensor(loss) else type(loss).__name__
-    check(found == (), f"loss {recipe.loss.__name__} has to return a tensor of one number, the "
-          f"mean over all paths, not {found}")
-    check(loss.requires_grad, f"loss {recipe.loss.__name__} does not depend on P: no gradient")
 
 def check_finite(loss, name, recipe, step, batch, data):
     """Raise FloatingPointError, with the step and its users, if the loss is not a finite number."""
@@ -859,8 +870,6 @@ def check_settings(settings):
     settings.device = devices[0] if settings.device == "auto" else settings.device
     check_choice(settings.device, devices, f"--device {settings.device}")
     check_numbers("--", settings)
-    if settings.preset:
-        check_choice(settings.preset, PRESETS, f"--preset {settings.preset}")
     seeds = [seed.strip() for seed in settings.seeds.split(",")]
     whole = all(seed.isdecimal() and len(seed) < 19 for seed in seeds)
     check(whole, f"--seeds {settings.seeds} are not numbers like 42,43")
@@ -874,20 +883,6 @@ def check_settings(settings):
         names.append(name)                                      # all start from SFT
     names.sort(key=lambda name: methods.index(name.partition(":")[0]))
     return list(dict.fromkeys(names)), list(dict.fromkeys(map(int, seeds)))
-
-def check_cm(cm, data):
-    """Raise InputError if a CM of your own does not return what r_ŷ and the guide need."""
-    past = [[], *[history[:len(history) // 2] for history in data.train[:99]]]
-    after = [[], *[history[len(history) // 2:] for history in data.train[:99]]]
-    size = (len(past), len(data.titles))
-    for scores in (cm.scores(past), cm.scores(past, after)):    # as when it serves, as in training
-        found = (getattr(scores, "dtype", type(scores).__name__), *getattr(scores, "shape", ()))
-        right = torch.is_tensor(scores) and scores.is_floating_point() and scores.shape == size
-        if right:
-            found = f"the smallest is {scores.min():.3g}, a sum {scores.sum(1).max():.3g}"
-            right = scores.min() >= 0 and (scores.sum(1) - 1).abs().max() < 1e-3
-        check(right, "scores(histories, following) of a CM has to return floats, a tensor (B, n), "
-              f"here {size}, ≥ 0, each row of sum 1; here {found}")
 
 # --- The experiment: data → IDs, CM → SFT → fine-tuned policies → table ---------------------------
 @dataclass
@@ -914,11 +909,9 @@ class World:
             K = settings.codes or 2 ** math.ceil(math.log2(least))
             features = item_features(settings.ids, data.texts, data.train, seed)
             ids = SemanticIDs.fit(features, K, settings.levels, seed)
-        elif settings.ids == "item":                            # a softmax over items, no tree
-            ids = SemanticIDs(np.arange(n)[:, None], n)
         else:
             known = Path(settings.ids).suffix
-            check(known, f"--ids {settings.ids} is no content, mixed, item or CSV file")
+            check(known, f"--ids {settings.ids} is not content, mixed or a CSV file")
             codes = read_ids(settings.ids, data.item_ids)
             ids = SemanticIDs(codes, max(map(max, codes)) + 1)
         print(f"seed {seed}: {n} semantic IDs; {ids.num_levels} codes, of {ids.num_codes} each")
@@ -968,7 +961,8 @@ def made_with(name, world):
     made["cm"] = type(world.cm).__name__
     made |= {f"--{what}": settings[what] for what in same}
     for part in dict.fromkeys(("sft", name.partition("+cm")[0], name)):
-        made[f"recipe of {part}"] = sentence(part, recipe_of(part, world.settings))
+        facts = facts_of(recipe_of(part, world.settings))
+        made |= {f"{part}: {what}": value for what, value in facts.items()}
     return made
 
 def model_of(name, recipe, world):
@@ -1004,8 +998,7 @@ def run_method(name, world):
         # SFT is judged by the R of tb, without --recipe: so --resume may keep its numbers
         judge = recipe if recipe.loss else recipe_of("tb", replace(world.settings, recipe=""))
         metrics |= target_metrics(model, world.reward(judge), data)
-    facts = {**vars(recipe), "loss": getattr(recipe.loss, "__name__", "L_GR")}
-    entry = {"method": name, "seed": world.seed, "recipe": facts, "metrics": metrics,
+    entry = {"method": name, "seed": world.seed, "recipe": facts_of(recipe), "metrics": metrics,
              "curve": curve, "by_user": by_user,
              "seconds": {"train": middle - started, "eval": time.time() - middle},
              "train_examples": len(curve[1:]) * sum(map(len, data.train)),
@@ -1022,8 +1015,6 @@ def run(settings, cm=None):
     if settings.quick:
         print("--quick: the figures below mean nothing; they only show that everything works")
     data = load_data(settings.data, settings.quick)
-    if cm:
-        check_cm(cm, data)
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
     worlds = [World.prepare(seed, data, settings, cm) for seed in seeds]

@@ -1088,16 +1088,16 @@ def test_target_metrics_against_loops():
         p = one_by_one(policy, past)[0].sum(1).exp()[left]
         R = reward_by_hand(recipe, codes, cm.scores([past])[0], past, v)
         target = R[left] / R.sum()
-        ten = p.topk(min(10, len(left))).indices
-        numbers.append([sum(target * (target / p).log()), -sum(p * p.log()), sum(target[ten])])
-    wanted = dict(zip(("kl", "entropy", "reward@10"), np.mean(numbers, 0)))
+        numbers.append([sum(target * (target / p).log()), -sum(p * p.log())])
+    wanted = dict(zip(("kl", "entropy"), np.mean(numbers, 0)))
     assert gflowgr.target_metrics(policy, job, data) == approx(wanted, abs=1e-4)
 
-# --- Recipes: changes, the sentence ---------------------------------------------------------------
+# --- Recipes: changes -----------------------------------------------------------------------------
 def test_changes_come_in_the_order_preset_recipe_name(monkeypatch):
-    for data, name in itertools.product(gflowgr.PRESETS, RECIPES):      # those of the file work
-        settings = gflowgr.parse(["--data=d", f"--preset={data}"])
-        assert recipe_of(name, settings) == recipe_of(name, gflowgr.parse(["--data", data]))
+    for data, name in itertools.product(("toy", "ml-100k", "d"), RECIPES):  # those of the file work
+        recipe_of(name, gflowgr.parse([f"--data={data}"]))
+    world = gflowgr.parse([f"--data={ROOT / 'data/toy'}"])      # its truth.csv says: made up
+    assert recipe_of("tb", world) == recipe_of("tb", gflowgr.parse([]))
     monkeypatch.setattr(gflowgr, "PRESETS", {"toy": {
         "settings": dict(width=96), "sft": dict(epochs=3), "tb": dict(lam=5.0),
         "*": dict(epochs=4, lam=4.0, gamma=4.0, w_s=0.0)}})
@@ -1115,19 +1115,6 @@ def test_changes_come_in_the_order_preset_recipe_name(monkeypatch):
     names = ["cm:debias=1", "sft", "db:lam=3", "tb", "tb+cm:gamma=3"]   # they start from SFT
     assert gflowgr.check_settings(settings)[0] == names
     assert gflowgr.parse(["--quick", "--recipe=epochs=3"]).recipe == "epochs=1:epochs=3"
-
-@pytest.mark.parametrize("name, told", [
-    ("tb", "exact gr w_a w_y w_s teacher gamma debias loss trajectories sampler rate epochs"),
-    ("sdpo", "gr lam beta chosen w_a w_y w_s teacher debias sampler dropout"),
-    ("tb+cm", "gamma debias")])
-def test_the_sentence_changes_with_all_that_matters(name, told):
-    recipe = RECIPES.get(name, Recipe())
-    words = {"loss": gflowgr.vargrad, "sampler": "even", "chosen": "reward",
-             "exact": False, "teacher": {"cm": "product", "product": "cm"}[recipe.teacher]}
-    for field in told.split():
-        value = words[field] if field in words else getattr(recipe, field) + 1
-        other = replace(recipe, **{field: value})
-        assert gflowgr.sentence(name, other) != gflowgr.sentence(name, recipe), field
 
 # --- Own losses and samplers ----------------------------------------------------------------------
 def cli(*arguments):
@@ -1171,12 +1158,11 @@ def test_a_wrong_sampler_is_told(said, items):
 @pytest.mark.parametrize("returned, said", [
     (torch.ones(2), "has to return .* not .2,."), (0.5, "has to return .* not float"),
     (torch.tensor(1.0), "does not depend on P: no gradient")])
-def test_a_wrong_loss_is_told(returned, said, tiny, monkeypatch):
-    def mine(log_pf):
+def test_a_wrong_loss_is_told(returned, said):
+    def mine(log_r):
         return returned
-    monkeypatch.setitem(RECIPES, "mine", Recipe(mine, teacher="cm"))
-    with pytest.raises(InputError, match=f"loss mine {said}"):
-        trained(tiny, "mine", rows=2)
+    with pytest.raises(InputError, match=f"tb: its loss {said}"):
+        gflowgr.check_recipe("tb", Recipe(mine))
 
 def seen(batch, count, policy, progress):
     return torch.tensor([[(past or [99])[0]] * count for past in batch.histories])
@@ -1203,24 +1189,23 @@ def test_what_stops_a_run_and_when(tiny, tmp_path, monkeypatch):
 
 def all_of_it(log_pf, log_z, log_r, log_flow, child_flow, log_probs, policy_pos, policy_neg,
               log_ref, ref_pos, ref_neg, beta):
-    assert list(locals()) == list(gflowgr.GIVEN)
-    assert log_pf.shape == log_probs.shape[:3] == child_flow.shape[:3]
     assert policy_neg.shape[1] == ref_neg.shape[1] == log_r.shape[1] - 1
     assert torch.isfinite(log_flow).all()
-    close(policy_pos, log_pf[:, 0].sum(-1))
-    close(log_z, log_flow[:, 0, 0])
+    if log_pf.shape != (2, 3, 2):                               # not in the trial of check_loss
+        close(policy_pos, log_pf[:, 0].sum(-1))
+        close(log_z, log_flow[:, 0, 0])
     return log_pf.mean() * beta
 
 def test_a_loss_may_ask_for_all_that_is_given(tiny, monkeypatch):
     monkeypatch.setitem(RECIPES, "mine", Recipe(all_of_it, teacher="cm"))
     known_of = gflowgr.known_of
-    keys = []
     def spy(*arguments):
-        keys.append(list(known_of(*arguments)))
-        return known_of(*arguments)
+        given = known_of(*arguments)
+        shapes = {name: len(getattr(value, "shape", ())) for name, value in given.items()}
+        assert shapes == {name: len(shape) for name, shape in gflowgr.SHAPES.items()} | {"log_pf": 3}
+        return given
     monkeypatch.setattr(gflowgr, "known_of", spy)
     trained(tiny, "mine", rows=2)
-    assert keys[0] == list(gflowgr.GIVEN)
 
 # --- The oracle -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", ["tb", "tb:exact=0:trajectories=60"])    # log Z: exact, learned
@@ -1370,8 +1355,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(finished, tmp_path, monkeyp
     ("--window=9", "--window = 8, now it is 9; choose another --out"),
     ("--data=OTHER", "data = "), ("--ids=content", "checksum of ids"),
     ("--width=16", "--width = 32"), ("--layers=2", "--layers = 1"), ("--batch=8", "--batch = 16"),
-    ("--beams=9", "--beams = 11"), ("--sft=epochs=3:rate=.005", "recipe of sft = "),
-    ("--recipe=epochs=2:rate=.005:w_s=.5", "recipe of tb = ")])
+    ("--beams=9", "--beams = 11"), ("--sft=epochs=3:rate=.005", "sft: epochs = "),
+    ("--recipe=epochs=2:rate=.005:w_s=.5", "tb: w_s = ")])
 def test_resume_refuses_what_was_made_otherwise(flag, said, finished, tmp_path):
     flag = flag.replace("OTHER", str(folder_of(tmp_path)))
     refused(said, *finished.flags, "--resume", flag)
@@ -1391,25 +1376,6 @@ def test_an_own_cm(tiny, tmp_path, capsys):
             assert other[0] == rarer
     assert "sft+cm: not saved" in capsys.readouterr().out
     refused("never saved", "--recommend", "x", "--model", tmp_path / "sft+cm-42")
-
-def test_an_own_cm_is_called_as_in_training_and_as_it_serves(tiny):
-    calls = []
-    def scores(past, following=None):
-        calls.append((past, following))
-        return torch.eye(48)[[0] * len(past)]
-    data = load_data(tiny[0][7:])
-    gflowgr.check_cm(SimpleNamespace(scores=scores), data)
-    Guided(made(48), SimpleNamespace(scores=scores)).scores([[1]])      # none is made up
-    assert [past + after for past, after in zip(*calls.pop(1))] == [[], *data.train]
-    assert [following for _, following in calls] == [None, None]
-
-@pytest.mark.parametrize("bad, said", [
-    (torch.ones(60, 47), "torch.float32, 60, 47"), ([], "'list'"),
-    (torch.eye(48)[[0] * 60] - 1 / 48, "smallest is -0.02"), (torch.ones(60, 48), "a sum 48")])
-def test_a_wrong_cm_is_told(bad, said, tiny):                   # 60 rows are asked of it
-    mine = SimpleNamespace(scores=lambda past, following=None: bad)
-    with pytest.raises(InputError, match=rf"here \(60, 48\), ≥ 0, each row of sum 1; .*{said}"):
-        gflowgr.run(gflowgr.parse(tiny), mine)
 
 # --- Recommend from the command line --------------------------------------------------------------
 @pytest.mark.parametrize("name, flags", [
@@ -1437,7 +1403,7 @@ def folder_of(path, items=ITEMS, events=EVENTS):
     (path / "interactions.csv").write_text(events)
     return path
 
-def test_ids_from_a_file_one_code_an_item_and_devices(tmp_path, capsys):
+def test_ids_from_a_file_and_devices(tmp_path, capsys):
     folder = folder_of(tmp_path)
     (folder / "ids.csv").write_text("item_id,x,y\na,1,5\nb,2,0\nc,3,0\nd,2,0\nz,7,7\ny,7,8\n")
     codes = prepared(f"--data={folder}", f"--ids={folder / 'ids.csv'}").ids.codes.tolist()
@@ -1445,8 +1411,7 @@ def test_ids_from_a_file_one_code_an_item_and_devices(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "left out 2 items that items.csv does not have" in printed
     assert "1 items have the ID of another" in printed
-    world = prepared(f"--data={folder}", "--ids=item")
-    assert world.ids.codes.tolist() == [[0], [1], [2], [3]]
+    world = prepared(f"--data={folder}")
     assert world.count.tolist() == [1, 1, 0, 0]                 # of training items
     assert prepared("--data=toy").ids.num_codes == 32           # 720 / 24 = 30; a power of 2
     world.settings.device = "meta"                              # a policy moves, not the shared IDs
