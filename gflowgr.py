@@ -10,7 +10,8 @@ This file is the method, down to `beam_search`; then the experiment.
 A context (U, v): a user's history, the item logged next. s_0 … s_L are the prefixes of an ID, a
 path; P_F(s_{l+1} | s_l) is the policy's P of the next code; the flow F(s) is the sum of R below s.
 Letters in shapes: B users or rows of a batch, C contexts, J paths at each context, L levels of an
-ID, K codes at each level, n items, d width of the model.
+ID, K codes at each level, n items, d width of the model, W beams of a user. A node of the tree is a
+number: 0 is the root, then come the other prefixes, then the n items; −1 stands for no node.
 """
 import argparse
 import copy
@@ -41,7 +42,6 @@ from data import InputError, check, find_item, load_data, read_ids, report
 from reward import CollaborativeModel, Debiased, Guided, Reward
 from tokenizer import SemanticIDs, entries, item_features
 
-transformers.utils.logging.disable_progress_bar()
 NEVER = -1e9                            # log P of what is illegal; not −inf, since 0 · −inf is nan
 
 # --- Losses: pure functions of tensors, natural logs ----------------------------------------------
@@ -419,19 +419,6 @@ def train(name, recipe, policy, world):
     return curve
 
 # --- Recommending: beam search down the tree ------------------------------------------------------
-def moved_to(parent, noisy):
-    """To draw k items without replacement (Kool et al. 2019, Stochastic beams): give each item the
-    value log P + Gumbel noise, keep the k largest. The value of a prefix is the largest value of
-    the items below it. Top-down, the value of the parent (B, W, 1) is drawn first. Then noisy
-    (B, W, K), log P + noise of its children, are moved to be draws whose largest is this value.
-    >>> moved_to(torch.tensor([0.5]), torch.tensor([0.3, 1.2, -2.0]))
-    tensor([-0.0451,  0.5000, -2.0405])
-
-    −log(exp(−parent) + exp(−noisy) − exp(−largest)); without overflow: parent − softplus(x),
-    x = parent − noisy + log(1 − exp(noisy − largest)), softplus(x) = log(1 + exp(x))."""
-    x = parent - noisy + torch.log1p(-torch.exp(noisy - noisy.amax(-1, keepdim=True)))
-    return parent - functional.softplus(x)
-
 def grown(mask, parents):
     """A new beam sees all that its parent saw, and itself: mask (B, old W, keys), parents (B, W) →
     (B, W, keys + W). The cache keeps the beams of all levels; the mask hides what is not seen."""
@@ -468,7 +455,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         if sample:      # P here: P_F^(1/sample) · Σ guide, normalised; log P + noise ranks
             log_p = (logits / sample + below).log_softmax(-1) + log_p[..., None]    # (B, W, K)
             gumbel = -torch.empty_like(log_p).exponential_().log_()                 # − log Exp(1)
-            value = moved_to(value[..., None], log_p + gumbel)
+            value = moved_to(value[..., None], log_p + gumbel)              # below
         else:           # P · Σ guide ranks; P alone goes on, the next level has its own guide
             log_p = logits.log_softmax(-1) + log_p[..., None]
             value = log_p + below
@@ -482,6 +469,19 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     items[[len({*past}) == len(ids.codes) for past in histories]] = -1  # who saw all gets nothing
     items = functional.pad(items, (0, k), value=-1)[:, :k]
     return items, functional.pad(value, (0, k))[:, :k].masked_fill(items < 0, -math.inf)
+
+def moved_to(parent, noisy):
+    """To draw k items without replacement (Kool et al. 2019, Stochastic beams): give each item the
+    value log P + Gumbel noise, keep the k largest. The value of a prefix is the largest value of
+    the items below it. Top-down, the value of the parent (B, W, 1) is drawn first. Then noisy
+    (B, W, K), log P + noise of its children, are moved to be draws whose largest is this value.
+    >>> moved_to(torch.tensor([0.5]), torch.tensor([0.3, 1.2, -2.0]))
+    tensor([-0.0451,  0.5000, -2.0405])
+
+    −log(exp(−parent) + exp(−noisy) − exp(−largest)); without overflow: parent − softplus(x),
+    x = parent − noisy + log(1 − exp(noisy − largest)), softplus(x) = log(1 + exp(x))."""
+    x = parent - noisy + torch.log1p(-torch.exp(noisy - noisy.amax(-1, keepdim=True)))
+    return parent - functional.softplus(x)
 
 # --- Rows of a batch ------------------------------------------------------------------------------
 # A row reads the items start … stop-2 of a user's history, and its targets are target … stop-1.
@@ -595,6 +595,8 @@ def target_metrics(policy, reward, data):
     return {"kl": kl.item(), "entropy": -(p * p.log()).sum(1).mean().item()}
 
 # --- Saved models ---------------------------------------------------------------------------------
+transformers.utils.logging.disable_progress_bar()               # a small model is loaded at once
+
 def save_model(model, folder):
     """Write a Policy or a Guided; the CM of a Guided has to be the built-in one."""
     path = Path(folder) / "semantic_ids.json"
