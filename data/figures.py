@@ -1,6 +1,7 @@
 """Every picture. `python -m data.figures RUN` draws that of a run anew, into its folder."""
 import argparse
 import contextlib
+import itertools
 import json
 import sys
 import textwrap
@@ -89,6 +90,14 @@ def plot_exposure(path, data, results):
         axis.invert_yaxis()
         axis.set(xlim=(0, 1), xlabel="share of the row's items, a part for each tenth of the "
                  "catalogue: from the least shown (light) to the most shown (dark)")
+
+def plot_lines(path, lines, xlabel, ylabel, **options):
+    """A line for each name of {name: {x: y}}; options of an axis, such as xscale="log"."""
+    with picture(path, 1, 1, (6.5, 4)) as [axis]:
+        for (name, points), marker in zip(lines.items(), itertools.cycle("osD^vPX")):
+            axis.plot([*points], [*points.values()], marker=marker, label=name)
+        axis.set(xlabel=xlabel, ylabel=ylabel, **options)
+        axis.legend(bbox_to_anchor=(1, 1))                     # beside the lines, none is hidden
 
 def draw_run(out, data, results):
     """Draw what a run with a known truth has into the folder `out`; a sentence on the picture."""
