@@ -90,7 +90,7 @@ def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
 
 def grpo(log_pf, log_ref, log_r, beta):
     """GRPO (Shao et al. 2024), a maximiser of R: log P, log P_ref, log R of paths (C, J) → scalar.
-    Its paths are new draws from P: the ratio P_new / P_old is 1 in value, with gradient ∇ log P.
+    Its paths are new draws from P (ours: no item twice): P_new / P_old is 1, its gradient ∇ log P.
     A = (R − mean R) / std R over a context's J paths: std with J − 1, at least 1e-8; A is constant.
     Mean over paths of β · (x − log x − 1) − A · log P, x = P_ref / P: a KL, and the gain of R."""
     r = log_r.exp()
@@ -102,7 +102,7 @@ def grpo(log_pf, log_ref, log_r, beta):
 @dataclass
 class Recipe:
     """How a method is trained; `--methods tb:epochs=4` changes a field."""
-    loss: object = None             # L_GFN, a function of names of GIVEN; None: L_GR alone, as SFT
+    loss: object = None             # L_GFN; its parameters: see known_of; None: L_GR alone, as SFT
     gr: float = 0.0                 # weight of L_GR; 0, since R already rewards the logged item
     lam: float = 1.0                # λ, weight of L_GFN; matters if gr > 0: Adam ignores the scale
     sampler: str = "reward_draws"   # of SAMPLERS: where the N sampled paths come from
@@ -110,10 +110,10 @@ class Recipe:
     chosen: str = "logged"          # S-DPO's chosen item: the "logged" one, or drawn ∝ "reward"
     exact: bool = True              # ours: F(s), Z(U) are sums of R, since R of all items is known;
                                     # False: flow_head learns them, if the loss needs them
-    # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/m at m unseen items; r_ŷ and r_s each sum to 1
+    # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/m at each of m unseen items; r_ŷ and r_s: sum 1
     w_a: float = 0.3                # r_a: 1 at the logged item v if it is liked, .1 if only clicked
     w_y: float = 0.65               # r_ŷ: the scores of the teacher
-    w_s: float = 0.05               # r_s: at how many levels the code is that of v
+    w_s: float = 0.05               # r_s ∝ at how many levels the code is that of v
     teacher: str = "product"        # r_ŷ: "cm", its score; or "product", ours: P_SFT · CM^γ for the
                                     # --beams items that a beam search returns, 0 for others
     gamma: float = 2.0              # γ of the product
@@ -126,8 +126,8 @@ class Recipe:
 @dataclass
 class Batch:
     """B rows, each a part of a user's history. Every target v in it makes a context: v and the
-    history before it. A row with the targets a, b, c reads <user>, a, b at places 0, 1, 2 (c is
-    only predicted). The history before a ends at place 0, before b at 1, before c at 2: the `ends`.
+    history before it. A user's first row, with targets a, b, c, reads <user>, a, b at places 0, 1, 2
+    (c is only predicted). The history before a ends at place 0, of b at 1, of c at 2: the `ends`.
     H tokens and T targets in the longest row; contexts go row by row, without padding."""
     tokens: torch.Tensor            # (B, H) <user>, the items read, padding on the right
     ends: torch.Tensor              # (B, T) where the history of each target ends; −1: padding
@@ -141,8 +141,9 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item; SFT needs none
 
     def fill(self, reward):
-        """Compute the teacher's scores, and R of all items, 0 at seen ones. The CM has counted v
-        and later items (`following`), too; it subtracts these counts: v must not leak."""
+        """Compute the teacher's scores, and R of all items, 0 at seen ones. The CM, counts of what
+        follows what in the log, takes out those from history to `following`: v must not leak.
+        (In the product it does, through P_SFT.)"""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -240,8 +241,8 @@ class Policy(torch.nn.Module):
         return log_steps, log_probs, self.flow_head(prefixes)[..., 0]
 
     def path_log_probs(self, histories, items):
-        """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L). Of the
-        steps to a seen item, one is illegal, near NEVER."""
+        """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L). On the
+        path of a seen item, the first illegal step is near NEVER, and so is the sum."""
         tokens, ends = self.tokens(histories)                   # one target, after all items
         unseen = self.semantic_ids.unseen(histories)
         return self(tokens, ends, unseen, torch.as_tensor(items))[0]
@@ -282,7 +283,7 @@ def session(batch, count, policy, progress):
     return draw(weight, count)
 
 def unlogged(batch, weight):
-    """weight (C, n), 0 at all logged items of the user; v keeps a little, if all is logged."""
+    """weight (C, n), set to 0 at the user's logged items, but to 1e-12 at v: never 0 at all."""
     weight[entries([past + after for past, after in zip(batch.histories, batch.following)])] = 0
     return weight.scatter_(1, batch.positives[:, None], 1e-12)
 
@@ -336,9 +337,9 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         log_steps, *_ = policy(*context, batch.positives[:, None])
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
     batch.fill(reward)
-    asked = asked_by(recipe)                # the names of the loss's parameters: what it needs
-    # Off-policy: at P = R/Z, TB is 0 on every path, whoever drew it. (But if several v follow one
-    # history, P settles on a mean of their R: how often paths are drawn, sets the weights.)
+    asked = asked_by(recipe)                # the loss's parameters, by name: what it needs
+    # Off-policy: at P = R/Z, TB is 0 on every path, whoever drew it. (But if a history has several
+    # next items v, P becomes a mean of their R, weighted by how often their paths are drawn.)
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
     check_items(items, recipe, batch)
@@ -348,7 +349,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         first = batch.positives[:, None] if logged else draw(batch.r, 1)            # (C, 1)
         items = torch.cat([first, items], 1)                                        # (C, J)
     given = known_of(recipe, asked, policy, reference, batch, reward, items)
-    L_GFN = recipe.loss(**{name: given[name] for name in asked if name in given})   # else: default
+    L_GFN = recipe.loss(**{name: given[name] for name in asked if name in given})
     L_GR = -given["policy_pos"].mean() if recipe.gr else 0.0
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
@@ -368,7 +369,7 @@ def known_of(recipe, asked, policy, reference, batch, reward, items):
     if reference:
         with torch.no_grad():
             log_ref = reference(*context, items)[0].sum(-1)
-    again = (items[:, 1:] == items[:, :1]).to(device)   # the chosen item again: not rejected, too
+    again = (items[:, 1:] == items[:, :1]).to(device)   # drawn, but chosen: it must not be rejected
     return {
         # (C, J) log P of whole paths; but of each step (C, J, L), if a loss asks for log_flow: DB
         "log_pf": log_steps if "log_flow" in asked else log_pf,
@@ -428,7 +429,7 @@ def grown(mask, parents):
 
 @torch.no_grad()
 def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
-    """The search of Policy.recommend, where guide and sample are explained; W beams a user."""
+    """The search of Policy.recommend; guide (B, n) multiplies P; sample > 0: draw items instead."""
     ids = policy.semantic_ids
     K = ids.num_codes
     lm = policy.lm.transformer
@@ -440,7 +441,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     place = torch.arange(tokens.shape[1], device=tokens.device)
     mask = torch.where(place > ends[..., None], NEVER, 0.0)                         # (B, W, keys)
     node = torch.zeros_like(ends)                               # (B, W) nodes of the beams; 0: root
-    log_p = value = hidden.new_zeros(node.shape)    # (B, W) log P so far; what ranks (root: any)
+    log_p = value = hidden.new_zeros(node.shape)    # (B, W) log P so far; by value beams are ranked
     below = 0.0                                                 # log Σ guide of the items below
     if guide is not None:
         guide = guide.to(mask.device) * unseen[:, ids.num_prefixes:]                 # (B, n)
@@ -455,7 +456,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         if sample:      # P here: P_F^(1/sample) · Σ guide, normalised; log P + noise ranks
             log_p = (logits / sample + below).log_softmax(-1) + log_p[..., None]    # (B, W, K)
             gumbel = -torch.empty_like(log_p).exponential_().log_()                 # − log Exp(1)
-            value = moved_to(value[..., None], log_p + gumbel)              # below
+            value = moved_to(value[..., None], log_p + gumbel)  # largest child: its parent's
         else:           # P · Σ guide ranks; P alone goes on, the next level has its own guide
             log_p = logits.log_softmax(-1) + log_p[..., None]
             value = log_p + below
@@ -466,7 +467,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
             hidden = lm(level * K + best % K, cache, attention_mask=mask[:, None],
                         position_ids=(ends + 1 + level).expand_as(best)).last_hidden_state
     items = (node - ids.num_prefixes).clamp(min=-1)             # (B, W) prefixes first, then items
-    items[[len({*past}) == len(ids.codes) for past in histories]] = -1  # who saw all gets nothing
+    items[[len({*past}) == len(ids.codes) for past in histories]] = -1  # saw all: `unseen` is True
     items = functional.pad(items, (0, k), value=-1)[:, :k]
     return items, functional.pad(value, (0, k))[:, :k].masked_fill(items < 0, -math.inf)
 
@@ -474,7 +475,7 @@ def moved_to(parent, noisy):
     """To draw k items without replacement (Kool et al. 2019, Stochastic beams): give each item the
     value log P + Gumbel noise, keep the k largest. The value of a prefix is the largest value of
     the items below it. Top-down, the value of the parent (B, W, 1) is drawn first. Then noisy
-    (B, W, K), log P + noise of its children, are moved to be draws whose largest is this value.
+    (B, W, K), log P + noise of its children, are shifted so that their largest is this value.
     >>> moved_to(torch.tensor([0.5]), torch.tensor([0.3, 1.2, -2.0]))
     tensor([-0.0451,  0.5000, -2.0405])
 
