@@ -126,7 +126,7 @@ class Recipe:
 @dataclass
 class Batch:
     """B rows, each a part of a user's history. Every target v in it makes a context: v and the
-    history before it. A user's first row, with targets a, b, c, reads <user>, a, b at places 0, 1, 2
+    history before it. A user's first row, targets a, b, c, reads <user>, a, b at places 0, 1, 2
     (c is only predicted). The history before a ends at place 0, of b at 1, of c at 2: the `ends`.
     H tokens and T targets in the longest row; contexts go row by row, without padding."""
     tokens: torch.Tensor            # (B, H) <user>, the items read, padding on the right
