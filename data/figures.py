@@ -91,12 +91,12 @@ def plot_exposure(path, data, results):
         axis.set(xlim=(0, 1), xlabel="share of the row's items, a part for each tenth of the "
                  "catalogue: from the least shown (light) to the most shown (dark)")
 
-def plot_lines(path, lines, xlabel, ylabel, **options):
-    """A line for each name of {name: {x: y}}; options of an axis, such as xscale="log"."""
+def plot_lines(path, lines, xlabel, ylabel):
+    """A line for each name of {name: {x: y}}; the x are drawn at equal distances."""
     with picture(path, 1, 1, (6.5, 4)) as [axis]:
         for (name, points), marker in zip(lines.items(), itertools.cycle("osD^vPX")):
-            axis.plot([*points], [*points.values()], marker=marker, label=name)
-        axis.set(xlabel=xlabel, ylabel=ylabel, **options)
+            axis.plot([str(x) for x in points], [*points.values()], marker=marker, label=name)
+        axis.set(xlabel=xlabel, ylabel=ylabel)
         axis.legend(bbox_to_anchor=(1, 1))                     # beside the lines, none is hidden
 
 def draw_run(out, data, results):
