@@ -1524,8 +1524,8 @@ def test_the_figures_on_the_pages_were_made_with_these_defaults():
     assert checksum == 578515918, "run the commands of the pages anew, then change this number"
 
 SHORT = {"rounds=5": "rounds=1", "(42, 43, 44)": "(42,)", "(20, 40, 60, 120)": "(4,)",
-         "(2, 8, 16, 64)": "(2,)", '"sft", "tb", "sft+cm"': '"sft"', "sft,grpo,tb,vargrad": "sft",
-         '"vargrad", "tb:exact=0", "grpo"': '"vargrad"', '"few", "sdpo-reward"': '"few"'}
+         "(2, 8, 16)": "(2,)", '"sft", "tb", "sft+cm"': '"sft"', "sft,grpo,tb,vargrad": "sft",
+         '"vargrad", "tb:exact=0", "centred"': '"centred"', '"few", "grpo"': '"few"'}
 
 @pytest.mark.parametrize("page, pictures", [("course", ["loop"]), ("results", ["few", "tail"])])
 def test_scripts_on_the_pages_in_short(page, pictures, tmp_path, monkeypatch):
