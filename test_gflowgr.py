@@ -296,7 +296,7 @@ def curriculum_cases():                       # 3000 contexts that are all the s
     return [
         # 2, 3, 5 are left; score/2 + 1/12 is .093, .208, .158: shares .20, .45, .34
         Case(f"{what}; a pool of 1 item", (batch, 1, None, 0.0)),
-        Case(f"{what}; places 1 to 4 of 0 to 6", (batch, 4, None, 0.3))]
+        Case(f"{what}; places 2 to 5 of 0 to 6", (batch, 4, None, 0.6))]
 def curriculum_loops(batch, count, policy, progress):
     n = batch.scores.shape[1]
     start = round(progress * (count - 1))
@@ -1295,6 +1295,10 @@ def test_every_run_counts_and_its_saved_model_serves_what_was_measured(finished)
     counts = np.bincount(sum(finished.data.train, []), minlength=48)
     for history, row in zip(past, pop["lists"]):
         assert counts[row].tolist() == sorted(np.delete(counts, history))[:-11:-1]
+
+def test_a_cm_lists_unseen_items_alone():
+    items, _ = gflowgr.best_unseen(CollaborativeModel.fit(TRAIN, 24), [list(range(22))], 3)
+    assert sorted(items[0].tolist()) == [-1, 22, 23]
 
 def test_a_run_leaves_the_table(finished):
     table = (finished.out / "results.md").read_text("utf-8")
