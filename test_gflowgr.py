@@ -1252,6 +1252,7 @@ def test_paired_gains_resample_the_ratio():
         wanted = {"gain": gain, "low": gain - 1.96 * error, "high": gain + 1.96 * error}
         runs = [[{"by_user": {"x": x, "zero": 0 * x}} for x in method] for method in (own, base)]
         assert report.paired_gains(*runs) == {"x": approx(wanted, abs=error / 4 + 1e-9)}
+    assert (report.bootstrap(7).sum(1) == [7] * 500).all()      # 500 samples of 7 of 7 users
 
 # --- A run ----------------------------------------------------------------------------------------
 METHODS = "pop cm:debias=.5 sft sft-continued tb tb:trajectories=3 tb+cm:gamma=3".split()
@@ -1331,6 +1332,11 @@ def test_bars_of_the_exposure_picture_against_loops(finished, monkeypatch):
         items = itertools.chain.from_iterable(users)
         tenths = [10 * order.index(item) // 48 for item in items if item >= 0]
         assert bars[name] == approx([tenths.count(tenth) / len(tenths) for tenth in range(10)])
+
+def test_a_wrong_folder_is_not_drawn(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        figures.main([str(tmp_path)])
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/results.json: FileNotFound")
 
 # --- Resume ---------------------------------------------------------------------------------------
 def test_a_killed_run_goes_on_as_if_nothing_had_been(finished, tmp_path, monkeypatch):
