@@ -102,7 +102,7 @@ def grpo(log_pf, log_ref, log_r, beta):
 @dataclass
 class Recipe:
     """How a method is trained; `--methods tb:epochs=4` changes a field."""
-    loss: object = None             # L_GFN; its parameters: see known_of; None: L_GR alone, as SFT
+    loss: object = None             # L_GFN, a function (arguments: known_of); None: SFT, L_GR alone
     gr: float = 0.0                 # weight of L_GR; 0, since R already rewards the logged item
     lam: float = 1.0                # λ, weight of L_GFN; matters if gr > 0: Adam ignores the scale
     sampler: str = "reward_draws"   # of SAMPLERS: where the N sampled paths come from
@@ -113,7 +113,7 @@ class Recipe:
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/m at each of m unseen items; r_ŷ and r_s: sum 1
     w_a: float = 0.3                # r_a: 1 at the logged item v if it is liked, .1 if only clicked
     w_y: float = 0.65               # r_ŷ: the scores of the teacher
-    w_s: float = 0.05               # r_s ∝ at how many levels the code is that of v
+    w_s: float = 0.05               # r_s ∝ number of levels with the same code as v
     teacher: str = "product"        # r_ŷ: "cm", its score; or "product", ours: P_SFT · CM^γ for the
                                     # --beams items that a beam search returns, 0 for others
     gamma: float = 2.0              # γ of the product
@@ -141,13 +141,13 @@ class Batch:
     r: torch.Tensor = None          # (C, n) R of every item; SFT needs none
 
     def fill(self, reward):
-        """Compute the teacher's scores, and R of all items, 0 at seen ones. The CM, counts of what
-        follows what in the log, takes out those from history to `following`: v must not leak.
-        (In the product it does, through P_SFT.)"""
+        """Compute the teacher's scores, and R of all items, 0 at seen ones. The CM counts what
+        follows what in the log; the counts from this history to `following` are taken out: v must
+        not leak. (In the product it does, through P_SFT.)"""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
-        unseen = self.unseen[:, reward.ids.num_prefixes:].to(device)    # (C, n) after the prefixes
+        unseen = self.unseen[:, reward.ids.num_prefixes:].to(device)    # (C, n): nodes of items
         self.r = reward(self.scores, self.positives, self.liked.to(device), unseen)
 
 # --- The policy: P_F(next code | user, codes so far) ----------------------------------------------
@@ -283,7 +283,7 @@ def session(batch, count, policy, progress):
     return draw(weight, count)
 
 def unlogged(batch, weight):
-    """weight (C, n), set to 0 at the user's logged items, but to 1e-12 at v: never 0 at all."""
+    """weight (C, n), set to 0 at the user's logged items, to 1e-12 at v: no row is all 0."""
     weight[entries([past + after for past, after in zip(batch.histories, batch.following)])] = 0
     return weight.scatter_(1, batch.positives[:, None], 1e-12)
 
@@ -309,12 +309,12 @@ def policy_beam(batch, count, policy, progress):
     positives = batch.positives[:, None]
     order = (items == positives).int().argsort(dim=1, stable=True)      # v goes last
     items = items.gather(1, order)[:, :count]
-    return items.where(items >= 0, positives)                   # fewer than N unseen: v again
+    return items.where(items >= 0, positives)                   # fewer than N unseen: v instead
 
 def policy_draws(batch, count, policy, progress):
     """Ours: N items drawn from the policy itself, without replacement."""
     items = policy.recommend(batch.histories, count, beams=count, sample=1.0)[0].to(batch.r.device)
-    return items.where(items >= 0, batch.positives[:, None])    # fewer than N unseen: v again
+    return items.where(items >= 0, batch.positives[:, None])    # fewer than N unseen: v instead
 
 def reward_draws(batch, count, policy, progress):
     """Ours: items drawn ∝ R, as P shall become. The logged item is often among them."""
@@ -339,7 +339,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
     batch.fill(reward)
     asked = asked_by(recipe)                # the loss's parameters, by name: what it needs
     # Off-policy: at P = R/Z, TB is 0 on every path, whoever drew it. (But if a history has several
-    # next items v, P becomes a mean of their R, weighted by how often their paths are drawn.)
+    # next items v, P becomes a mean of the R of these v, weighted by how often a path is drawn.)
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
     check_items(items, recipe, batch)
@@ -369,7 +369,7 @@ def known_of(recipe, asked, policy, reference, batch, reward, items):
     if reference:
         with torch.no_grad():
             log_ref = reference(*context, items)[0].sum(-1)
-    again = (items[:, 1:] == items[:, :1]).to(device)   # drawn, but chosen: it must not be rejected
+    again = (items[:, 1:] == items[:, :1]).to(device)   # a draw equal to the chosen item
     return {
         # (C, J) log P of whole paths; but of each step (C, J, L), if a loss asks for log_flow: DB
         "log_pf": log_steps if "log_flow" in asked else log_pf,
@@ -433,7 +433,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     ids = policy.semantic_ids
     K = ids.num_codes
     lm = policy.lm.transformer
-    unseen = ids.unseen(histories)                              # (B, nodes of the tree) bool
+    unseen = ids.unseen(histories)                  # (B, nodes) bool; all True if all were seen
     tokens, ends = (x.to(ids.codes.device) for x in policy.tokens(histories))       # ends (B, 1)
     cache = DynamicCache()                                      # keys and values
     hidden = lm(tokens, cache).last_hidden_state                # (B, tokens, d), padding comes last
@@ -441,7 +441,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
     place = torch.arange(tokens.shape[1], device=tokens.device)
     mask = torch.where(place > ends[..., None], NEVER, 0.0)                         # (B, W, keys)
     node = torch.zeros_like(ends)                               # (B, W) nodes of the beams; 0: root
-    log_p = value = hidden.new_zeros(node.shape)    # (B, W) log P so far; by value beams are ranked
+    log_p = value = hidden.new_zeros(node.shape)    # (B, W) log P so far; `value` ranks the beams
     below = 0.0                                                 # log Σ guide of the items below
     if guide is not None:
         guide = guide.to(mask.device) * unseen[:, ids.num_prefixes:]                 # (B, n)
@@ -456,7 +456,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
         if sample:      # P here: P_F^(1/sample) · Σ guide, normalised; log P + noise ranks
             log_p = (logits / sample + below).log_softmax(-1) + log_p[..., None]    # (B, W, K)
             gumbel = -torch.empty_like(log_p).exponential_().log_()                 # − log Exp(1)
-            value = moved_to(value[..., None], log_p + gumbel)  # largest child: its parent's
+            value = moved_to(value[..., None], log_p + gumbel)  # shifted: max is the parent's
         else:           # P · Σ guide ranks; P alone goes on, the next level has its own guide
             log_p = logits.log_softmax(-1) + log_p[..., None]
             value = log_p + below
@@ -467,7 +467,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
             hidden = lm(level * K + best % K, cache, attention_mask=mask[:, None],
                         position_ids=(ends + 1 + level).expand_as(best)).last_hidden_state
     items = (node - ids.num_prefixes).clamp(min=-1)             # (B, W) prefixes first, then items
-    items[[len({*past}) == len(ids.codes) for past in histories]] = -1  # saw all: `unseen` is True
+    items[[len({*past}) == len(ids.codes) for past in histories]] = -1  # saw all: no list
     items = functional.pad(items, (0, k), value=-1)[:, :k]
     return items, functional.pad(value, (0, k))[:, :k].masked_fill(items < 0, -math.inf)
 
@@ -479,7 +479,7 @@ def moved_to(parent, noisy):
     >>> moved_to(torch.tensor([0.5]), torch.tensor([0.3, 1.2, -2.0]))
     tensor([-0.0451,  0.5000, -2.0405])
 
-    −log(exp(−parent) + exp(−noisy) − exp(−largest)); without overflow: parent − softplus(x),
+    It is −log(exp(−parent) + exp(−noisy) − exp(−largest)); without overflow: parent − softplus(x),
     x = parent − noisy + log(1 − exp(noisy − largest)), softplus(x) = log(1 + exp(x))."""
     x = parent - noisy + torch.log1p(-torch.exp(noisy - noisy.amax(-1, keepdim=True)))
     return parent - functional.softplus(x)
