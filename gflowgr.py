@@ -90,7 +90,7 @@ def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
 
 def grpo(log_pf, log_ref, log_r, beta):
     """GRPO (Shao et al. 2024), a maximiser of R: log P, log P_ref, log R of paths (C, J) → scalar.
-    Its paths are new draws from P (ours: no item twice): P_new / P_old is 1, its gradient ∇ log P.
+    Its paths are new draws by P (ours: no item twice): the ratio P / P_old is 1, its ∇ is ∇ log P.
     A = (R − mean R) / std R over a context's J paths: std with J − 1, at least 1e-8; A is constant.
     Mean over paths of β · (x − log x − 1) − A · log P, x = P_ref / P: a KL, and the gain of R."""
     r = log_r.exp()
@@ -110,7 +110,7 @@ class Recipe:
     chosen: str = "logged"          # S-DPO's chosen item: the "logged" one, or drawn ∝ "reward"
     exact: bool = True              # ours: F(s), Z(U) are sums of R, since R of all items is known;
                                     # False: flow_head learns them, if the loss needs them
-    # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/m at each of m unseen items; r_ŷ and r_s: sum 1
+    # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/m, m unseen items; r_ŷ and r_s each sum to 1
     w_a: float = 0.3                # r_a: 1 at the logged item v if it is liked, .1 if only clicked
     w_y: float = 0.65               # r_ŷ: the scores of the teacher
     w_s: float = 0.05               # r_s ∝ number of levels with the same code as v
@@ -338,8 +338,8 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
     batch.fill(reward)
     asked = asked_by(recipe)                # the loss's parameters, by name: what it needs
-    # Off-policy: at P = R/Z, TB is 0 on every path, whoever drew it. (But if a history has several
-    # next items v, P becomes a mean of the R of these v, weighted by how often a path is drawn.)
+    # Off-policy: at P = R/Z, TB is 0 on every path, whoever drew it. (But if several users have one
+    # history, with other v, P becomes a mean of their R/Z, weighted by how often a path is drawn.)
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
     check_items(items, recipe, batch)
@@ -349,7 +349,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
         first = batch.positives[:, None] if logged else draw(batch.r, 1)            # (C, 1)
         items = torch.cat([first, items], 1)                                        # (C, J)
     given = known_of(recipe, asked, policy, reference, batch, reward, items)
-    L_GFN = recipe.loss(**{name: given[name] for name in asked if name in given})
+    L_GFN = recipe.loss(**{name: given[name] for name in asked if name in given})   # or default
     L_GR = -given["policy_pos"].mean() if recipe.gr else 0.0
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
@@ -467,7 +467,7 @@ def beam_search(policy, histories, k, beams, guide=None, sample=0.0):
             hidden = lm(level * K + best % K, cache, attention_mask=mask[:, None],
                         position_ids=(ends + 1 + level).expand_as(best)).last_hidden_state
     items = (node - ids.num_prefixes).clamp(min=-1)             # (B, W) prefixes first, then items
-    items[[len({*past}) == len(ids.codes) for past in histories]] = -1  # saw all: no list
+    items[[len({*past}) == len(ids.codes) for past in histories]] = -1  # saw all: all was legal
     items = functional.pad(items, (0, k), value=-1)[:, :k]
     return items, functional.pad(value, (0, k))[:, :k].masked_fill(items < 0, -math.inf)
 
