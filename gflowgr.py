@@ -90,7 +90,7 @@ def sdpo(policy_pos, policy_neg, ref_pos, ref_neg, beta):
 
 def grpo(log_pf, log_ref, log_r, beta):
     """GRPO (Shao et al. 2024), a maximiser of R: log P, log P_ref, log R of paths (C, J) → scalar.
-    Its paths are new draws by P (ours: no item twice): the ratio P / P_old is 1, its ∇ is ∇ log P.
+    Its paths are new draws by P (ours: no item twice), so P / P_old is 1, the ratio's ∇ is ∇ log P.
     A = (R − mean R) / std R over a context's J paths: std with J − 1, at least 1e-8; A is constant.
     Mean over paths of β · (x − log x − 1) − A · log P, x = P_ref / P: a KL, and the gain of R."""
     r = log_r.exp()
@@ -143,7 +143,7 @@ class Batch:
     def fill(self, reward):
         """Compute the teacher's scores, and R of all items, 0 at seen ones. The CM counts what
         follows what in the log; the counts from this history to `following` are taken out: v must
-        not leak. (In the product it does, through P_SFT.)"""
+        not leak. (With the product it does: P_SFT was trained on v.)"""
         device = reward.ids.codes.device
         self.positives = self.positives.to(device)
         self.scores = reward.teacher.scores(self.histories, self.following).to(device)
@@ -339,7 +339,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
     batch.fill(reward)
     asked = asked_by(recipe)                # the loss's parameters, by name: what it needs
     # Off-policy: at P = R/Z, TB is 0 on every path, whoever drew it. (But if several users have one
-    # history, with other v, P becomes a mean of their R/Z, weighted by how often a path is drawn.)
+    # history, with other v, P settles between their R/Z; how often paths are drawn matters then.)
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
     check_items(items, recipe, batch)
