@@ -339,7 +339,7 @@ def loss_of(recipe, policy, reference, batch, reward, progress):
     batch.fill(reward)
     asked = asked_by(recipe)                # the loss's parameters, by name: what it needs
     # Off-policy: at P = R/Z, TB is 0 on every path, whoever drew it. (But if several users have one
-    # history, with other v, P settles between their R/Z; how often paths are drawn matters then.)
+    # history, other v, P settles between their R/Z; how often paths are drawn matters then.)
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
     check_items(items, recipe, batch)

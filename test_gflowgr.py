@@ -1190,6 +1190,8 @@ def test_what_stops_a_run_and_when(tiny, tmp_path, monkeypatch):
 
 def all_of_it(log_pf, log_z, log_r, log_flow, child_flow, log_probs, policy_pos, policy_neg,
               log_ref, ref_pos, ref_neg, beta):
+    assert list(locals()) == list(gflowgr.SHAPES)
+    assert log_pf.shape == log_probs.shape[:3] == child_flow.shape[:3]
     assert policy_neg.shape[1] == ref_neg.shape[1] == log_r.shape[1] - 1
     assert torch.isfinite(log_flow).all()
     if log_pf.shape != (2, 3, 2):                               # not in the trial of check_loss
@@ -1200,14 +1202,17 @@ def all_of_it(log_pf, log_z, log_r, log_flow, child_flow, log_probs, policy_pos,
 def test_a_loss_may_ask_for_all_that_is_given(tiny, monkeypatch):
     monkeypatch.setitem(RECIPES, "mine", Recipe(all_of_it, teacher="cm"))
     known_of = gflowgr.known_of
+    keys = []
     def spy(*arguments):
         given = known_of(*arguments)
+        keys.append(list(given))
         shapes = {name: len(getattr(value, "shape", ())) for name, value in given.items()}
         wanted = {what: len(shape) for what, shape in gflowgr.SHAPES.items()}
         assert shapes == wanted | {"log_pf": 3}
         return given
     monkeypatch.setattr(gflowgr, "known_of", spy)
     trained(tiny, "mine", rows=2)
+    assert keys[0] == list(gflowgr.SHAPES)
 
 # --- The oracle -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", ["tb", "tb:exact=0:trajectories=60"])    # log Z: exact, learned
@@ -1389,6 +1394,14 @@ def test_an_own_cm(tiny, tmp_path, capsys):
     assert "sft+cm: not saved" in capsys.readouterr().out
     refused("never saved", "--recommend", "x", "--model", tmp_path / "sft+cm-42")
 
+def test_a_guided_model_that_serves_makes_up_no_later_items():
+    calls = []
+    def scores(past, following=None):
+        calls.append(following)
+        return torch.eye(48)[[0] * len(past)]
+    Guided(made(48), SimpleNamespace(scores=scores)).scores([[1]])
+    assert calls == [None]
+
 # --- Recommend from the command line --------------------------------------------------------------
 @pytest.mark.parametrize("name, flags", [
     ("tb-1", []), ("tb-1", ["--sample=3"]), ("tb+cm,gamma=3-1", ["--sample"])])
@@ -1507,13 +1520,16 @@ def test_help_names_all_and_shows_an_example():
 def test_examples_in_docstrings(module):
     assert doctest.testmod(module).failed == 0
 
+@pytest.fixture
+def by_itself(tmp_path, monkeypatch):         # what a page adds or writes is gone after it
+    for name in ("RECIPES", "SAMPLERS", "PRESETS"):
+        monkeypatch.setattr(gflowgr, name, copy.deepcopy(getattr(gflowgr, name)))
+    monkeypatch.chdir(tmp_path)
+
 @pytest.mark.parametrize("page", ["README", *"data/example data/own data/course data/log "
                                   "data/results".split()])
-def test_code_and_commands_on_the_pages(page, tmp_path, monkeypatch):
+def test_code_and_commands_on_the_pages(page, by_itself):
     text = (ROOT / f"{page}.md").read_text(encoding="utf-8").replace("```", "")
-    for name in ("RECIPES", "SAMPLERS", "PRESETS"):             # a page may add to them
-        monkeypatch.setattr(gflowgr, name, copy.deepcopy(getattr(gflowgr, name)))
-    monkeypatch.chdir(tmp_path)                                 # it may write, too
     there = {}
     exec("from gflowgr import *", there)                        # as a script begins
     test = doctest.DocTestParser().get_doctest(text, there, page, None, 0)
@@ -1538,13 +1554,10 @@ SHORT = {"rounds=5": "rounds=1", "(42, 43, 44)": "(42,)", "(20, 40, 60, 120)": "
          '"vargrad", "tb:exact=0", "centred"': '"centred"', '"few", "grpo"': '"few"'}
 
 @pytest.mark.parametrize("page, pictures", [("course", ["loop"]), ("results", ["few", "tail"])])
-def test_scripts_on_the_pages_in_short(page, pictures, tmp_path, monkeypatch):
+def test_scripts_on_the_pages_in_short(page, pictures, by_itself, monkeypatch):
     def parse(argv, original=gflowgr.parse):
         return original([*argv, "--quick", "--seeds=42"])
     monkeypatch.setattr(gflowgr, "parse", parse)
-    for name in ("RECIPES", "PRESETS"):                         # a page may add to them
-        monkeypatch.setattr(gflowgr, name, copy.deepcopy(getattr(gflowgr, name)))
-    monkeypatch.chdir(tmp_path)
     Path("data/pictures").mkdir(parents=True)
     text = (ROOT / f"data/{page}.md").read_text(encoding="utf-8")
     for script in re.findall("```\n(from gflowgr.*?)```", text, re.DOTALL):
