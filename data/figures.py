@@ -1,7 +1,6 @@
 """Every picture. `python -m data.figures RUN` draws that of a run anew, into its folder."""
 import argparse
 import contextlib
-import itertools
 import json
 import sys
 import textwrap
@@ -14,6 +13,8 @@ from data import check, load_data
 BLUE = "C0"                            # of a style that colour-blind readers can tell apart
 ORANGE = "C5"
 GREY = "0.82"
+# Colours of seven lines, most of them Okabe and Ito's, for colour-blind readers as well
+LINES = "#0072B2 #56B4E9 0.5 #CC79A7 #D55E00 #009E73 black".split()
 STYLE = {"font.size": 9, "text.parse_math": False}             # a $ in a title stays a $
 
 @contextlib.contextmanager
@@ -94,8 +95,9 @@ def plot_exposure(path, data, results):
 def plot_lines(path, lines, xlabel, ylabel):
     """A line for each name of {name: {x: y}}; the x are drawn at equal distances."""
     with picture(path, 1, 1, (6.5, 4)) as [axis]:
-        for (name, points), marker in zip(lines.items(), itertools.cycle("osD^vPX")):
-            axis.plot([str(x) for x in points], [*points.values()], marker=marker, label=name)
+        axis.set_prop_cycle(color=LINES, marker=[*"osD^vPX"])
+        for name, points in lines.items():
+            axis.plot([str(x) for x in points], [*points.values()], label=name)
         axis.set(xlabel=xlabel, ylabel=ylabel)
         axis.legend(bbox_to_anchor=(1, 1))                     # beside the lines, none is hidden
 
