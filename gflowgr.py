@@ -76,7 +76,7 @@ def detailed_balance(log_flow, log_pf):
 def distillation(child_flow, log_probs):
     """Ours, KL(R/Z ‖ P): flows F* (sums of R) of all children (C, J, L, K), log P_F of all codes
     (C, J, L, K) → scalar. TB and DB see only the codes that a path takes. This loss compares all
-    children at each step. Averaged over paths drawn ∝ R, it is KL(R/Z ‖ P) of items: chain rule.
+    children at each step. Its minimum is P = R/Z; on paths drawn ∝ R it is KL(R/Z ‖ P) of items.
     Mean over paths of Σ_l Σ_c q(c) · (log q(c) − log P_F(c | s_l)), q(c) = F*(c) / F*(s_l)."""
     target = child_flow / child_flow.sum(-1, keepdim=True)      # q; 0 for an illegal child
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
@@ -671,7 +671,7 @@ PRESETS = {         # by --data: settings, and changes of RECIPES; "*": of all r
         "db": dict(DRAWS, dropout=0.1),
         "tb": DRAWS,
         "tb-huber": DRAWS,
-        "distill": dict(dropout=0.2)},
+        "distill": dict(DRAWS, dropout=0.2)},
     "ml-100k": {
         "settings": dict(codes=256, width=96),
         "sft": dict(rate=0.003),
