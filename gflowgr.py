@@ -634,8 +634,8 @@ def load_model(folder, dropout=0.0, guided=True):
         cm = CollaborativeModel(tables, **guide["cm"])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError,
             safetensors.SafetensorError) as error:              # what a wrong folder can raise
-        raise InputError(f"{folder} holds no saved model of this version (a guided one with a CM "
-                         f"of your own is never saved): {error}") from None
+        raise InputError(f"{folder} holds no saved model of this version (pop, cm and NAME+cm with "
+                         f"a CM of your own are never saved): {error}") from None
     if guide["debias"]:
         cm = Debiased(cm, cm.count, guide["debias"])
     return Guided(policy, cm, guide["gamma"])
@@ -767,7 +767,9 @@ def sentence(name, recipe):
     """What a method does, for a person; run.json has the whole recipe."""
     cm = f"CM / popularity^{recipe.debias:g}" if recipe.debias else "CM"
     product = f"P · ({cm})^{recipe.gamma:g}"
-    if name.partition(":")[0] in ("pop", "cm") or "+cm" in name:
+    if name.partition(":")[0] == "pop":
+        return "no training; lists have the most popular items"
+    if name.partition(":")[0] == "cm" or "+cm" in name:
         return f"no training; lists have the highest {product if '+cm' in name else cm}"
     training = f"rate {recipe.rate:g}, dropout {recipe.dropout:g}, {recipe.epochs} epochs"
     if not recipe.loss:

@@ -1703,7 +1703,8 @@ def main(argv):                               # → exit status
         case ["--list"]:
             for name, exercise in EXERCISES.items():
                 more = "" if exercise.answer else ", no answer in this file"
-                print(f"session {exercise.session}  {name:28}{exercise.minutes:3} minutes{more}")
+                part = "project" if exercise.session == 4 else f"session {exercise.session}"
+                print(f"{part:10} {name:28}{exercise.minutes:3} minutes{more}")
         case ["--stub", name]:
             print(stub(EXERCISES[name]))
         case ["--grade", path, *names]:
