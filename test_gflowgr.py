@@ -1309,6 +1309,8 @@ def test_a_cm_lists_unseen_items_alone():
 def test_a_run_leaves_the_table(finished):
     table = (finished.out / "results.md").read_text("utf-8")
     assert table in finished.printed
+    assert "pop, seed 1: no training; lists have the most popular items" in finished.printed
+    assert "cm:debias=.5, seed 1: no training; lists have the highest CM / pop" in finished.printed
     assert "Means over 2 seed(s)." in table
     summary = finished.results["summary"]
     base = summary["sft"]["ndcg@10"]["mean"]
