@@ -661,7 +661,8 @@ RECIPES = {
 DRAWS = dict(sampler="policy_draws", trajectories=8)
 PRESETS = {         # by --data: settings, and changes of RECIPES; "*": of all recipes but sft's
     "toy": {        # chosen on two other worlds, see data/log.md
-        "settings": dict(methods="pop,cm,cm:debias=.75,sft,tb,sft+cm", width=64, layers=2, batch=16),
+        "settings": dict(methods="pop,cm,cm:debias=.75,sft,tb,sft+cm",
+                         width=64, layers=2, batch=16),
         "sft": dict(epochs=20, dropout=0.4),
         "*": dict(epochs=8, rate=0.003, teacher="cm", debias=1.0, w_a=0.2, w_y=0.75),
         "sft-continued": dict(rate=0.0009, dropout=0.4),
