@@ -1552,7 +1552,7 @@ def test_the_figures_on_the_pages_were_made_with_these_defaults():
     assert checksum == 594696078, "run the commands of the pages anew, then change this number"
 
 SHORT = {"rounds=5": "rounds=1", "(42, 43, 44, 45, 46)": "(42,)", "(20, 40, 60, 120)": "(4,)",
-         "(2, 4, 8, 16, 64)": "(2,)", '"distill", "tb", ': "", "sft,grpo,tb,distill": "sft",
+         "(2, 4, 8, 16, 64)": "(2,)", '"grpo", "distill", "tb", ': "", "sft,grpo,tb,distill": "sft",
          '"runs/few", "--resume"': '"runs/all", "--data", "runs/tail4"',
          '"vargrad", "tb:exact=0", "centred"': '"centred"', '"few", "grpo"': '"few"'}
 
