@@ -768,9 +768,10 @@ def sentence(name, recipe):
     """What a method does, for a person; run.json has the whole recipe."""
     cm = f"CM / popularity^{recipe.debias:g}" if recipe.debias else "CM"
     product = f"P · ({cm})^{recipe.gamma:g}"
-    if name.partition(":")[0] == "pop":
+    base = name.partition(":")[0]
+    if base == "pop":
         return "no training; lists have the most popular items"
-    if name.partition(":")[0] == "cm" or "+cm" in name:
+    if base == "cm" or "+cm" in name:
         return f"no training; lists have the highest {product if '+cm' in name else cm}"
     training = f"rate {recipe.rate:g}, dropout {recipe.dropout:g}, {recipe.epochs} epochs"
     if not recipe.loss:
