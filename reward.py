@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from tokenizer import cooccurrence, entries
+from tokenizer import cooccurrence, entries, seen_entries
 
 warnings.filterwarnings("ignore", message="Sparse CSR")         # torch calls its sparse CSR "beta"
 
@@ -56,9 +56,11 @@ class CollaborativeModel(torch.nn.Module):
         following: B lists, what came next in the same training histories. For each v in it, d ≤
         window places after j, `fit` added nearness^(d−1) · self.scale[j] to near[j, v]. That is
         subtracted, else the CM would know the answer (leave one user out). Item counts stay.
+        Raises InputError for an item that is not in the catalogue.
         """
         n = len(self.count)
         device = self.count.device
+        owned = seen_entries(histories, n)                      # (rows, items)
         recent = [history[-self.length:] for history in histories]
         index = torch.tensor(np.stack(entries(recent)), device=device)
         ages = chain.from_iterable(reversed(range(len(history))) for history in recent)
@@ -72,7 +74,6 @@ class CollaborativeModel(torch.nn.Module):
             self._take_out(scores, recent, following)
         # From here in place: at 10^4 items every pass over (B, n) takes time
         functional.threshold_(scores, 1e-6, 0.0)                # ≤ 1e-6: float rounding
-        owned = entries([set(history) for history in histories])
         scores[owned] = 0
         popular = (self.count + 1.0) / (self.count + 1.0).sum()                     # (n,)
         rows = torch.tensor(owned[0], device=device)

@@ -753,6 +753,8 @@ def test_after_everything_was_seen_all_is_legal_but_the_list_is_empty():
     for item in (999, 24, -1):
         with pytest.raises(InputError, match="items of a history are numbers from 0 to 23"):
             policy.recommend([[3, item]])
+        with pytest.raises(InputError, match="items of a history are numbers from 0 to 23"):
+            CollaborativeModel.fit([[0, 1]], 24).scores([[3, item]])
 
 # --- Drawn lists ----------------------------------------------------------------------------------
 def drawn_first(policy, past, sample, flow):  # P that an item is drawn first, by enumeration

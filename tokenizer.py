@@ -31,6 +31,13 @@ def entries(lists):
     rows = np.repeat(np.arange(len(lists)), np.fromiter(map(len, lists), np.int64, len(lists)))
     return rows, np.fromiter(chain.from_iterable(lists), np.int64, len(rows))
 
+def seen_entries(histories, num_items):
+    """`entries` of histories, each item once; InputError for one that is not in the catalogue."""
+    rows, items = entries([set(history) for history in histories])
+    known = not len(items) or 0 <= items.min() and items.max() < num_items
+    check(known, f"items of a history are numbers from 0 to {num_items - 1}")
+    return rows, items
+
 def cooccurrence(histories, num_items, window, decay, backward):
     """Sparse (n, n) counts of b near a: arrays (rows a, columns b, weights), each pair once.
     For b at d ≤ window places after a, (a, b) gains decay^(d-1), (b, a) backward · decay^(d-1)."""
@@ -184,9 +191,7 @@ class SemanticIDs(torch.nn.Module):
         """(B, M + n) bool: is an item below this node not in the history? If a user has seen all
         items, all count as unseen. Ours: in the paper, P is over all items, seen ones included.
         Raises InputError for an item that is not in the catalogue."""
-        rows, items = map(torch.as_tensor, entries([set(history) for history in histories]))
-        known = not len(items) or 0 <= items.min() and items.max() < len(self.codes)
-        check(known, f"items of a history are numbers from 0 to {len(self.codes) - 1}")
+        rows, items = map(torch.as_tensor, seen_entries(histories, len(self.codes)))
         rows, items = rows.to(self.nodes.device), items.to(self.nodes.device)
         place = rows[:, None] * len(self.size) + self.nodes[items]  # above each seen item, and it
         place, seen = place.unique(return_counts=True)
