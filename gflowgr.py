@@ -888,6 +888,7 @@ def check_settings(settings):
         if base not in ("pop", "cm"):
             names += ["sft", base.removesuffix("+cm")] if "+cm" in base else ["sft"]
         names.append(name)                                      # all start from SFT
+    check(names, f"--methods {settings.methods!r} names no method")
     names.sort(key=lambda name: methods.index(name.partition(":")[0]))
     return list(dict.fromkeys(names)), list(dict.fromkeys(map(int, seeds)))
 
@@ -981,10 +982,12 @@ def model_of(name, recipe, world):
         return world.cm_of(recipe), []
     if base.endswith("+cm"):
         model = Guided(world.policy(base.removesuffix("+cm")), world.cm_of(recipe), recipe.gamma)
-        if isinstance(world.cm, CollaborativeModel):
+        if type(world.cm) is CollaborativeModel:
             save_model(model, world.folder(name))
         else:
-            print(f"{name}: not saved, as its CM is yours; use Guided(load_model(…), cm).recommend")
+            cm = f"Debiased(cm, count, {recipe.debias:g})" if recipe.debias else "cm"
+            print(f"{name}: not saved, as its CM is yours; "
+                  f"use Guided(load_model(…), {cm}, {recipe.gamma:g}).recommend")
         return model, []
     policy = world.policy("" if base == "sft" else "sft", recipe.dropout)
     curve = train(name, recipe, policy, world)

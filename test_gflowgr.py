@@ -1387,16 +1387,21 @@ def own_cm(table):                            # whose scores are a row for every
     return SimpleNamespace(scores=lambda past, following=None: table.expand(len(past), -1))
 
 def test_an_own_cm(tiny, tmp_path, capsys):
-    settings = gflowgr.parse([*tiny, f"--out={tmp_path}", "--methods=cm,cm:debias=9,sft+cm"])
-    cm, debiased, *_ = gflowgr.run(settings, own_cm(torch.eye(48)[[7, 8]].mean(0)))["runs"]
+    class Mine(CollaborativeModel):                             # is not saved as ours, either
+        scores = staticmethod(own_cm(torch.eye(48)[[7, 8]].mean(0)).scores)
+    methods = "--methods=cm,cm:debias=9,sft+cm:debias=1:gamma=3"
+    settings = gflowgr.parse([*tiny, f"--out={tmp_path}", methods])
+    cm, debiased, *_ = gflowgr.run(settings, Mine.fit([[0, 1]], 48))["runs"]
     data = load_data(settings.data)
     rarer = min((7, 8), key=sum(data.train, []).count)
     for history, row, other in zip(data.histories, cm["lists"], debiased["lists"]):
         if not {7, 8} & {*history[:-1]}:
             assert {*row[:2]} == {7, 8}
             assert other[0] == rarer
-    assert "sft+cm: not saved" in capsys.readouterr().out
-    refused("never saved", "--recommend", "x", "--model", tmp_path / "sft+cm-42")
+    out = capsys.readouterr().out
+    assert "use Guided(load_model(…), Debiased(cm, count, 1), 3).recommend" in out
+    folder = tmp_path / "sft+cm,debias=1,gamma=3-42"
+    refused("never saved", "--recommend", "x", "--model", folder)
 
 def test_a_guided_model_that_serves_makes_up_no_later_items():
     calls = []
@@ -1595,6 +1600,7 @@ def test_the_speed_of_seven_jobs_is_told(capsys):
     ("--oracle sdpo is not available", "--oracle=sdpo"),
     ("there is no field nonsense", "--recipe=nonsense=1"),
     ("--methods cm+cm is not available", "--methods=cm+cm"),
+    ("--methods ',' names no method", "--methods=,"),
     ("sampler=x is not available", "--methods=tb:sampler=x"),
     ("chosen=x is not available", "--methods=sdpo:chosen=x"),
     ("there is no field loss", "--methods=tb:loss=x"),
