@@ -788,10 +788,10 @@ def facts_of(recipe):
     return facts if recipe.loss else {what: facts[what] for what in without}
 
 # --- Checks: one sentence that says what is wrong and what is right -------------------------------
-# What known_of gives a loss, with the shapes of a trial: 2 contexts, 3 paths, 2 levels, 4 codes
-SHAPES = {"log_pf": (2, 3), "log_z": (2,), "log_r": (2, 3), "log_flow": (2, 3, 3),
-          "child_flow": (2, 3, 2, 4), "log_probs": (2, 3, 2, 4), "policy_pos": (2,),
-          "policy_neg": (2, 2), "log_ref": (2, 3), "ref_pos": (2,), "ref_neg": (2, 2), "beta": ()}
+# What known_of gives a loss. Shapes: C contexts, J paths, L levels, K codes; I = J−1, M = L+1
+SHAPES = {"log_pf": "CJ", "log_z": "C", "log_r": "CJ", "log_flow": "CJM", "child_flow": "CJLK",
+          "log_probs": "CJLK", "policy_pos": "C", "policy_neg": "CI", "log_ref": "CJ",
+          "ref_pos": "C", "ref_neg": "CI", "beta": ""}
 
 def asked_by(recipe):
     """What the recipe's loss asks for: its parameters by name."""
@@ -834,19 +834,22 @@ def check_recipe(name, recipe):
     logged = recipe.chosen == "logged"
     check(logged or not recipe.gr, f"{name}: gr > 0 needs chosen=logged: path 0 is that of L_GR")
     if recipe.loss:
-        check_loss(name, recipe)
+        check_loss(name, recipe, paths)
 
-def check_loss(name, recipe):
+def check_loss(name, recipe, paths):
     """Raise InputError if a loss asks for what is not given, or if its value cannot be trained."""
     asked = asked_by(recipe)
     for what, parameter in asked.items():
         if parameter.default is parameter.empty:
             check_choice(what, SHAPES, f"{name}: parameter {what} of its loss")
-    trial = {what: torch.full(shape, -1.0) for what, shape in SHAPES.items()}
+    size = {"C": 2, "J": paths, "I": paths - 1, "L": 2, "M": 3, "K": 4}     # made-up logs
+    trial = {}
+    for what, shape in SHAPES.items():
+        trial[what] = torch.full([size[letter] for letter in shape], -1.0)
     for what in ("log_pf", "log_probs", "policy_pos", "policy_neg"):                # P is trained
         trial[what].requires_grad_()
     if "log_flow" in asked:                                     # then of each step, as in known_of
-        trial["log_pf"] = trial["log_pf"][..., None].expand(2, 3, 2)
+        trial["log_pf"] = trial["log_pf"][..., None].expand(-1, -1, 2)
     loss = recipe.loss(**{what: trial[what] for what in asked if what in trial})
     found = tuple(loss.shape) if torch.is_tensor(loss) else type(loss).__name__
     check(found == (), f"{name}: its loss has to return a tensor of one number, the mean over all "

@@ -1167,6 +1167,11 @@ def test_a_wrong_loss_is_told(returned, said):
     with pytest.raises(InputError, match=f"tb: its loss {said}"):
         gflowgr.check_recipe("tb", Recipe(mine))
 
+def test_a_loss_is_tried_on_as_many_paths_as_it_gets():
+    def in_fours(log_pf, policy_pos):
+        return log_pf.view(-1, 2, 4).mean() + policy_pos.mean()
+    gflowgr.check_recipe("tb", Recipe(in_fours, trajectories=7))        # and the logged item
+
 def seen(batch, count, policy, progress):
     return torch.tensor([[(past or [99])[0]] * count for past in batch.histories])
 def infinite(log_pf):
