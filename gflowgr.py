@@ -781,11 +781,12 @@ def sentence(name, recipe):
     items = f"{recipe.trajectories} items by {recipe.sampler}"
     return f"{recipe.loss.__name__} on {items}; {reward}; {training}"
 
-def facts_of(recipe):
+def facts_of(name, recipe):
     """The fields of a recipe that matter, for run.json."""
     facts = {**vars(recipe), "loss": getattr(recipe.loss, "__name__", "L_GR")}
-    without = ("loss", "rate", "dropout", "epochs", "gamma", "debias")      # without L_GFN
-    return facts if recipe.loss else {what: facts[what] for what in without}
+    trained = name.partition(":")[0] in RECIPES
+    without = ("loss", "rate", "dropout", "epochs") if trained else ("gamma", "debias")
+    return facts if recipe.loss else {what: facts[what] for what in without}    # without L_GFN
 
 # --- Checks: one sentence that says what is wrong and what is right -------------------------------
 # What known_of gives a loss. Shapes: C contexts, J paths, L levels, K codes; I = J−1, M = L+1
@@ -965,14 +966,14 @@ class World:
         return Reward(self.ids, self.teacher(recipe), (recipe.w_a, recipe.w_y, recipe.w_s))
 
 def made_with(name, world):
-    """All inputs of a run that --resume compares. It does not notice edited code."""
+    """All inputs of a run that --resume compares, but code, and what a CM of your own is like."""
     settings = vars(world.settings)
     same = "ids codes levels window width layers batch beams".split()
     made = {"data": world.data.sizes, "checksum of ids": zlib.crc32(world.ids.codes.cpu().numpy())}
     made["cm"] = type(world.cm).__name__
     made |= {f"--{what}": settings[what] for what in same}
     for part in dict.fromkeys(("sft", name.partition("+cm")[0], name)):
-        facts = facts_of(recipe_of(part, world.settings))
+        facts = facts_of(part, recipe_of(part, world.settings))
         made |= {f"{part}: {what}": value for what, value in facts.items()}
     return made
 
@@ -1011,8 +1012,8 @@ def run_method(name, world):
         # SFT is judged by the R of tb, without --recipe: so --resume may keep its numbers
         judge = recipe if recipe.loss else recipe_of("tb", replace(world.settings, recipe=""))
         metrics |= target_metrics(model, world.reward(judge), data)
-    entry = {"method": name, "seed": world.seed, "recipe": facts_of(recipe), "metrics": metrics,
-             "curve": curve, "by_user": by_user,
+    entry = {"method": name, "seed": world.seed, "recipe": facts_of(name, recipe),
+             "metrics": metrics, "curve": curve, "by_user": by_user,
              "seconds": {"train": middle - started, "eval": time.time() - middle},
              "train_examples": len(curve[1:]) * sum(map(len, data.train)),
              "lists": ranked.tolist() if data.truth else []}

@@ -1387,6 +1387,10 @@ def test_resume_refuses_what_was_made_otherwise(flag, said, finished, tmp_path):
     flag = flag.replace("OTHER", str(folder_of(tmp_path)))
     refused(said, *finished.flags, "--resume", flag)
 
+def test_only_what_a_method_uses_is_compared():
+    for name, used in {"sft": "loss rate dropout epochs", "sft+cm:gamma=3": "gamma debias"}.items():
+        assert [*gflowgr.facts_of(name, Recipe())] == used.split()
+
 # --- A CM of your own -----------------------------------------------------------------------------
 def own_cm(table):                            # whose scores are a row for everybody, or these rows
     return SimpleNamespace(scores=lambda past, following=None: table.expand(len(past), -1))
