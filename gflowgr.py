@@ -989,9 +989,8 @@ def model_of(name, recipe, world):
         if type(world.cm) is CollaborativeModel:
             save_model(model, world.folder(name))
         else:
-            cm = f"Debiased(cm, count, {recipe.debias:g})" if recipe.debias else "cm"
-            print(f"{name}: not saved, as its CM is yours; "
-                  f"use Guided(load_model(…), {cm}, {recipe.gamma:g}).recommend")
+            how = facts_of(name, recipe)                        # debias and gamma
+            print(f"{name}: not saved, as its CM is yours; make it with Guided, Debiased, {how}")
         return model, []
     policy = world.policy("" if base == "sft" else "sft", recipe.dropout)
     curve = train(name, recipe, policy, world)
@@ -1092,7 +1091,8 @@ def print_recommendations(settings):
     check(titles, f"{settings.model} was saved without titles")
     history = [find_item(name, model.catalogue["item_ids"], titles) for name in settings.recommend]
     items, scores = model.recommend([history], sample=settings.sample)
-    print("drawn in this order" if settings.sample else " share  of the weight of these ten; title")
+    check(items.max() >= 0, "the history has all items: none is left")
+    print("drawn in this order" if settings.sample else " share  of the list's weight; title")
     for item, share in zip(items[0].tolist(), scores[0].softmax(0).tolist()):
         if item >= 0:
             print("" if settings.sample else f"{share:6.1%}", "", titles[item])

@@ -501,7 +501,8 @@ def verdicts(file, names=()):
 
 def grade(file, names=(), limit=60):
     """`verdicts` of a file, from a process of its own. It gets a secret, which a student's file
-    does not know, and writes it before the verdicts: so the file cannot pass for the grader."""
+    is not told, and writes it before the verdicts: a file that only prints or exits cannot pass for
+    the grader (one that searches the grader's memory can)."""
     secret = secrets.token_hex().encode()
     quiet = subprocess.DEVNULL
     with tempfile.TemporaryDirectory() as folder:
@@ -1408,7 +1409,7 @@ def test_an_own_cm(tiny, tmp_path, capsys):
             assert {*row[:2]} == {7, 8}
             assert other[0] == rarer
     out = capsys.readouterr().out
-    assert "use Guided(load_model(…), Debiased(cm, count, 1), 3).recommend" in out
+    assert "make it with Guided, Debiased, {'gamma': 3.0, 'debias': 1.0}" in out
     folder = tmp_path / "sft+cm,debias=1,gamma=3-42"
     refused("never saved", "--recommend", "x", "--model", folder)
 
@@ -1435,6 +1436,7 @@ def test_recommend_prints_ten_titles(finished, name, flags):
     shares = [float(share.strip("%")) / 100 for share, *_ in lines if share]
     assert shares == ([] if sample else approx(scores[0].softmax(0).tolist(), abs=6e-4))
     refused(titles[3], *asked[:-1], titles[3][:-1] + "x")
+    refused("none is left", *asked[:-2], *titles)
 
 # --- Data -----------------------------------------------------------------------------------------
 ITEMS = "item_id,title\na,Alpha\nb,Beta\nc,Gamma\nd,Delta\n"
@@ -1466,11 +1468,11 @@ def run_script(monkeypatch, name, *flags):
     runpy.run_path(str(ROOT / f"data/{name}/prepare.py"), run_name="__main__")
 
 def test_two_users_and_nine_items_without_text_or_truth_work_as_they_are(tmp_path):
-    events = EVENTS.replace("b,1", "b,2")                       # as u,c,2: one in six
+    events = EVENTS.replace("b,1", "b,2") + "u,a,9\nw,a,1\nw,b,1\n"      # b, c of u: one in six
     folder = folder_of(tmp_path / "d", "\n".join(["item_id", *"abcdefghi"]), events)
     status, out, err = cli("--data", folder, "--out", tmp_path / "out", "--quick")
     assert status == 0, err
-    assert "17% have the time of the user's interaction before" in out
+    assert "16.7% have the time of the user's interaction before" in out
     assert "| tb-huber+cm | " in out
     assert "liked@10" not in out
 

@@ -62,15 +62,18 @@ def _read_users(path, index):
         events.append((row["user_id"], position, tie, index[item], rating))
     highest = max([rating for *_, rating in events], default=0)
     users = {}
-    for user, _, _, item, rating in sorted(events):
+    times = {}
+    for user, position, _, item, rating in sorted(events):
         users.setdefault(user, {}).setdefault(item, rating >= 0.7 * highest)
+        times.setdefault(user, {}).setdefault(item, position)
     repeats = len(events) - sum(map(len, users.values()))
     kept = {user: liked for user, liked in users.items() if len(liked) >= 3}
     check(kept, f"{path}: no user has three different items; add interactions")
     print(f"dropped: {repeats} repeats of an item, {len(users) - len(kept)} users with < 3 items")
-    ties = 1 - len({event[:2] for event in events}) / len(events)
+    different = sum(len(set(times[user].values())) for user in kept)
+    ties = 1 - different / sum(map(len, kept.values()))
     if ties:
-        print(f"{ties:.0%} have the time of the user's interaction before: the order is arbitrary")
+        print(f"{ties:.1%} have the time of the user's interaction before: the order is arbitrary")
     if not all(map(all, map(dict.values, kept.values()))):
         print("disliked items stay targets; liked only changes r_a of the reward")
     return kept
