@@ -103,8 +103,8 @@ def grpo(log_pf, log_ref, log_r, beta):
 class Recipe:
     """How a method is trained; `--methods tb:epochs=4` changes a field."""
     loss: object = None             # L_GFN, a function (arguments: known_of); None: SFT, L_GR alone
-    gr: float = 0.0                 # weight of L_GR; 0, since R already rewards the logged item
-    lam: float = 1.0                # λ, weight of L_GFN; matters if gr > 0: Adam ignores the scale
+    gr: float = 0.0                 # weight of L_GR; 0, ours: R rewards v, so its path is not added
+    lam: float = 1.0                # λ, weight of L_GFN; if gr is 0, it only changes what is clipped
     sampler: str = "reward_draws"   # of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     chosen: str = "logged"          # S-DPO's chosen item: the "logged" one, or drawn ∝ "reward"
@@ -294,8 +294,8 @@ def uniform(batch, count, policy, progress):
 def curriculum(batch, count, policy, progress):
     """The paper's default: items with low scores early in training, items with high ones late.
     Draw a pool of 2N−1 items with replacement, none of the user's log (batch.histories +
-    batch.following), item i ∝ batch.scores[i]/2 + 1/(2n). (The 1/(2n) is ours: without it, few low
-    ones are drawn.) Sort the pool from low to high score. Keep its places start … start + N − 1,
+    batch.following), item i ∝ batch.scores[i]/2 + 1/(2n). (How to draw is ours; without 1/(2n), few
+    low ones are drawn.) Sort the pool from low to high score. Keep its places start … start + N − 1,
     counted from 0; start = round(progress · (N−1))."""
     weight = unlogged(batch, 0.5 * batch.scores + 0.5 / batch.scores.shape[1])
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
@@ -537,7 +537,7 @@ def ndcg_at(ranked, target, k):
     return (hits / torch.log2(torch.arange(2, hits.shape[1] + 2, device=hits.device))).sum(1)
 
 def best_unseen(model, histories, k=10):
-    """The k unseen items (B, k) to which a CM gives the highest scores; −1 where none is left."""
+    """The k unseen items (B, k) with a CM's highest scores, −1 where none is left; the scores."""
     scores = functional.pad(model.scores(histories), (0, k), value=-torch.inf)
     scores[entries(histories)] = -torch.inf
     value, items = scores.topk(k, 1)
@@ -582,7 +582,7 @@ def distribution(policy, histories):
     return torch.cat(steps, 1).sum(-1).exp().cpu()
 
 def target_metrics(policy, reward, data):
-    """At 50 validation contexts: KL(R/Z ‖ P) and the entropy of P, in nats."""
+    """At up to 50 validation contexts: KL(R/Z ‖ P) and the entropy of P, in nats."""
     users = range(0, len(data.train), math.ceil(len(data.train) / 50))
     histories = [data.train[user] for user in users]
     device = reward.ids.codes.device
@@ -642,7 +642,7 @@ def load_model(folder, dropout=0.0, guided=True):
 
 # --- Methods and settings -------------------------------------------------------------------------
 # The paper's L = L_GR + λ · L_GFN, λ = 1, curriculum, N = 3, learned log Z. We do not know the
-# paper's weights of R, rate and dropout, nor whether its S-DPO has L_GR: these are our choices.
+# paper's weights of R, rate and dropout, nor whether its S-DPO has L_GR: our choices, see PRESETS.
 PAPER = dict(gr=1.0, sampler="curriculum", trajectories=3, exact=False, teacher="cm",
              rate=4.5e-4, dropout=0.2)
 RECIPES = {
@@ -725,7 +725,7 @@ def parse(argv):
     asked = [word for word in argv if word not in ("-h", "--help")]
     first = parser.parse_args(asked)            # once for the preset, which --help shows; then all
     parser.set_defaults(**preset_of(first).get("settings", {}))
-    if asked != list(argv):
+    if asked != list(argv):                     # help, without the empty "(default: )"
         print(re.sub(r"\s*\(default:\s(None|\[\])?\)", "", parser.format_help()))
         parser.exit()
     settings = Settings(**vars(parser.parse_args(asked)))
@@ -843,7 +843,7 @@ def check_loss(name, recipe, paths):
     for what, parameter in asked.items():
         if parameter.default is parameter.empty:
             check_choice(what, SHAPES, f"{name}: parameter {what} of its loss")
-    size = {"C": 2, "J": paths, "I": paths - 1, "L": 2, "M": 3, "K": 4}     # made-up logs
+    size = {"C": 2, "J": paths, "I": paths - 1, "L": 2, "M": 3, "K": 4}     # made-up values
     trial = {}
     for what, shape in SHAPES.items():
         trial[what] = torch.full([size[letter] for letter in shape], -1.0)
@@ -889,9 +889,9 @@ def check_settings(settings):
     for name in filter(None, map(str.strip, settings.methods.split(","))):
         base = name.partition(":")[0]
         check_choice(base, methods, f"--methods {name}")
-        if base not in ("pop", "cm"):
+        if base not in ("pop", "cm"):                           # all others start from SFT
             names += ["sft", base.removesuffix("+cm")] if "+cm" in base else ["sft"]
-        names.append(name)                                      # all start from SFT
+        names.append(name)
     check(names, f"--methods {settings.methods!r} names no method")
     names.sort(key=lambda name: methods.index(name.partition(":")[0]))
     return list(dict.fromkeys(names)), list(dict.fromkeys(map(int, seeds)))
@@ -972,7 +972,7 @@ def made_with(name, world):
     made = {"data": world.data.sizes, "checksum of ids": zlib.crc32(world.ids.codes.cpu().numpy())}
     made["cm"] = type(world.cm).__name__
     made |= {f"--{what}": settings[what] for what in same}
-    for part in dict.fromkeys(("sft", name.partition("+cm")[0], name)):
+    for part in ("sft", name.partition("+cm")[0], name):        # NAME of NAME+cm, and itself
         facts = facts_of(part, recipe_of(part, world.settings))
         made |= {f"{part}: {what}": value for what, value in facts.items()}
     return made

@@ -203,7 +203,7 @@ class SemanticIDs(torch.nn.Module):
 
     def legal_children(self, nodes, unseen):
         """Where each code leads: nodes (B, W), unseen (B, M + n) → nodes (B, W, K), −1: illegal.
-        Legal is a code that leads to an unseen item. This decides it for P, R, beams and draws."""
+        Legal is a code that leads to an unseen item. The rule of P, R, beams and draws."""
         child = self.next_node[nodes]                           # (B, W, K)
         legal = unseen.gather(1, child.clamp(min=0).flatten(1)).view_as(child)
         return child.where(legal, -1)
