@@ -104,7 +104,7 @@ class Recipe:
     """How a method is trained; `--methods tb:epochs=4` changes a field."""
     loss: object = None             # L_GFN, a function (arguments: known_of); None: SFT, L_GR alone
     gr: float = 0.0                 # weight of L_GR; 0, ours: R rewards v, so its path is not added
-    lam: float = 1.0                # λ, weight of L_GFN; if gr is 0, it only changes what is clipped
+    lam: float = 1.0                # λ, weight of L_GFN; if gr = 0, it only changes what is clipped
     sampler: str = "reward_draws"   # of SAMPLERS: where the N sampled paths come from
     trajectories: int = 2           # N: the paper's best is about 3
     chosen: str = "logged"          # S-DPO's chosen item: the "logged" one, or drawn ∝ "reward"
@@ -295,8 +295,8 @@ def curriculum(batch, count, policy, progress):
     """The paper's default: items with low scores early in training, items with high ones late.
     Draw a pool of 2N−1 items with replacement, none of the user's log (batch.histories +
     batch.following), item i ∝ batch.scores[i]/2 + 1/(2n). (How to draw is ours; without 1/(2n), few
-    low ones are drawn.) Sort the pool from low to high score. Keep its places start … start + N − 1,
-    counted from 0; start = round(progress · (N−1))."""
+    low ones are drawn.) Sort the pool from low to high score. Keep places start … start + N − 1 of
+    it, counted from 0; start = round(progress · (N−1))."""
     weight = unlogged(batch, 0.5 * batch.scores + 0.5 / batch.scores.shape[1])
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
     ranked = pool.gather(1, batch.scores.gather(1, pool).argsort(1))
