@@ -894,6 +894,8 @@ def check_settings(settings):
         names.append(name)
     check(names, f"--methods {settings.methods!r} names no method")
     names.sort(key=lambda name: methods.index(name.partition(":")[0]))
+    if settings.quick:
+        print("--quick: the figures below mean nothing; they only show that everything works")
     return list(dict.fromkeys(names)), list(dict.fromkeys(map(int, seeds)))
 
 # --- The experiment: data → IDs, CM → SFT → fine-tuned policies → table ---------------------------
@@ -1025,8 +1027,6 @@ def run(settings, cm=None):
     names, seeds = check_settings(settings)
     for name in (*names, "sft", "tb"):          # now: a wrong change fails not after hours
         recipe_of(name, settings)
-    if settings.quick:
-        print("--quick: the figures below mean nothing; they only show that everything works")
     data = load_data(settings.data, settings.quick)
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}

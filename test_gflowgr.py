@@ -593,12 +593,10 @@ def test_what_a_student_reads(text, said, tmp_path):
     [found] = verdicts(str(mine)).values()
     assert found.endswith(said)
 
-@pytest.mark.parametrize("text", [
-    "print('vargrad is right')\nexit()",
-    "import os, sys\nopen(sys.argv[2], 'w').write('{\"vargrad\": \"\"}')\nos._exit(0)"])
-def test_a_verdict_is_not_forged(text, tmp_path):
+def test_a_verdict_is_not_forged(tmp_path):
     mine = tmp_path / "mine.py"
-    mine.write_text(text)
+    mine.write_text("import os, sys\nprint('vargrad is right')\n"
+                    "open(sys.argv[2], 'w').write('{\"vargrad\": \"\"}')\nos._exit(0)")
     assert [*grade(str(mine), ["vargrad"])] == [""]             # nothing is said of vargrad
 
 def test_a_folder_is_graded_file_by_file(tmp_path, capfd):
@@ -612,7 +610,7 @@ def test_a_folder_is_graded_file_by_file(tmp_path, capfd):
     assert head == "file | ndcg_at | trajectory_balance"
     assert anna == f"{tmp_path}/anna/mine.py | – | right"       # ours, imported, are not graded
     assert zoe == f"{tmp_path}/zoe.py | not yet | not yet"
-    assert grade(str(tmp_path / "zoe.py"), limit=1) == {"": "no answer in 1 seconds"}
+    assert grade(str(tmp_path / "zoe.py"), limit=0.1) == {"": "no answer in 0.1 seconds"}
 
 def test_a_wrong_name_is_told(capsys):
     for command in ("--stub nonsense", "--grade FILE recall_at nonsense"):
@@ -997,7 +995,7 @@ def test_the_whole_loss_against_one_path_at_a_time(name, K, L, tiny, monkeypatch
     job = world.reward(recipe)
     world.data.train = [history[:5] for history in world.data.train]    # read whole before v
     world.data.liked = [[item % 3 > 0 for item in history] for history in world.data.train]
-    rows = [*gflowgr.training_rows(world.data.train, 4)][:5]
+    rows = [*gflowgr.training_rows(world.data.train, 4)][:4]
     batch = gflowgr.batch_of(rows, world.data, policy)
     left = batch.unseen[:, world.ids.num_prefixes:].float()
     chosen = left.multinomial(1)                                # S-DPO's, if it is drawn ∝ R
@@ -1228,12 +1226,12 @@ def test_trajectory_balance_reaches_the_reward(method, tmp_path, monkeypatch):
     TOY["write"](tmp_path, 30, 4, 3, 3)
     drawn = []
     monkeypatch.setattr(figures, "plot_flows", lambda *arguments: drawn.append(arguments))
-    flags = f"--codes=3 --width=32 --layers=1 --oracle={method} --recipe=rate=.003:epochs=5".split()
+    flags = f"--codes=3 --width=32 --layers=1 --oracle={method} --recipe=rate=.003:epochs=4".split()
     status, out, err = cli(f"--data={tmp_path}", *flags, f"--out={tmp_path / 'a/new'}")
     assert status == 0, err
     before, after = map(float, re.findall(r"\d\.\d{4}", out[out.index("mean L1"):]))
-    told = re.findall(r"epoch \d/5, .*, L1 distance of P from R/Z (\d\.\d{4})\n", out)
-    assert len(told) == 5
+    told = re.findall(r"epoch \d/4, .*, L1 distance of P from R/Z (\d\.\d{4})\n", out)
+    assert len(told) == 4
     assert before > 0.5
     assert after == float(told[-1]) <= 0.02
     [[path, flow]] = drawn
@@ -1472,6 +1470,7 @@ def test_two_users_and_nine_items_without_text_or_truth_work_as_they_are(tmp_pat
     folder = folder_of(tmp_path / "d", "\n".join(["item_id", *"abcdefghi"]), events)
     status, out, err = cli("--data", folder, "--out", tmp_path / "out", "--quick")
     assert status == 0, err
+    assert "--quick: the figures below mean nothing" in out
     assert "16.7% have the time of the user's interaction before" in out
     assert "| tb-huber+cm | " in out
     assert "liked@10" not in out
