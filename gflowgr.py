@@ -843,7 +843,7 @@ def check_loss(name, recipe, paths):
     for what, parameter in asked.items():
         if parameter.default is parameter.empty:
             check_choice(what, SHAPES, f"{name}: parameter {what} of its loss")
-    size = {"C": 2, "J": paths, "I": paths - 1, "L": 2, "M": 3, "K": 4}     # made-up values
+    size = {"C": 2, "J": paths, "I": paths - 1, "L": 2, "M": 3, "K": 4}     # a made-up batch
     trial = {}
     for what, shape in SHAPES.items():
         trial[what] = torch.full([size[letter] for letter in shape], -1.0)

@@ -586,6 +586,7 @@ def trajectory_balance(z, p, r):
     (RIGHT.replace("+ p", "+ p.detach()"),
      "expected tensor([[1.3863]])\nfound    tensor([[0.]])\n"
      "AssertionError: its gradient by log_pf is not right"),
+    ("print('recall_at is right')\nexit()", "SystemExit in line 2: None"),
     ("1 / 0", "ZeroDivisionError in line 1: division by zero")])
 def test_what_a_student_reads(text, said, tmp_path):
     mine = tmp_path / "mine.py"
@@ -749,11 +750,10 @@ def test_after_everything_was_seen_all_is_legal_but_the_list_is_empty():
         assert items.tolist() == [[-1, -1], [0, -1]]
         assert scores.isfinite().tolist() == [[False, False], [True, False]]
     assert policy.recommend([[0, 0, 3]], 24)[0].tolist()[0].count(-1) == 2      # an item twice
-    for item in (999, 24, -1):
-        with pytest.raises(InputError, match="items of a history are numbers from 0 to 23"):
-            policy.recommend([[3, item]])
-        with pytest.raises(InputError, match="items of a history are numbers from 0 to 23"):
-            CollaborativeModel.fit([[0, 1]], 24).scores([[3, item]])
+    for ask in (policy.recommend, CollaborativeModel.fit([[0, 1]], 24).scores):
+        for item in (999, 24, -1):
+            with pytest.raises(InputError, match="items of a history are numbers from 0 to 23"):
+                ask([[3, item]])
 
 # --- Drawn lists ----------------------------------------------------------------------------------
 def drawn_first(policy, past, sample, flow):  # P that an item is drawn first, by enumeration
@@ -995,7 +995,7 @@ def test_the_whole_loss_against_one_path_at_a_time(name, K, L, tiny, monkeypatch
     job = world.reward(recipe)
     world.data.train = [history[:5] for history in world.data.train]    # read whole before v
     world.data.liked = [[item % 3 > 0 for item in history] for history in world.data.train]
-    rows = [*gflowgr.training_rows(world.data.train, 4)][:4]
+    rows = [*gflowgr.training_rows(world.data.train, 4)][:5]
     batch = gflowgr.batch_of(rows, world.data, policy)
     left = batch.unseen[:, world.ids.num_prefixes:].float()
     chosen = left.multinomial(1)                                # S-DPO's, if it is drawn ∝ R
@@ -1391,12 +1391,10 @@ def test_only_what_a_method_uses_is_compared():
         assert [*gflowgr.facts_of(name, Recipe())] == used.split()
 
 # --- A CM of your own -----------------------------------------------------------------------------
-def own_cm(table):                            # whose scores are a row for everybody, or these rows
-    return SimpleNamespace(scores=lambda past, following=None: table.expand(len(past), -1))
-
 def test_an_own_cm(tiny, tmp_path, capsys):
     class Mine(CollaborativeModel):                             # is not saved as ours, either
-        scores = staticmethod(own_cm(torch.eye(48)[[7, 8]].mean(0)).scores)
+        def scores(self, past, following=None):
+            return torch.eye(48)[[7, 8]].mean(0).expand(len(past), -1)
     methods = "--methods=cm,cm:debias=9,sft+cm:debias=1:gamma=3"
     settings = gflowgr.parse([*tiny, f"--out={tmp_path}", methods])
     cm, debiased, *_ = gflowgr.run(settings, Mine.fit([[0, 1]], 48))["runs"]
