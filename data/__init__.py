@@ -6,6 +6,8 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 class InputError(ValueError):
     """Something the user can mend: the message names the file, the line and the cure."""
 
@@ -40,6 +42,8 @@ def _rows(path, *columns):
             for row in reader:     # key None: a field too many; value None: a field too few
                 place = f"{path}, line {reader.line_num}"
                 check(None not in (*row, *row.values()), f"{place} needs as many fields as line 1")
+                for name in ("user_id", "item_id"):
+                    check(row.get(name, name).strip(), f"{place}: {name} is blank; write an id")
                 yield place, row
     except (OSError, UnicodeError, csv.Error) as error:
         raise InputError(f"{path}: {error}; it has to be a CSV file, saved as UTF-8") from None
@@ -49,8 +53,6 @@ def _read_users(path, index):
     events = []
     for place, row in _rows(path, "user_id", "item_id", "position or timestamp"):
         item = row["item_id"]
-        check("position" not in row or "timestamp" not in row,
-              f"{path}: it has both position and timestamp; keep one")
         check(item in index, f"{place}: items.csv has no item {item!r}; add it there")
         try:
             position = float(row.get("position", row.get("timestamp")))
@@ -62,20 +64,15 @@ def _read_users(path, index):
         events.append((row["user_id"], position, tie, index[item], rating))
     highest = max([rating for *_, rating in events], default=0)
     users = {}
-    times = {}
-    for user, position, _, item, rating in sorted(events):
+    for user, _, _, item, rating in sorted(events):
         users.setdefault(user, {}).setdefault(item, rating >= 0.7 * highest)
-        times.setdefault(user, {}).setdefault(item, position)
     repeats = len(events) - sum(map(len, users.values()))
     kept = {user: liked for user, liked in users.items() if len(liked) >= 3}
     check(kept, f"{path}: no user has three different items; add interactions")
     print(f"dropped: {repeats} repeats of an item, {len(users) - len(kept)} users with < 3 items")
-    different = sum(len(set(times[user].values())) for user in kept)
-    ties = 1 - different / sum(map(len, kept.values()))
+    ties = 1 - len({event[:2] for event in events}) / len(events)      # of user and position
     if ties:
         print(f"{ties:.1%} have the time of the user's interaction before: the order is arbitrary")
-    if not all(map(all, map(dict.values, kept.values()))):
-        print("disliked items stay targets; liked only changes r_a of the reward")
     return kept
 
 def load_data(name, quick=False):
@@ -94,7 +91,7 @@ def load_data(name, quick=False):
     titles = [row.get("title") or row.get("keywords") or item for item, row in items.items()]
     first = next(iter(items.values()), {})
     columns = [name for name in ("title", "keywords", "genres", "category") if name in first]
-    texts = [" ".join(filter(None, map(row.get, columns))) for row in items.values()]
+    texts = [" ".join(filter(None, map(row.get, columns))).strip() for row in items.values()]
     index = {item: number for number, item in enumerate(items)}
     users = _read_users(folder / "interactions.csv", index)
     if quick:
@@ -128,13 +125,14 @@ def find_item(name, ids, titles):
 
 def read_ids(path, item_ids):
     """Own semantic IDs, n lists of codes, from a CSV file: item_id and a column for each code.
-    If some are equal, all get one more code (0, 1, 2 … among equal ones), as in TIGER."""
+    If some are equal, all get one more code (0, 1, 2 … among equal ones), as in TIGER. If a code is
+    n or more, each level is renumbered without gaps, in its order: 70000, 9, 70000 → 1, 0, 1."""
     found = {}                                       # item id → codes
     for place, row in _rows(path, "item_id"):
         item = row.pop("item_id")
         check(item not in found, f"{place}: item {item!r} stands twice")
-        small = [text.isdecimal() and float(text) < 65536 for text in row.values()]
-        check(all(small) and 0 < len(small) < 7, f"{place}: write 1 to 6 codes from 0 to 65535")
+        small = [text.isdecimal() and len(text) < 10 for text in row.values()]
+        check(all(small) and 0 < len(small) < 7, f"{place}: write 1 to 6 codes from 0 to 999999999")
         found[item] = list(map(int, row.values()))
     missing = [item for item in item_ids if item not in found]
     check(not missing, f"{path}: no line for {len(missing)} items of items.csv, {missing[:3]}…")
@@ -147,4 +145,7 @@ def read_ids(path, item_ids):
         for codes in ids:
             seen[tuple(codes)] += 1
             codes.append(seen[tuple(codes)] - 1)
+    if max(map(max, ids)) >= len(ids):               # gaps cost memory: a table has K columns
+        levels = [np.unique(column, return_inverse=True)[1] for column in np.array(ids).T]
+        ids = np.stack(levels, 1).tolist()
     return ids

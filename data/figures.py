@@ -1,20 +1,14 @@
-"""Every picture. `python -m data.figures RUN` draws that of a run anew, into its folder."""
-import argparse
+"""Every picture that a run draws."""
 import contextlib
-import json
-import sys
 import textwrap
 from pathlib import Path
 
 import numpy as np
 
-from data import check, load_data
-
 BLUE = "C0"                            # of a style that colour-blind readers can tell apart
 ORANGE = "C5"
 GREY = "0.82"
-# Colours of seven lines, most of them Okabe and Ito's, for colour-blind readers as well
-LINES = "#0072B2 #56B4E9 0.5 #CC79A7 #D55E00 #009E73 black".split()
+LINES = "#0072B2 #56B4E9 0.5 #CC79A7 #D55E00 #009E73 black".split()     # colour-blind as well
 STYLE = {"font.size": 9, "text.parse_math": False}             # a $ in a title stays a $
 
 @contextlib.contextmanager
@@ -79,8 +73,7 @@ def plot_exposure(path, data, results):
     group = np.empty(n, int)                                   # 0: the tenth that was shown least
     group[np.argsort(shown, kind="stable")] = np.arange(n) * 10 // n
     lists = {run["method"]: run["lists"] for run in results["runs"]}             # last seed's
-    rows = {"in the log": data.histories,
-            "truly liked": data.truth["liked"], **lists}
+    rows = {"in the log": data.histories, "truly liked": data.truth["liked"], **lists}
     colors = [str(0.95 - 0.095 * tenth) for tenth in range(10)]                 # light to dark grey
     with picture(path, 1, 1, (8, 1 + 0.28 * len(rows))) as [axis]:
         for name, users in rows.items():
@@ -107,20 +100,3 @@ def draw_run(out, data, results):
         return []
     plot_exposure(Path(out) / "exposure.png", data, results)
     return [f"exposure.png: {plot_exposure.__doc__.splitlines()[0]}"]
-
-def main(arguments):
-    """Draw a finished run anew; a wrong folder is one line on stderr and status 2."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="a folder with results.json")
-    options = parser.parse_args(arguments)
-    try:
-        results = json.loads((options.run / "results.json").read_text("utf-8"))
-        settings = results["settings"]
-        data = load_data(settings["data"], settings["quick"])
-        check(data.sizes == results["data"], "its data have changed since the run")
-        print(*draw_run(options.run, data, results), sep="\n")
-    except (ValueError, KeyError, TypeError, OSError) as error:     # InputError: ValueError
-        parser.exit(2, f"error: {options.run}/results.json: {type(error).__name__} {error}\n")
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

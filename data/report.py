@@ -1,7 +1,6 @@
 """What a run leaves: results.json, the table, gains over SFT with intervals."""
 import itertools
 import json
-import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,28 +11,26 @@ from data import InputError, check, figures
 def write(path, value):
     """Write text or a value as JSON, by a temporary name: the file is whole or not there."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{path}.part").write_text(text, encoding="utf-8")
-    os.replace(f"{path}.part", path)
+    part = Path(f"{path}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 def earlier_run(path, made_with):
-    """The run that --resume keeps; InputError if any of its inputs was another."""
+    """The finished run in a run.json. made_with: {name: a value as JSON has it} of all that the
+    run depends on; InputError names the first one that was another."""
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        old = run.pop("made_with")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path} is of another program; choose another --out") from None
-    for name, now in made_with.items():
-        check(old.get(name) == now, f"{path} was made with {name} = {old.get(name)}, now it is "
-              f"{now}; choose another --out, or leave out --resume to train it anew")
+        old = dict(run.pop("made_with"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} cannot be read; delete this file") from None
+    for name in {**made_with, **old}:
+        before = old.get(name)
+        now = made_with.get(name)
+        check(before == now, f"{path} was made with {name} = {before}, now it is {now}; choose "
+              "another --out, or leave out --resume to train it anew")
     print(f"{run['method']}, seed {run['seed']}: kept, as it was finished")
     return run
-
-# --- Numbers of each user's list: diversity; exposure bias, where the world's truth is known ------
-def diversity(ranked, first_codes):
-    """first_codes@10 (B,): how many different first codes the items of lists (B, 10) have."""
-    codes = np.where(ranked < 0, first_codes[ranked[:, :1]], first_codes[ranked])   # −1: no other
-    return {"first_codes@10": (ranked[:, 0] >= 0) + (np.diff(np.sort(codes, 1), axis=1) > 0).sum(1)}
 
 def table_of_items(lists, num_items):
     """(B, n) bool: which items each of B lists holds; −1 is an empty place."""
@@ -61,15 +58,12 @@ def exposure(ranked, data):
             "hidden@10": (hidden & listed).sum(1) / np.maximum(1, hidden.sum(1)),
             "themes@10": in_list.sum(1)}
 
-# --- Summary, gains, table ------------------------------------------------------------------------
 @lru_cache(maxsize=1)
 def bootstrap(users):
     """How often each user is drawn in 500 samples (500, users): the same for all methods."""
     draws = np.random.default_rng(0)
-    table = np.empty((500, users), np.int32)
-    for sample in table:
-        sample[:] = np.bincount(draws.integers(users, size=users), minlength=users)
-    return table
+    samples = (draws.integers(users, size=users) for _ in range(500))
+    return np.array([np.bincount(sample, minlength=users) for sample in samples], np.int32)
 
 def paired_gains(runs, base):
     """{metric: {"gain", "low", "high"}}, shares of the base: .25 is +25 %; means over the seeds.
@@ -115,8 +109,8 @@ def table(results):
         for metric in ("ndcg@10", "liked@10"):
             if metric in numbers:
                 gain = results["paired"].get(method, {}).get(metric, {})    # {}: an empty cell
-                percent = [round(100 * share) + 0 for share in gain.values()]       # + 0: no "-0"
-                cell = "{:+.0f} [{:+.0f}, {:+.0f}]".format(*percent) if gain else ""
+                percent = [round(100 * share) for share in gain.values()]
+                cell = "{:+d} [{:+d}, {:+d}]".format(*percent) if gain else ""
                 row[f"{metric} over sft, %"] = cell
         lines.append(row.values())
     lines = [row, ["---"] * len(row), *lines]                   # row's keys are the header
@@ -125,10 +119,9 @@ def table(results):
 
 def finish(out, runs, about, data):
     """Print the table and what was written; write results and pictures."""
-    out = Path(out)
     results = results_of(runs, about)
-    write(out / "results.json", results)
-    write(out / "results.md", table(results) + "\n")
+    write(f"{out}/results.json", results)
+    write(f"{out}/results.md", table(results) + "\n")
     print("", table(results), "", *figures.draw_run(out, data, results), sep="\n")
     print(f"results.json, results.md and the saved models are in {out}/")
     return results
