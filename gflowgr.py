@@ -12,7 +12,9 @@ path; P_F(s_{l+1} | s_l) is the policy's P of the next code; the flow F(s) is th
 Letters in shapes: C contexts, J paths of each context, L levels of an ID, K codes at each level,
 n items; B users or rows of a batch, H tokens of a history, d width of the model, W beams of a user.
 A node of the tree is a number: 0 is the root, then come the other prefixes, and last the n items;
-−1 stands for no node.
+−1 stands for no node, and its children are −1. `entries` of lists of items are the rows and columns
+of these items in a table (lists, n). `legal_children` are the nodes to which codes lead, −1 where
+no item that the user has not seen is below.
 """
 import copy
 import json
@@ -40,7 +42,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, get_cosine_s
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from data import InputError, check, find_item, load_data, read_ids, report
-from reward import CollaborativeModel, Debiased, Guided, Reward
+from reward import CollaborativeModel, Debiased, Folds, Guided, Reward, fit_of
 from tokenizer import SemanticIDs, entries, item_features
 
 NEVER = -1e9                            # log P of what is illegal; not −inf, since 0 · −inf is nan
@@ -94,7 +96,8 @@ def sdpo(log_pf, log_ref, beta):
 
 def grpo(log_pf, log_ref, log_r, beta):
     """GRPO (Shao et al. 2024), a maximiser of R: log P, log P_ref, log R of paths (C, J) → scalar.
-    Its paths are drawn by P at this very step, so P / P_old is 1, and its gradient is ∇ log P.
+    Its paths are drawn by P at this very step (ours: no item twice), so P / P_old is 1, and its
+    gradient is ∇ log P.
     A = (R − mean R) / std R over a context's J paths: std with J − 1, at least 1e-8; A is constant.
     Mean over paths of β · (x − log x − 1) − A · log P, x = P_ref / P: a KL, and the gain of R."""
     r = log_r.exp()
@@ -108,24 +111,23 @@ class Recipe:
     """How a method is trained; `--methods tb:epochs=4` changes a field. These defaults are what
     `tb` has in the made-up world of the first command. U: a history, v: the item logged next."""
     loss: object = None             # L_GFN, a function of a Paths; None: L_GR alone, this is SFT
-    gr: float = 0.0                 # weight of L_GR = −log P(v | U), the loss of SFT; 0, ours: R
-                                    # rewards v already
-    lam: float = 1.0                # λ, weight of L_GFN
+    gr: float = 1.0                 # weight of L_GR = −log P(v | U), the loss of SFT
+    lam: float = 3.0                # λ, weight of L_GFN
     sampler: str = "policy_draws"   # a name in SAMPLERS: which N unseen items a step learns from
     trajectories: int = 8           # N: the paper's best is about 3
-    chosen: Literal["", "logged", "reward"] = ""    # one item more, before the N: v, or one that is
-                                    # drawn ∝ R; its path is path 0. "": none
+    chosen: Literal["", "logged", "reward"] = ""    # one item more, before the N: v (the paper's
+                                    # τ_1), or one drawn ∝ R; its path is path 0. "": none
     exact: bool = True              # ours: flows and Z are sums of R, as R of all items is known;
                                     # False: learned from the policy's hidden states
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/m at each of m unseen items; r_ŷ, r_s have the sum 1,
-    # so Z is 1.001 if v is liked
+    # so Z is 1.001 if v is liked and the weights sum to 1
     w_a: float = 0.2                # r_a: 1 at v if it is liked, .1 if it was only clicked
     w_y: float = 0.75               # r_ŷ: scores of the teacher
     w_s: float = 0.05               # r_s ∝ number of levels with the same code as v
-    teacher: Literal["cm", "product"] = "cm"    # the CM; or, ours, P_SFT · CM^γ, at the best items
-                                    # of a beam search, 0 at others
-    gamma: float = 2.0              # γ
-    debias: float = 1.0             # δ, ours: the CM's scores are divided by popularity^δ
+    teacher: Literal["cm", "svd", "blend"] = "svd"      # a traditional recommender of reward.py
+    gamma: float = 2.0              # γ of the methods NAME+cm: they list by P · teacher^γ
+    debias: float = 0.5             # δ, ours: the teacher's scores are divided by popularity^δ (of
+                                    # svd: by the length of an item's vector)
     beta: float = 0.1               # S-DPO, GRPO: how strongly P is held near that of SFT
     rate: float = 3e-3              # peak learning rate: small models like it high
     dropout: float = 0.0            # none is needed if R rewards many items; L_GR over-fits
@@ -135,9 +137,13 @@ class Paths:
     """What a loss reads, of the paths of items (C, J), J unseen items of each context. batch.r
     (C, n) is R of all items, > 0 at unseen ones; batch.context is the histories as tokens."""
     def __init__(self, recipe, policy, reference, batch, items):
+        # The path of v is for L_GR alone; the paths of items follow it
+        logged = torch.cat([batch.positives[:, None], items], 1) if recipe.gr else items
+        found = policy(*batch.context, logged)
+        self.log_v = found[0][:, 0].sum(-1)                     # (C,) log P(v | U), if gr > 0
         # (C, J, L) log P_F of each step; (C, J, L, K) of all codes at each step; (C, J, L) log F of
         # s_0 … s_{L-1} by the policy's linear head
-        self.log_steps, self.log_probs, log_flow = policy(*batch.context, items)
+        self.log_steps, self.log_probs, log_flow = (x[:, -items.shape[1]:] for x in found)
         self.log_pf = self.log_steps.sum(-1)                    # (C, J) log P of whole paths
         self.log_r = batch.r.gather(1, items).log()             # (C, J) log R
         # (C, J, L, K) the exact flow F* of each child of s_0 … s_{L-1}: the sum of R below it
@@ -160,18 +166,18 @@ class Paths:
 TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))        # p: a Paths
 SDPO = dict(loss=lambda p: sdpo(p.log_pf.masked_fill(p.again, NEVER), p.log_ref, p.beta),
             trajectories=7)
-# The paper adds SFT's loss L_GR, and learns log Z. We do not know its dropout, nor whether its
-# S-DPO adds L_GR. Its S-DPO has three rejected items and β = .1; our λ, N, β and rates were tuned
-PAPER = dict(gr=1.0, chosen="logged", exact=False, dropout=0.2)
-RECIPES = {
+RECIPES = {                         # rates, λ, β, dropout and N (but tb-paper's) were tuned
     "sft": Recipe(rate=1.5e-3, dropout=0.4, epochs=20),         # all methods below start from it
     "sft-continued": Recipe(rate=9e-4, dropout=0.4),            # SFT, for longer
-    "sdpo": Recipe(**SDPO, **PAPER, lam=10.0, beta=1.0, rate=9e-4),     # v above drawn items
-    "sdpo-reward": Recipe(**SDPO, chosen="reward", rate=1e-3),  # an item drawn ∝ R above them
+    "sdpo": Recipe(**SDPO, chosen="logged", lam=10.0, beta=1.0, rate=9e-4, dropout=0.2),
+    "sdpo-reward": Recipe(**SDPO, chosen="reward", lam=30.0, rate=1e-3),
     "grpo": Recipe(lambda p: grpo(p.log_pf, p.log_ref, p.log_r, p.beta), trajectories=16,
-                   beta=0.03),
-    "tb-paper": Recipe(**TB, **PAPER, sampler="curriculum", trajectories=3),    # λ is 1
-    "tb": Recipe(**TB),                                         # a GFlowNet alone, as those below
+                   lam=10.0, beta=0.01),
+    # The paper's sampler, three items, learned log Z. Ours: its τ_1, the path of v, trains L_GR
+    # alone; with chosen=logged, L_GFN as well, which is how others' notes have it
+    "tb-paper": Recipe(**TB, sampler="curriculum", trajectories=3, exact=False, lam=0.1,
+                       dropout=0.4),
+    "tb": Recipe(**TB),
     "tb-huber": Recipe(lambda p: huber_balance(p.log_z, p.log_pf, p.log_r)),
     "db": Recipe(lambda p: detailed_balance(p.log_flow, p.log_steps), dropout=0.1),
     "vargrad": Recipe(lambda p: vargrad(p.log_pf, p.log_r)),    # reads R at the N items alone
@@ -190,7 +196,7 @@ def loss_of(recipe, policy, reference, batch, progress):
     policy.eval()                                               # no dropout while sampling
     # By default, N items are drawn from P itself
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
-    check_items(items, recipe, batch)                           # of your own sampler: unseen ones?
+    check_items(items, recipe, batch)                           # only a check, of your own sampler
     policy.train()
     if recipe.chosen == "logged":
         items = torch.cat([batch.positives[:, None], items], 1)                     # (C, J = 1 + N)
@@ -198,7 +204,7 @@ def loss_of(recipe, policy, reference, batch, progress):
         items = torch.cat([draw(batch.r, 1), items], 1)
     p = Paths(recipe, policy, reference, batch, items)
     L_GFN = recipe.loss(p)
-    L_GR = -p.log_pf[:, 0].mean() if recipe.gr else 0.0         # path 0 is that of v: check_recipe
+    L_GR = -p.log_v.mean() if recipe.gr else 0.0
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
 def train(name, recipe, policy, world):
@@ -223,7 +229,7 @@ def train(name, recipe, policy, world):
         epoch_batches = batches(world, policy, reward, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
             loss = loss_of(recipe, policy, reference, batch, len(losses) / steps)
-            check_loss(loss, name, batch, f"step {len(losses)}; is the rate too high?")  # finite?
+            check_loss(loss, name, batch, f"step {len(losses)}; is the rate too high?")     # check
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -341,9 +347,7 @@ class Batch:
         self.unseen = ids.unseen(self.histories)    # (C, nodes) bool: an unseen item at or below?
         self.context = tokens, ends.to(device), self.unseen     # what the policy reads: no v
         if reward:
-            # The CM has counted the log, this user's as well. With `following`, it takes out what
-            # these very contexts added, else its scores would know v. (The product's do: P_SFT was
-            # trained on v.)
+            # Folds: a teacher that was fitted without this user, else its scores would know v
             scores = reward.teacher.scores(self.histories, self.following)
             self.scores = scores.to(device)                     # (C, n) the teacher's, of sum 1
             unseen = self.unseen[:, ids.num_prefixes:]          # (C, n) nodes of items come last
@@ -413,10 +417,11 @@ class Policy(torch.nn.Module):
         return pad(rows, -1).to(device) + self.user_token + 1, torch.tensor(ends, device=device)
 
     def forward(self, tokens, ends, unseen, items):
-        """Rows of tokens (B, H); the places (B, T) where the histories of T contexts end, −1 is
-        padding; unseen (C, nodes) bool; items (C, J), J paths of each context. Returns log P_F of
-        each step (C, J, L), log P_F of all codes there (C, J, L, K), near NEVER if illegal, and the
-        learned log F of s_0 … s_{L-1} (C, J, L)."""
+        """Pack the paths of C contexts into B rows, run GPT-2 once, unpack. Rows of tokens (B, H);
+        the places (B, T) where the histories of at most T contexts end, −1 is padding; unseen (C,
+        nodes) bool; items (C, J), J paths of each context. Returns log P_F of each step (C, J, L),
+        log P_F of all codes there (C, J, L, K), near NEVER if illegal, and the learned log F of
+        s_0 … s_{L-1} (C, J, L)."""
         ids = self.semantic_ids
         L = ids.num_levels
         H = tokens.shape[1]
@@ -671,35 +676,30 @@ def load_model(folder):
     made = json.loads(path.read_text(encoding="utf-8"))
     data = load_data(made["data"], made["quick"])
     check(data.sizes == made["sizes"], f"{made['data']} has changed since {folder} was made")
-    cm = CollaborativeModel.fit(data.train, len(data.titles))
-    return Guided(load_policy(path.parent.parent / made["policy"]),
-                  Debiased(cm, cm.count, made["debias"]), made["gamma"])
+    cm = fit_of(made["teacher"], data)(data.train, len(data.titles))
+    policy = load_policy(path.parent.parent / made["policy"])
+    return Guided(policy, Debiased(cm, made["debias"]), made["gamma"])
 
 Policy.save_pretrained = save_policy                            # the names of transformers
 Policy.from_pretrained = staticmethod(load_policy)
 
 # --- Settings: flags, names of methods ------------------------------------------------------------
 REAL = {            # What real logs have instead
-    "Settings": dict(methods="pop,cm,sft,sft-continued,tb-huber,sft+cm,tb-huber+cm",
-                     width=128, layers=3, batch=64),
-    "Recipe": dict(w_a=0.3, w_y=0.65, teacher="product", debias=0.0, sampler="reward_draws",
-                   trajectories=2, rate=1.5e-3, epochs=7),      # in place of Recipe's defaults
+    "Settings": dict(methods="pop,cm,blend,sft,sft-continued,tb,sft+cm", ids="mixed", width=128,
+                     layers=3, batch=64),
+    "Recipe": dict(teacher="blend", debias=0.0, sampler="reward_draws", trajectories=2, rate=1.5e-3,
+                   epochs=7),                                   # in place of Recipe's defaults
     "sft": dict(dropout=0.2, epochs=8),
     "sft-continued": dict(dropout=0.2, rate=4.5e-4),
-    "sdpo": dict(sampler="curriculum", trajectories=3, teacher="cm", rate=4.5e-4, lam=1.0,
-                 beta=0.1),
-    "sdpo-reward": dict(sampler="policy_draws", rate=1.5e-3),
-    "grpo": dict(sampler="policy_draws", trajectories=8, beta=0.1),
-    "tb-paper": dict(teacher="cm", rate=4.5e-4),
-    "db": dict(dropout=0.0),
-    "vargrad": dict(sampler="policy_draws", trajectories=8),
-    "distill": dict(trajectories=1, dropout=0.0)}
+    "sdpo-reward": dict(sampler="policy_draws"),
+    "grpo": dict(sampler="policy_draws", trajectories=8),
+    "vargrad": dict(sampler="policy_draws", trajectories=8)}
 
 @dataclass
 class Settings:
     """All settings, each a command-line flag. REAL changes some of the defaults."""
     data: str = HfArg(default="toy", help="toy, ml-100k, beauty, or a folder of two CSV files")
-    methods: str = HfArg(default="pop,cm,cm:debias=.75,sft,tb,sft+cm",
+    methods: str = HfArg(default="pop,cm,svd,svd:debias=.5,sft,tb,sft+cm",
                          help="comma-separated; with changes: tb:epochs=4:sampler=policy_beam")
     sft: str = HfArg(default="", help="changes in the recipe of sft, like epochs=12:rate=.003")
     recipe: str = HfArg(default="", help="changes in all other recipes, like epochs=6:w_s=0")
@@ -708,7 +708,7 @@ class Settings:
     resume: bool = HfArg(default=False, help="keep the finished methods of a run that was killed")
     quick: bool = HfArg(default=False, help="a smoke run in seconds: 100 users, one epoch")
     device: str = HfArg(default="auto", help="where to train: auto, cuda, mps or cpu")
-    ids: str = HfArg(default="mixed", help="content (text), mixed (text and log), or FILE.csv")
+    ids: str = HfArg(default="svd", help="content (text), mixed, svd (text and log), or FILE.csv")
     codes: int = HfArg(default=0, help="K, codes a level (0: a power of 2, about n / 24)")
     levels: int = HfArg(default=3, help="L, levels of an ID: as in the paper's examples")
     window: int = HfArg(default=20, help="items of the history that are read: the last say most")
@@ -721,7 +721,8 @@ class Settings:
     recommend: list[str] = HfArg(default_factory=list, help="print ten titles for this history")
     model: str = HfArg(default="", help="the saved model for --recommend, like runs/toy/tb-42")
 
-UNTRAINED = {"pop": Recipe(debias=0.0), "cm": Recipe(debias=0.0)}
+UNTRAINED = {"pop": Recipe(debias=0.0), "cm": Recipe(teacher="cm", debias=0.0),
+             "svd": Recipe(debias=0.0), "blend": Recipe(teacher="blend", debias=0.0)}
 FIELDS = {name: value for name, value in vars(Recipe()).items() if name != "loss"}     # defaults
 
 def real_of(data):
@@ -734,7 +735,7 @@ def parse(argv):
     first.add_argument("--data", nargs="?", default="toy")
     parser = HfArgumentParser(
         Settings, allow_abbrev=False, description=__doc__.splitlines()[0],
-        epilog=f"methods: pop, cm, {', '.join(RECIPES)}, and NAME+cm, guided by the CM. samplers: "
+        epilog=f"methods: {', '.join(UNTRAINED | RECIPES)}, NAME+cm (guided by the CM). samplers: "
         f"{', '.join(SAMPLERS)}. fields of a recipe, to change in --methods, --sft and --recipe: "
         f"{', '.join(FIELDS)}. example: --methods sft,tb:trajectories=4,tb:debias=.5")
     parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
@@ -793,8 +794,6 @@ def check_recipe(name, recipe):
     check_numbers(f"{name}: ", recipe)
     there = ", ".join(SAMPLERS)
     check(recipe.sampler in SAMPLERS, f"{name}: no sampler {recipe.sampler}; there are {there}")
-    logged = recipe.chosen == "logged"
-    check(logged or not recipe.gr, f"{name}: gr > 0 needs chosen=logged: path 0 is that of L_GR")
     compares = name.partition(":")[0] in ("grpo", "vargrad")
     check(recipe.trajectories > 1 or not compares, f"{name}: it compares paths: trajectories > 1")
 
@@ -822,34 +821,32 @@ def try_out(names, world):
     shows now, not after hours."""
     policy = world.policy()
     for name in names:
-        recipe = recipe_of(name, world.settings)
+        recipe = replace(recipe_of(name, world.settings), gr=0.0)   # L_GR would hide a wrong loss
         if recipe.loss:
-            world.products[recipe.debias, recipe.gamma] = Guided(
-                policy, world.cm_of(recipe), recipe.gamma)
             batch = next(batches(world, policy, world.reward(recipe), np.random.default_rng(0)))
             loss = loss_of(recipe, policy, policy, batch, 0.0)
             check_loss(loss, name, batch, "the first try, before training")
             loss.backward()
-    world.products.clear()
+        elif name.partition(":")[0].endswith("cm"):             # cm, NAME+cm: the CM alone
+            world.cm_of(recipe).scores(world.data.train[:2])
 
 # --- The experiment: data → IDs, CM → SFT → fine-tuned policies → table ---------------------------
 class World:
     """What all methods of one seed share, made from training items alone."""
     def __init__(self, seed, data, settings, cm=None):
-        """data: a Dataset; cm: a CM of your own, fitted on data.train, or None."""
+        """data: a Dataset; cm: fit of a CM of your own, or None."""
         n = len(data.titles)
         self.seed = seed                                        # of IDs, new policies, training
         self.data = data
         self.settings = settings
         self.ids = ids_of(data, settings, seed).to(settings.device)
         print(f"seed {seed}: {n} semantic IDs of {self.ids.num_levels} codes")
-        self.cm = cm or CollaborativeModel.fit(data.train, n)
-        self.count = torch.tensor(np.bincount(entries(data.train)[1], minlength=n))
+        self.own = cm                                           # its fit(histories, num_items)
+        self.cms = {}                                           # name → fitted recommender
         self.rows = list(training_rows(data.train, settings.window))
         self.size = min(settings.batch, math.ceil(len(self.rows) / 20))     # of a batch, in rows
         self.measure = partial(validate, data=data)             # policy → what an epoch prints
         self.measured = "validation NDCG@10"
-        self.products = {}                                      # (debias, gamma) → a Guided
 
     def folder(self, name):
         """Where a method's run.json and model are; without ":", which some systems forbid."""
@@ -866,28 +863,26 @@ class World:
                       settings.beams, catalogue).to(settings.device)
 
     def cm_of(self, recipe):
-        """The CM, divided by popularity^δ."""
-        return Debiased(self.cm, self.count, recipe.debias)
+        """The teacher of a recipe, its scores divided by popularity^δ. It is fitted once."""
+        name = recipe.teacher
+        if name not in self.cms:
+            fit = self.own or fit_of(name, self.data)
+            self.cms[name] = Folds(fit, self.data.train, len(self.data.titles))
+        return Debiased(self.cms[name], recipe.debias)
 
     def reward(self, recipe):
-        """The comprehensive reward. Methods share a product, since its beams are costly."""
-        teacher = self.cm_of(recipe)
-        if recipe.teacher == "product":
-            key = recipe.debias, recipe.gamma
-            if key not in self.products:
-                self.products[key] = Guided(self.policy("sft"), teacher, recipe.gamma)
-            teacher = self.products[key]
-        return Reward(self.ids, teacher, (recipe.w_a, recipe.w_y, recipe.w_s))
+        """The comprehensive reward of a recipe."""
+        return Reward(self.ids, self.cm_of(recipe), (recipe.w_a, recipe.w_y, recipe.w_s))
 
 def ids_of(data, settings, seed):
     """The SemanticIDs that --ids asks for: k-means on features of the items, or those of a file."""
-    if settings.ids not in ("content", "mixed"):
+    if settings.ids not in ("content", "mixed", "svd"):
         known = Path(settings.ids).suffix
-        check(known, f"--ids {settings.ids} is not content, mixed or a CSV file")
+        check(known, f"--ids {settings.ids} is not content, mixed, svd or a CSV file")
         codes = read_ids(settings.ids, data.item_ids)
         return SemanticIDs(codes, max(map(max, codes)) + 1)
     n = len(data.titles)
-    check(settings.ids == "mixed" or any(data.texts), "--ids content needs text in items.csv")
+    check(settings.ids != "content" or any(data.texts), "--ids content needs text in items.csv")
     check(settings.codes <= n, f"--codes {settings.codes}: more than the {n} items")
     least = max(2, min(n / 24, 512), n ** (1 / settings.levels))
     K = settings.codes or 2 ** math.ceil(math.log2(least))
@@ -895,22 +890,23 @@ def ids_of(data, settings, seed):
     return SemanticIDs.fit(features, K, settings.levels, seed)
 
 def model_of(name, recipe, world):
-    """Train a method, or put it together → its model, its curve. A CM has scores, no recommend."""
+    """Train a method, or put it together → its model, with recommend(histories), and its curve."""
     base = name.partition(":")[0]
     if base == "pop":
-        popular = CollaborativeModel.fit(world.data.train, len(world.count), popularity=1.0)
-        return Debiased(popular, world.count, 0.0), []
-    if base == "cm":
+        popular = CollaborativeModel.fit(world.data.train, len(world.data.titles), popularity=1.0)
+        return Debiased(popular, 0.0), []
+    if base in UNTRAINED:
         return world.cm_of(recipe), []
     if base.endswith("+cm"):
         policy = world.folder(base.removesuffix("+cm"))
-        if type(world.cm) is CollaborativeModel:                # one of your own is not saved
+        if not world.own:                                       # with your own CM: not saved
             settings = world.settings
             named = settings.data in ("toy", "ml-100k", "beauty")
             report.write(world.folder(name) / "guided.json", {
                 "policy": policy.name, "quick": settings.quick,
                 "data": settings.data if named else str(Path(settings.data).resolve()),
-                "sizes": world.data.sizes, "gamma": recipe.gamma, "debias": recipe.debias})
+                "sizes": world.data.sizes, "teacher": recipe.teacher, "gamma": recipe.gamma,
+                "debias": recipe.debias})
         return Guided(load_policy(policy), world.cm_of(recipe), recipe.gamma), []
     policy = world.policy("" if base == "sft" else "sft", recipe.dropout)
     curve = train(name, recipe, policy, world)
@@ -919,7 +915,7 @@ def model_of(name, recipe, world):
 
 def made_with(name, world):
     """All inputs of a run that --resume compares, but code, and what a CM of your own is like."""
-    made = {"data": world.data.sizes, "cm": type(world.cm).__name__,
+    made = {"data": world.data.sizes, "cm": "your own" if world.own else "ours",
             "IDs": zlib.crc32(world.ids.codes.cpu().numpy())}
     for what in "window width layers batch beams".split():
         made[f"--{what}"] = getattr(world.settings, what)
@@ -977,7 +973,8 @@ def check_settings(settings):
     return list(dict.fromkeys(names)), list(dict.fromkeys(map(int, seeds)))
 
 def run(settings, cm=None):
-    """The whole job → results. cm: a CM of your own, with scores(histories, following=None)."""
+    """The whole job → results. cm: a CM of your own: fit(histories, num_items) → an object with
+    scores(histories)."""
     names, seeds = check_settings(settings)
     for name in names:                          # now: a wrong change fails not after hours
         recipe_of(name, settings)
@@ -1008,7 +1005,7 @@ SAMPLERS["even"] = even
 def run_oracle(settings):
     """Train from random weights on four contexts, where R/Z is known: does P reach it?"""
     _, seeds = check_settings(settings)
-    changes = "gr=0:lam=1:sampler=even:trajectories=64:teacher=cm:rate=.002:dropout=0:epochs=15"
+    changes = "gr=0:lam=1:sampler=even:trajectories=64:rate=.002:dropout=0:epochs=15"
     settings = replace(settings, recipe=f"{changes}:{settings.recipe}")
     recipe = recipe_of(settings.oracle, settings)
     check(recipe.loss, f"--oracle {settings.oracle}: it needs a method with a loss of paths")

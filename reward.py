@@ -1,124 +1,188 @@
-"""The collaborative model (CM), what is made of it, and the comprehensive reward.
+"""Traditional recommenders, what is made of them, and the comprehensive reward.
 
-The CM, a "traditional recommender", counts which items follow which. It is fitted in a second, and
-hard to beat on small data. Example: in the log 0 1 2, item 1 follows 0 at once, item 2 at distance
-2, so near[0, 1] = 1 and near[0, 2] = .8, each divided by √(count of 0) = 1. A user who took 0 gets
-the scores 1 : .8 for 1 and 2.
-
-A *teacher* is what r_ŷ of the reward comes from: an object with scores(histories, following).
-`following` is given in training: the items that the user took next, which the scores must not know.
-Letters: B users or contexts, n items, W beams.
+A recommender has fit(histories, num_items), of training histories: lists of items, oldest first, no
+repeats; and scores(histories) → (B, n) ≥ 0, rows of sum 1, 0 at items of the history. The one that
+R reads is called *teacher*, the paper's collaborative model (CM). Letters: B users or contexts, n
+items.
 """
 import warnings
-from itertools import chain
+import zlib
+from functools import partial
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from data import check
-from tokenizer import cooccurrence, entries, seen_entries
+from data import InputError
+from tokenizer import cooccurrence, entries, item_features, item_vectors, seen_entries
 
 warnings.filterwarnings("ignore", message="Sparse CSR")         # torch calls its sparse CSR "beta"
 
+def sparse(index, values, shape):
+    """A sparse tensor of floats from index (2, m), numpy, and values (m,)."""
+    index = torch.as_tensor(np.stack(index))
+    return torch.sparse_coo_tensor(index, torch.as_tensor(values).float(), shape,
+                                   check_invariants=False).coalesce()      # else mm is slow
+
+def recent(histories, num_items, weight, length=None):
+    """Sparse (B, n): weight(age) at the last `length` items of B histories, age 1: the newest."""
+    seen_entries(histories, num_items)                          # refuses unknown items
+    histories = [history[-length:] if length else history for history in histories]
+    ages = [age for history in histories for age in range(len(history), 0, -1)]
+    return sparse(entries(histories), weight(torch.tensor(ages).float()),
+                  (len(histories), num_items))
+
+def shares(scores, histories, popular, s=0.001):
+    """(1 − s) · scores + s · popular (n,): both 0 at the history, each divided by its sum (B, n).
+    s is 1 where no score is above 1e-6. Who has seen all items gets `popular` of all n."""
+    seen = seen_entries(histories, len(popular))
+    rest = popular.repeat(len(histories), 1)
+    functional.threshold_(scores, 1e-6, 0.0)                    # ≤ 1e-6: float rounding
+    for table in (scores, rest):
+        table[seen] = 0
+        table /= table.sum(1, keepdim=True).clamp(min=1e-12)
+    s = torch.where(scores.sum(1, keepdim=True) > 0, s, 1.0)
+    mixed = (1 - s) * scores + s * rest
+    return torch.where(mixed.sum(1, keepdim=True) > 0, mixed, popular / popular.sum())
+
 class CollaborativeModel:
-    """CM(U, v) ∝ Σ_j decay^age(j) · near[j, v] over the recent items j, plus a little popularity.
-    near[j, v] = (forward(j, v) + backward · forward(v, j)) / count(j)^power; forward(j, v) adds up
-    nearness^(d−1) where v stands d ≤ window places after j. The paper's CM is neural. The defaults
-    were chosen on the validation items of MovieLens and Beauty.
+    """Counts of which item follows which: CM(U, v) ∝ Σ_j decay^(age(j) − 1) · near[j, v] over the
+    last `length` items j, age 1: the newest, plus a little popularity. near[j, v] = (forward(j, v)
+    + backward · forward(v, j)) / count(j)^power; forward(j, v) adds up nearness^(d − 1) where v
+    stands d ≤ window places after j. In the log 0 1 2, near[0, 1] = 1 and near[0, 2] = .8: after 0,
+    the scores of 1 and 2 are 1 : .8. Chosen on validation items of MovieLens and Beauty.
     """
     @classmethod
     def fit(cls, histories, num_items, window=5, nearness=0.8, backward=0.25, power=0.5,
             length=10, decay=0.6, popularity=0.05):
-        """Count transitions in training histories: lists of items, oldest first, no repeats."""
+        """A fitted model; see the class."""
         cm = cls()
         # w = forward(a, b) + backward · forward(b, a), of near[j = a, v = b]
         a, b, w = cooccurrence(histories, num_items, window, nearness, backward)
         count = np.bincount(entries(histories)[1], minlength=num_items)
-        scale = 1 / np.maximum(count, 1) ** power
-        cm.index = torch.tensor(np.stack([a, b]))               # (2, m): near[j, v] is value[i]
-        cm.value = torch.tensor(w * scale[a])                   # (m,) where index[:, i] is (j, v)
-        cm.count = torch.tensor(count)                          # (n,) how often an item was logged
-        cm.scale = torch.tensor(scale)                          # (n,) 1 / count^power
-        cm.window = window
-        cm.nearness = nearness
+        cm.near = sparse((a, b), w / np.maximum(count[a], 1) ** power, (num_items, num_items))
+        cm.popular = torch.tensor(count + 1.0).float()          # (n,)
         cm.length = length
         cm.decay = decay
-        cm.popularity = popularity
+        cm.popularity = popularity                              # its share
         return cm
 
+    def scores(self, histories):
+        """CM(U, ·) (B, n) of B histories; InputError for an item that is not in the catalogue."""
+        def weight(age):
+            return self.decay ** (age - 1)
+        aged = recent(histories, len(self.popular), weight, self.length)            # (B, n)
+        scores = torch.sparse.mm(aged, self.near).to_dense()
+        return shares(scores, histories, self.popular, self.popularity)
+
+class SVD:
+    """Matrix factorisation, PureSVD (Cremonesi et al. 2010), with the vectors of `item_vectors`:
+    CM(U, i) ∝ max(0, Σ_j ⟨v_j, v_i⟩ / age(j)^.75) over all items j of U, age 1: the newest."""
+    @classmethod
+    def fit(cls, histories, num_items):
+        """A fitted model; see the class."""
+        svd = cls()
+        svd.vectors = torch.tensor(item_vectors(histories, num_items))              # (n, rank)
+        svd.popular = svd.vectors.norm(dim=1).clamp(min=1e-4)   # (n,) of popular items: long
+        return svd
+
+    def scores(self, histories):
+        """CM(U, ·) (B, n) of B histories; InputError for an item that is not in the catalogue."""
+        aged = recent(histories, len(self.vectors), lambda age: age ** -0.75)       # (B, n)
+        scores = torch.sparse.mm(aged, self.vectors) @ self.vectors.T
+        return shares(scores, histories, self.popular)
+
+class Blend:
+    """Ours, for real logs: half √(counts · neighbours), half SVD divided by √(length of vector).
+    Neighbours: Σ_j similar[j, i] / age(j) over the last 20 items j, age 1: the newest."""
+    @classmethod
+    def fit(cls, histories, num_items, similar):
+        """A fitted model; similar: a sparse (n, n) tensor, of `similar_items`."""
+        blend = cls()
+        blend.counts = CollaborativeModel.fit(histories, num_items)
+        blend.svd = SVD.fit(histories, num_items)
+        blend.similar = similar
+        blend.popular = blend.counts.popular
+        return blend
+
+    def scores(self, histories):
+        """CM(U, ·) (B, n) of B histories; InputError for an item that is not in the catalogue."""
+        aged = recent(histories, len(self.popular), lambda age: 1 / age, 20)
+        near = shares(torch.sparse.mm(aged, self.similar).to_dense(), histories, self.popular)
+        both = (self.counts.scores(histories) * near).sqrt()
+        svd = self.svd.scores(histories) / self.svd.popular.sqrt()
+        return (shares(both, histories, self.popular) + shares(svd, histories, self.popular)) / 2
+
+def similar_items(features, most=200):
+    """Sparse (n, n): max(0, cosine of features (n, d))³ of each item and its `most` nearest."""
+    unit = functional.normalize(torch.tensor(features).float())
+    values, near = (unit @ unit.T).clamp(min=0).pow(3).topk(min(most, len(unit)))
+    rows = torch.arange(len(unit)).repeat_interleave(near.shape[1])
+    return sparse((rows, near.flatten()), values.flatten(), (len(unit), len(unit)))
+
+def fit_of(name, data):
+    """The function fit(histories, num_items) of the recommender with this name."""
+    if name == "blend":
+        features = item_features("mixed", data.texts, data.train, seed=0)
+        return partial(Blend.fit, similar=similar_items(features))
+    return {"cm": CollaborativeModel.fit, "svd": SVD.fit}[name]
+
+class Folds:
+    """For training: scores that do not know what the user logged later. Each user is in one of 20
+    folds, chosen by a checksum of the training history. A recommender is fitted without each fold,
+    when it is first asked for. fit(histories, num_items) → a recommender, maybe of your own."""
+    def __init__(self, fit, histories, num_items, folds=20):
+        self.fit = fit
+        self.histories = histories
+        self.folds = folds
+        self.whole = fit(histories, num_items)
+        count = np.bincount(entries(histories)[1], minlength=num_items)
+        self.popular = getattr(self.whole, "popular", torch.tensor(count + 1.0).float())    # (n,)
+        self.parts = {}                                         # fold → fitted without it
+
+    def fold(self, history):
+        """The number of its fold."""
+        return zlib.crc32(np.array(history, np.int64).tobytes()) % self.folds
+
     def scores(self, histories, following=None):
-        """CM(U, ·) of B histories (lists of items, oldest first) → (B, n) ≥ 0, rows sum to 1.
-        score(v) = Σ_j decay^age(j) · near[j, v] over the last `length` items j of the history, age
-        0 for the newest; popular(v) = count(v) + 1. Both are set to 0 at items of the history, then
-        divided by their sums. The result is (1 − s) · score + s · popular; s is self.popularity, or
-        1 if no score is above 1e-6. Who has seen all items gets `popular` of all n.
-        following, in training: B lists, what came next in the same histories. There, `fit` has
-        added nearness^(d−1) · self.scale[j] to near[j, v] for v at d ≤ window places after j. This
-        is subtracted from the score: the CM must not know v. Counts of items stay.
-        Raises InputError for an item that is not in the catalogue.
-        """
-        n = len(self.count)
-        owned = seen_entries(histories, n)                      # (rows, items)
-        # score = aged · near; aged (B, n) holds decay^age at each recent item
-        recent = [history[-self.length:] for history in histories]
-        ages = chain.from_iterable(reversed(range(len(history))) for history in recent)
-        weight = self.decay ** torch.tensor([*ages]).float()
-        index = torch.tensor(np.stack(entries(recent)))
-        aged = torch.sparse_coo_tensor(index, weight, (len(histories), n), check_invariants=False)
-        near = torch.sparse_coo_tensor(self.index, self.value.float(), (n, n), is_coalesced=True,
-                                       check_invariants=False)
-        scores = torch.sparse.mm(aged, near).to_dense()         # (B, n)
-        if following is not None:
-            self._take_out(scores, recent, following)
-        # From here in place: at 10^4 items every pass over (B, n) takes time
-        functional.threshold_(scores, 1e-6, 0.0)                # ≤ 1e-6: float rounding
-        scores[owned] = 0
-        popular = (self.count + 1.0) / (self.count + 1.0).sum()                     # (n,)
-        rows = torch.tensor(owned[0])
-        had = torch.bincount(rows, popular[owned[1]], len(histories))   # Σ popular of the history
-        total = scores.sum(1)                                                       # (B,)
-        s = torch.where(total > 0, self.popularity, 1.0)                            # (B,)
-        scores.mul_(((1 - s) / total.clamp(min=1e-12))[:, None])
-        scores.addr_(s / (1 - had).clamp(min=1e-12), popular)
-        scores[owned] = 0
-        whole = [len(set(history)) == n for history in histories]
-        scores[whole] = popular                                 # nothing is left: all is popular
+        """(B, n). following: B lists; history + following is a training history, and the scores do
+        not know it. None: a user to be served. InputError if your own scores are not as ours."""
+        if following is None:
+            return self.checked(self.whole, histories)
+        of = np.array([self.fold([*past, *after]) for past, after in zip(histories, following)])
+        scores = torch.empty(len(histories), len(self.popular))
+        for fold in np.unique(of):
+            if fold not in self.parts:
+                others = [history for history in self.histories if self.fold(history) != fold]
+                self.parts[fold] = self.fit(others, len(self.popular))
+            rows = np.flatnonzero(of == fold)
+            scores[rows] = self.checked(self.parts[fold], [histories[row] for row in rows])
         return scores
 
-    def _take_out(self, scores, recent, following):
-        """Subtract from scores (B, n), in place, what the contexts' own histories added."""
-        places = []                                             # (row, item) of each count
-        counts = []
-        scale = self.scale.tolist()
-        for b, (history, after) in enumerate(zip(recent, following)):
-            for age, j in enumerate(reversed(history)):
-                for ahead, item in enumerate(after[:max(0, self.window - age)]):
-                    places.append((b, item))                    # 1 + age + ahead places after j
-                    counts.append(self.decay ** age * self.nearness ** (age + ahead) * scale[j])
-        places = torch.tensor(places, dtype=torch.long).reshape(-1, 2)
-        scores.index_put_(tuple(places.T), -torch.tensor(counts).float(), accumulate=True)
-
-class Debiased:
-    """A CM, maybe of your own; its scores are divided by popularity^δ, ours: what is shown more is
-    logged more. Popularity is count + 1; count (n,): how often each item was logged."""
-    def __init__(self, cm, count, delta):
-        self.cm = cm
-        self.delta = delta
-        self.weight = (count + 1.0) ** delta                    # (n,)
-
-    def scores(self, histories, following=None):
-        """(B, n) ≥ 0, rows sum to 1; InputError if those of your own CM are not."""
-        scores = self.cm.scores(histories, following)
-        shape = (len(histories), len(self.weight))
+    def checked(self, cm, histories):
+        """The scores of a recommender, or InputError."""
+        scores = cm.scores(histories)
+        shape = (len(histories), len(self.popular))
         right = torch.is_tensor(scores) and scores.shape == shape and scores.is_floating_point()
         right = right and scores.min() >= 0 and (scores.sum(1) - 1).abs().max() < 1e-3
-        check(right, f"{type(self.cm).__name__}.scores has to return a tensor of floats {shape}, "
-              f"≥ 0, each row of sum 1, not {' '.join(str(scores).split())[:100]} …")
-        if self.delta:
-            scores = scores / self.weight
-            scores = scores / scores.sum(1, keepdim=True)
+        if not right:
+            found = " ".join(str(scores).split())[:100]
+            name = type(cm).__name__
+            raise InputError(f"{name}.scores has to return a tensor of floats {shape}, ≥ 0, each "
+                             f"row of sum 1, not {found} …")
         return scores
+
+class Debiased:
+    """A recommender whose scores are divided by popularity^δ, ours: what is shown more is logged
+    more. Its `popular` (n,) says how popular an item is: count + 1, or the length of its vector."""
+    def __init__(self, cm, delta):
+        self.cm = cm
+        self.weight = cm.popular ** delta                                           # (n,)
+
+    def scores(self, histories, *following):
+        """(B, n) ≥ 0, rows sum to 1."""
+        scores = self.cm.scores(histories, *following) / self.weight
+        return scores / scores.sum(1, keepdim=True)
 
     def recommend(self, histories, k=10):
         """The k unseen items (B, k) with the highest scores, −1 where none is left; the scores."""
@@ -129,38 +193,16 @@ class Debiased:
 
 class Guided:
     """A policy and the CM that guides its beam search: the best items by log P + γ · log CM, ours.
-    `recommend` serves the methods NAME+cm. `scores` is a teacher, the *product* of what supervised
-    fine-tuning (SFT) and the CM know: SFT orders the items of a session, the CM knows rare items.
-    """
+    It serves the methods NAME+cm."""
     def __init__(self, policy, cm, gamma=2.0):
         self.policy = policy
         self.cm = cm
         self.gamma = gamma
         self.catalogue = policy.catalogue
-        self.memory = {}            # context: (items (W,), shares (W,)), filled as contexts come
 
-    def recommend(self, histories, k=10, following=None):
+    def recommend(self, histories, k=10):
         """The k best items (B, k) of B histories, and log P + γ · log CM (B, k); see Policy."""
-        guide = self.cm.scores(histories, following) ** self.gamma
-        return self.policy.recommend(histories, k, guide=guide)
-
-    def scores(self, histories, following=None):
-        """(B, n) ∝ P(v | U) · CM(U, v)^γ at the W items that the guided beam finds, 0 at others.
-        Rows sum to 1, or to 0 if the user has seen all items. following: as in the CM's scores."""
-        later = following or [()] * len(histories)
-        keys = [(*past, -1, *after) for past, after in zip(histories, later)]
-        new = [b for b, key in enumerate(keys) if key not in self.memory]
-        new.sort(key=lambda b: len(histories[b]))               # similar lengths: less padding
-        for start in range(0, len(new), 256):
-            chunk = new[start:start + 256]
-            past = [histories[b] for b in chunk]
-            after = following and [following[b] for b in chunk]
-            items, score = self.recommend(past, self.policy.beams, after)   # log P + γ · log CM
-            shares = score.softmax(1).nan_to_num()              # nan if all items were seen
-            self.memory.update(zip([keys[b] for b in chunk], zip(items.clamp(min=0), shares)))
-        items, shares = map(torch.stack, zip(*[self.memory[key] for key in keys]))  # (B, W)
-        table = shares.new_zeros(len(keys), len(self.policy.semantic_ids.codes))
-        return table.scatter_add_(1, items, shares)
+        return self.policy.recommend(histories, k, guide=self.cm.scores(histories) ** self.gamma)
 
 class Reward:
     """R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/m of the m unseen items, the comprehensive
@@ -183,7 +225,7 @@ class Reward:
 
     def similarity(self, positives, unseen):
         """r_s (B, n), rows sum to 1: codes that unseen IDs share with that of v, positive (B,)."""
-        # r_s(v') = m(v') / Σ m; m(v') = Σ_l 1[t_l = t'_l], t of v and t' of v', each level alone
+        # r_s(v') = c(v') / Σ c; c(v') = Σ_l 1[t_l = t'_l], t of v and t' of v', each level alone
         shared = sum((column[positives, None] == column).byte() for column in self.ids.codes.T)
         shared = shared * unseen
         return shared / shared.sum(1, keepdim=True)
@@ -191,6 +233,7 @@ class Reward:
     def __call__(self, scores, positives, liked, unseen):
         """R (B, n) of every item, > 0 at unseen (B, n; bool) ones; r_ŷ is scores (B, n);
         positives and liked (bool) are (B,)."""
+        # R = w_a · r_a + w_ŷ · r_ŷ + w_s · r_s + ε/m, 0 at seen items; in place
         w_a, w_y, w_s = self.weights
         r = torch.add(self.epsilon / unseen.sum(1, keepdim=True), scores, alpha=w_y)
         r.add_(self.similarity(positives, unseen), alpha=w_s)

@@ -17,13 +17,26 @@ from tqdm import tqdm
 from data import check
 
 def item_features(kind, texts, histories, seed, dim=64):
-    """(n, d): "content" is an item's text (TIGER), "mixed" adds its neighbours in logs (LETTER).
+    """(n, d): "content" is an item's text (TIGER). The log can be added (LETTER): "mixed" has its
+    neighbours there, "svd" its vector, which the teacher `SVD` knows as well.
     Pass training histories only: validation or test items would leak into every result."""
-    text = _svd(*tf_idf(texts), dim, seed)                      # (n, dim)
+    text = _unit(*_svd(*tf_idf(texts), dim, seed))              # (n, dim)
     if kind == "content":
         return text
-    collaborative = _svd(*ppmi(histories, len(texts)), dim, seed)       # (n, dim)
-    return np.hstack([text, 2 * collaborative])                 # 2: it says more than a few words
+    if kind == "mixed":
+        log = _unit(*_svd(*ppmi(histories, len(texts)), dim, seed))
+    else:
+        log = _unit(item_vectors(histories, len(texts)))
+    return np.hstack([text, 2 * log])                           # 2: it says more than a few words
+
+def item_vectors(histories, num_items):
+    """(n, rank) vectors v_i of items, of a singular value decomposition (SVD) of the log: row i of
+    V in X ≈ U S Vᵀ, where X[u, i] is 1 / count(i)^.25 if user u logged item i, else 0."""
+    users, items = entries(histories)
+    count = np.bincount(items, minlength=num_items)
+    rank = max(8, num_items // 30)                              # chosen on four data sets
+    shape = num_items, len(histories)
+    return _svd(items, users, count[items] ** -0.25, shape, rank, seed=0)[0]
 
 def tf_idf(texts):
     """Sparse (n, terms) matrix as (rows, columns, values, shape). A term is a word or a word pair.
@@ -77,20 +90,26 @@ def seen_entries(histories, num_items):
     return rows, items
 
 def _svd(rows, columns, values, shape, dim, seed):
-    """A sparse matrix cut to dim columns, left singular vectors · √(singular values) → (n, dim)."""
-    out = np.zeros((shape[0], dim), np.float32)
-    if len(values) == 0:
-        return out
+    """The `dim` largest left singular vectors (n, dim) and values (dim,) of a sparse matrix."""
+    vectors = np.zeros((shape[0], dim), np.float32)
+    sizes = np.zeros(dim, np.float32)
     rank = min(dim, *shape)                                     # columns beyond it stay 0
-    index = torch.tensor(np.stack([rows, columns]))
-    values = torch.tensor(values).float()
-    matrix = torch.sparse_coo_tensor(index, values, shape, check_invariants=False).coalesce()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        u, s, _ = torch.svd_lowrank(matrix, q=min(rank + 8, *shape), niter=4)
-    out[:, :rank] = (u * s.sqrt())[:, :rank].numpy()
-    norm = np.linalg.norm(out, axis=1, keepdims=True)           # rows get length 1, empty ones 0
-    return np.divide(out, norm, out=np.zeros_like(out), where=norm > 1e-6)
+    if len(values):
+        index = torch.tensor(np.stack([rows, columns]))
+        values = torch.tensor(values).float()
+        matrix = torch.sparse_coo_tensor(index, values, shape, check_invariants=False).coalesce()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            u, s, _ = torch.svd_lowrank(matrix, q=min(rank + 8, *shape), niter=4)
+        vectors[:, :rank] = u[:, :rank].numpy()
+        sizes[:rank] = s[:rank].numpy()
+    return vectors, sizes
+
+def _unit(vectors, sizes=1.0):
+    """Rows (n, d), columns times √sizes (d,), of length 1; those that are 0 stay 0."""
+    vectors = vectors * np.sqrt(sizes)
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 1e-6)
 
 def kmeans(points, k, rng, steps=20):
     """(k, d) centroids of points (n, d): k-means++ seeds, then Lloyd's steps."""

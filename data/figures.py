@@ -8,7 +8,7 @@ import numpy as np
 BLUE = "C0"                            # of a style that colour-blind readers can tell apart
 ORANGE = "C5"
 GREY = "0.82"
-LINES = "#0072B2 #56B4E9 0.5 #CC79A7 #D55E00 #009E73 black".split()     # colour-blind as well
+LINES = "#0072B2 0.5 #CC79A7 #D55E00 #009E73 black".split()             # colour-blind as well
 STYLE = {"font.size": 9, "text.parse_math": False}             # a $ in a title stays a $
 
 @contextlib.contextmanager
@@ -65,38 +65,23 @@ def plot_flows(path, flow):
                 f"the path to the left panel's largest item, {flow['titles'][chosen]}, ID {code}.")
         axes[0].text(0, -0.09, textwrap.fill(text, int(22 * width)), va="top")
 
-def plot_exposure(path, data, results):
-    """What is logged, liked and listed: items often shown are dark, items rarely shown are light.
-    data has a truth; the runs hold "lists" (B, 10), −1 where empty."""
-    n = len(data.titles)
-    shown = np.bincount([item for items in data.truth["shown"] for item in items], minlength=n)
-    group = np.empty(n, int)                                   # 0: the tenth that was shown least
-    group[np.argsort(shown, kind="stable")] = np.arange(n) * 10 // n
-    lists = {run["method"]: run["lists"] for run in results["runs"]}             # last seed's
-    rows = {"in the log": data.histories, "truly liked": data.truth["liked"], **lists}
-    colors = [str(0.95 - 0.095 * tenth) for tenth in range(10)]                 # light to dark grey
-    with picture(path, 1, 1, (8, 1 + 0.28 * len(rows))) as [axis]:
-        for name, users in rows.items():
-            items = [item for items in users for item in items if item >= 0]
-            share = np.bincount(group[items], minlength=10) / max(1, len(items))
-            color = dict(color=colors, edgecolor=BLUE if name in lists else ORANGE)
-            axis.barh(name, share, left=np.cumsum(share) - share, **color)
-        axis.invert_yaxis()
-        axis.set(xlim=(0, 1), xlabel="share of the row's items, a part for each tenth of the "
-                 "catalogue: from the least shown (light) to the most shown (dark)")
-
 def plot_lines(path, lines, xlabel, ylabel):
-    """A line for each name of {name: {x: y}}; the x are drawn at equal distances."""
-    with picture(path, 1, 1, (6.5, 4)) as [axis]:
-        axis.set_prop_cycle(color=LINES, marker=[*"osD^vPX"])
+    """Draw {name: [(x, y), …]}: a line of points, or a point alone, with its name at the end."""
+    with picture(path, 1, 1, (6.5, 4.5)) as [axis]:
+        axis.set_prop_cycle(color=LINES)
         for name, points in lines.items():
-            axis.plot([str(x) for x in points], [*points.values()], label=name)
+            [line] = axis.plot(*zip(*points), marker="o", markersize=4)
+            axis.annotate(name, points[-1], (5, 3), textcoords="offset points",
+                          color=line.get_color())
         axis.set(xlabel=xlabel, ylabel=ylabel)
-        axis.legend(bbox_to_anchor=(1, 1))                     # beside the lines, none is hidden
+        axis.margins(0.15)                                     # room for the names
 
 def draw_run(out, data, results):
     """Draw what a run with a known truth has into the folder `out`; a sentence on the picture."""
     if not data.truth:
         return []
-    plot_exposure(Path(out) / "exposure.png", data, results)
-    return [f"exposure.png: {plot_exposure.__doc__.splitlines()[0]}"]
+    points = {}
+    for name, metrics in results["summary"].items():
+        points[name] = [(metrics["ndcg@10"]["mean"], metrics["liked@10"]["mean"])]
+    plot_lines(Path(out) / "measures.png", points, "NDCG@10", "liked@10")
+    return ["measures.png: each method's NDCG@10 (across) and liked@10 (up)"]

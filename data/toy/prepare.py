@@ -1,20 +1,20 @@
 """Write the toy world: a small log with exposure bias, and the true tastes behind it.
 
-    python data/toy/prepare.py [--items 120 --quality 0.5 --seed 9 --out DIR]     same bytes always
+    python data/toy/prepare.py [--items 120 --quality 0 --seed 9 --out DIR]     same bytes always
 
-The four nouns of a theme make two pairs. A user likes one pair in each of three themes: nine in
-ten of its items, one in ten of the theme's others, and one in a hundred of all other items.
-The log shows only a part of that. An item of rank r in its theme is shown in proportion to 1/r²,
-so of the 60 items of a theme (--items) half are in the log of two users at most: a long tail.
-The ranks are drawn at random: popularity says nothing about quality, so dividing a score by
-popularity is right by construction. With --quality Q above 0, popularity is partly earned. Users
-like the best item of a favourite theme with a chance 0.3·Q higher, the worst with 0.3·Q lower.
-Ranks go by (1 - Q) · random rank + Q · rank in quality: at Q = 1, a better item is shown more.
+Half the items of a theme are of one style, half of the other. A user likes one style in each of
+three themes: nine in ten of its items, one in ten of the theme's others, and one in a hundred of
+all other items. Titles name the theme, not the style. The log shows only a part of that: an item of
+rank r in its theme is shown in proportion to 1/r^2.5. So half of the items are in the log of two
+users at most: a long tail. Popularity is partly earned (--quality Q): users like the best item of a
+favourite theme with a chance 0.3·Q higher, the worst with 0.3·Q lower. Ranks go by (1 - Q) · random
+rank + Q · rank in quality: at 0, popularity says nothing about quality. All figures were chosen
+with untrained recommenders alone: they compare as on real logs.
 
     items.csv          item_id, title, genres, theme (which no recommender reads)
     interactions.csv   user_id, item_id, position: shown and liked, in the order of showing
-    truth.csv          user_id, liked, shown: item ids. Liked but never shown is what exposure
-                       bias hides. Only the evaluation reads this file, no recommender does.
+    truth.csv          user_id, liked, shown: item ids; only the evaluation reads it. Liked but
+                       never shown is what exposure bias hides.
 """
 import argparse
 import csv
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-# Genre and nouns of each theme. Two themes share a genre, and no title names the pair.
+# Genre and nouns of each theme; two themes share a genre
 THEMES = (("Adventure", ("Harbour", "Tide", "Lighthouse", "Reef")),
           ("Adventure", ("Dune", "Caravan", "Oasis", "Mirage")),
           ("Science", ("Orbit", "Comet", "Nebula", "Signal")),
@@ -48,21 +48,21 @@ def make_titles(items_per_theme, num_themes):
             rows.append((f"{adjective} {nouns[j % 4]}", genre, nouns[0]))
     return rows
 
-def make_user(theme, pair, exposure, lift, rng):
-    """One user's liked (n,) bool, and shown items in order; theme, pair, exposure, lift: (n,)."""
+def make_user(theme, style, exposure, lift, rng):
+    """One user's liked (n,) bool, and shown items in order; theme, style, exposure, lift: (n,)."""
     favourites = rng.permutation(theme[-1] + 1)[:3]
     chance = np.full(len(theme), 0.01)
     for favourite in favourites:
-        liked_pair = rng.integers(2)
+        liked_style = rng.integers(2)
         chance[theme == favourite] = 0.1
-        chance[(theme == favourite) & (pair == liked_pair)] = 0.9
+        chance[(theme == favourite) & (style == liked_style)] = 0.9
     chance += lift * np.isin(theme, favourites)                # above 1: always, below 0: never
     liked = rng.random(len(theme)) < chance
     left = exposure.copy()                                     # becomes 0 when an item is shown
     mood = favourites[0]
     shown = []
     for _ in range(rng.integers(12, 30)):
-        if rng.random() < 0.35:                                # a mood lasts about three items
+        if rng.random() < 0.2:                                 # a mood lasts about five items
             mood = favourites[rng.integers(len(favourites))]
         # Nine in ten items come from the theme of the mood, the others from anywhere.
         weight = left * (theme == mood) if rng.random() < 0.9 else left
@@ -79,23 +79,22 @@ def write_csv(path, header, rows):
         writer.writerow(header)
         writer.writerows(rows)
 
-def write(folder, num_users=700, items_per_theme=60, num_themes=12, seed=8, quality=0):
+def write(folder, num_users=700, items_per_theme=60, num_themes=12, seed=8, quality=0.5):
     """Write the three CSV files of a world (at most of this size) into `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     theme = np.repeat(np.arange(num_themes), items_per_theme)
-    pair = np.tile(np.arange(items_per_theme) % 4 // 2, num_themes)
-    # A row for each theme; 0 is shown most, or is the best. rng has to draw the same for every Q.
-    by_chance = np.array([rng.permutation(items_per_theme) for _ in range(num_themes)])
-    by_quality = np.random.default_rng([seed, 1]).random(by_chance.shape).argsort(axis=1)
+    places = np.tile(np.arange(items_per_theme), (3, num_themes, 1))    # 0: shown most, or best
+    by_chance, by_quality, by_style = rng.permuted(places, axis=2)
+    style = by_style.ravel() % 2
     mixed = (1 - quality) * by_chance + quality * by_quality
     ranks = 1 + mixed.argsort(axis=1, kind="stable").argsort(axis=1)
-    exposure = 1 / ranks.ravel() ** 2
+    exposure = 1 / ranks.ravel() ** 2.5
     lift = quality * np.linspace(0.3, -0.3, items_per_theme)[by_quality.ravel()]
     events, truth = [], []
     for user in range(num_users):
-        liked, shown = make_user(theme, pair, exposure, lift, rng)
+        liked, shown = make_user(theme, style, exposure, lift, rng)
         log = [item for item in shown if liked[item]]
         events += [(user, item, position) for position, item in enumerate(log)]
         likes = np.flatnonzero(liked)
@@ -110,7 +109,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", default=Path(__file__).parent, help="folder (default: this one)")
     parser.add_argument("--seed", default=8, type=int, help="of the random numbers (default: 8)")
     parser.add_argument("--items", default=60, type=int, help="of a theme (default: 60)")
-    parser.add_argument("--quality", default=0, type=float, help="Q, from 0 (default) to 1")
+    parser.add_argument("--quality", default=0.5, type=float, help="Q, 0 to 1 (default: 0.5)")
     args = parser.parse_args()
     if args.seed < 0 or not 4 <= args.items <= 120 or not 0 <= args.quality <= 1:
         parser.exit(2, "error: --seed ≥ 0, --items from 4 to 120, --quality from 0 to 1\n")
