@@ -67,7 +67,7 @@ def plot_flows(path, flow):
 
 def plot_lines(path, lines, xlabel, ylabel):
     """Draw {name: [(x, y), …]}: a line of points, or a point alone, with its name at the end."""
-    with picture(path, 1, 1, (6.5, 4.5)) as [axis]:
+    with picture(path, 1, 1, (7.5, 5.5)) as [axis]:
         axis.set_prop_cycle(color=LINES)
         for name, points in lines.items():
             [line] = axis.plot(*zip(*points), marker="o", markersize=4)
