@@ -303,15 +303,16 @@ SAMPLERS = {sampler.__name__: sampler for sampler in (
 
 # --- Rows of tokens, and batches ------------------------------------------------------------------
 # Many contexts share one row: that is faster. A row reads the items start … stop-2 of a user's
-# history; the items target … stop-1 are its targets, each a v. The first row of a user who took
-# a b c reads <user> a b at places 0 1 2; its targets are a, b, c. The history before a ends at
-# place 0, of b at 1, of c at 2: the `ends`
+# history; the items target … stop-1 are its targets, each a v; `ends` are the places where the
+# histories before them end. Rows of a user who took the items 0 … 9, window 4:
+#     places        0      1 2 3 4      targets     ends
+#     first row     <user> 0 1 2 3      0 1 2 3 4   0 1 2 3 4
+#     second row    <user> 2 3 4 5      5 6         3 4
 Row = namedtuple("Row", "user start target stop")
 
 def training_rows(histories, window):
     """Rows in which every item is a target once. The last target of a row sees the `window` items
-    before it, or all, if fewer; in a user's later rows, the first target sees window/2 or more.
-    Window 4, items 0–9: the rows read 0–3, 2–5, 4–7, 5–8; their targets are 0–4, 5–6, 7–8, 9."""
+    before it, or all, if fewer; in a user's later rows, the first target sees window/2 or more."""
     for user, history in enumerate(histories):
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
         for target, stop in zip(cuts, cuts[1:]):
