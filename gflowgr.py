@@ -5,7 +5,7 @@ by code. Supervised fine-tuning (SFT) on the log teaches what was shown, not wha
 like: exposure bias. GFlowGR reads an ID as a path down a tree and trains a GFlowNet on it, with a
 loss called trajectory balance (TB): the probability of an item shall be proportional to its reward
 R. R mixes the logged action, the score of a collaborative model (CM) and the similarity of IDs.
-The lecture ends at a line that says so, below the beam searches.
+The lecture ends at a line that says so, below the beam search.
 
 A context (U, v): a user's history, the item logged next. s_0 … s_L are the prefixes of an ID, a
 path; P_F(s_{l+1} | s_l) is the policy's P of the next code; the flow F(s) is the sum of R below s.
@@ -485,7 +485,6 @@ class Beams:
     def __init__(self, policy, histories):
         self.ids = policy.semantic_ids
         self.lm = policy.lm.transformer
-        self.whole = [len({*past}) == len(self.ids.codes) for past in histories]    # all was seen
         self.unseen = self.ids.unseen(histories)    # (B, nodes) bool: an unseen item at or below?
         self.level = 0                                          # number of codes so far
         tokens, self.ends = policy.tokens(histories)            # (B, H), (B, 1)
@@ -522,7 +521,6 @@ class Beams:
     def items(self, scores, k):
         """At the last level, the first k beams as items (B, k), −1: none, and scores (B, k)."""
         items = (self.node - self.ids.num_prefixes).clamp(min=-1)   # nodes of items come last
-        items[self.whole] = -1                                  # who saw all gets an empty list
         items = functional.pad(items, (0, k), value=-1)[:, :k]
         scores = functional.pad(scores, (0, k))[:, :k]
         return items, scores.masked_fill(items < 0, -math.inf)
@@ -540,6 +538,9 @@ def beam_search(policy, histories, k, beams):
         tree.keep(child, best)
     return tree.items(log_p, k)
 
+# === The lecture ends here. Below: other searches, evaluation, files, settings, the experiment ====
+
+# --- Searches that draw at random, or that follow a guide -----------------------------------------
 @torch.no_grad()
 def drawn_search(policy, histories, k, beams, temperature):
     """Draw k items at random, without replacement, codes ∝ P_F^(1/temperature) (Kool et al. 2019,
@@ -587,8 +588,6 @@ def guided_search(policy, histories, k, beams, guide):
         log_p = log_p.gather(1, best)                           # without guide: that comes anew
         tree.keep(child, best)
     return tree.items(score, k)
-
-# === The lecture ends here. Below: evaluation, files, settings, the experiment, the command line ==
 
 # --- Evaluation: leave one out, the whole catalogue, the same for every method --------------------
 def recall_at(ranked, target, k):

@@ -34,7 +34,7 @@ def recent(histories, num_items, weight, length=None):
 
 def shares(scores, histories, popular, s=0.001):
     """(1 − s) · scores + s · popular (n,): both 0 at the history, each divided by its sum (B, n).
-    s is 1 where no score is above 1e-6. Who has seen all items gets `popular` of all n."""
+    s is 1 where no score is above 1e-6. (If a user has seen all items, all are 0.)"""
     seen = seen_entries(histories, len(popular))
     rest = popular.repeat(len(histories), 1)
     functional.threshold_(scores, 1e-6, 0.0)                    # ≤ 1e-6: float rounding
@@ -42,8 +42,7 @@ def shares(scores, histories, popular, s=0.001):
         table[seen] = 0
         table /= table.sum(1, keepdim=True).clamp(min=1e-12)
     s = torch.where(scores.sum(1, keepdim=True) > 0, s, 1.0)
-    mixed = (1 - s) * scores + s * rest
-    return torch.where(mixed.sum(1, keepdim=True) > 0, mixed, popular / popular.sum())
+    return (1 - s) * scores + s * rest
 
 class CollaborativeModel:
     """Counts of which item follows which: CM(U, v) ∝ Σ_j decay^(age(j) − 1) · near[j, v] over the
@@ -93,7 +92,8 @@ class SVD:
         return shares(scores, histories, self.popular)
 
 class Blend:
-    """Ours, for real logs: half √(counts · neighbours), half SVD divided by √(length of vector).
+    """Ours, for real logs: (√(counts · neighbours) + SVD divided by √(length of vector))²; squared,
+    since P learns few high scores more easily than many middling ones.
     Neighbours: Σ_j similar[j, i] / age(j) over the last 20 items j, age 1: the newest."""
     @classmethod
     def fit(cls, histories, num_items, similar):
@@ -111,7 +111,9 @@ class Blend:
         near = shares(torch.sparse.mm(aged, self.similar).to_dense(), histories, self.popular)
         both = (self.counts.scores(histories) * near).sqrt()
         svd = self.svd.scores(histories) / self.svd.popular.sqrt()
-        return (shares(both, histories, self.popular) + shares(svd, histories, self.popular)) / 2
+        total = shares(both, histories, self.popular) + shares(svd, histories, self.popular)
+        total /= total.amax(1, keepdim=True).clamp(min=1e-12)   # `shares` drops what is ≤ 1e-6
+        return shares(total.square(), histories, self.popular)
 
 def similar_items(features, most=200):
     """Sparse (n, n): max(0, cosine of features (n, d))³ of each item and its `most` nearest."""
@@ -182,7 +184,7 @@ class Debiased:
     def scores(self, histories, *following):
         """(B, n) ≥ 0, rows sum to 1."""
         scores = self.cm.scores(histories, *following) / self.weight
-        return scores / scores.sum(1, keepdim=True)
+        return scores / scores.sum(1, keepdim=True).clamp(min=1e-30)
 
     def recommend(self, histories, k=10):
         """The k unseen items (B, k) with the highest scores, −1 where none is left; the scores."""

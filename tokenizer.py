@@ -217,7 +217,6 @@ class SemanticIDs(torch.nn.Module):
         Ours: in the paper, P is over all items, seen ones included."""
         left = np.ones((len(histories), len(self.codes)), np.float32)       # 1: unseen
         left[seen_entries(histories, len(self.codes))] = 0
-        left[~left.any(1)] = 1                                  # saw all items: all count as unseen
         return self.flows(torch.as_tensor(left, device=self.codes.device)) > 0
 
     def legal_children(self, nodes, unseen):
