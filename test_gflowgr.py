@@ -1,7 +1,7 @@
 """The exercises and their grader, the tests of GFlowGR, the speed. Tests: python -m pytest -q
 
     python test_gflowgr.py --list                      the exercises
-    python test_gflowgr.py --stub NAME                 the beginning of a file for one of them
+    python test_gflowgr.py --stub NAME [--hint]        begins a file for one [with the formula]
     python test_gflowgr.py --grade FILE [NAME …]       what is right in a file, or of it
     python test_gflowgr.py --grade FOLDER [NAME …]     all .py files below a folder, and a table
     python test_gflowgr.py --speed [--tiny]            seconds of two ways to do a thing
@@ -78,6 +78,7 @@ class Exercise:
     mistakes: list
     learned: tuple = ()             # inputs by which the loss has to have the right gradient
     gradient_alone: bool = False    # compare no value: a right loss of another form has another
+    given: str = ""                 # docstring of the stub without --hint: it tells no formula
     note: str = ""                  # stands in the stub: what self has, what the cases leave out
     read: object = lambda found: found      # what is compared of a result
     tolerance: float = 1e-4
@@ -184,7 +185,9 @@ def takes_one_z_for_all_users(log_z, log_pf, log_r):
     return balance_loops(log_z[-1:].expand(len(log_z)), log_pf, log_r)
 def trains_z_alone(log_z, log_pf, log_r): return balance_loops(log_z, log_pf.detach(), log_r)
 Exercise(2, 10, gflowgr.trajectory_balance, balance_loops, balance_cases,
-         [takes_one_z_for_all_users, trains_z_alone], learned=("log_z", "log_pf"))
+         [takes_one_z_for_all_users, trains_z_alone], learned=("log_z", "log_pf"), given=
+         "TB: log Z(U) (C,), log P and log R of whole paths (C, J) → scalar. Take logs of\n"
+         "P = R/Z: what is 0 on every path? Mean of its square over all paths.")
 # --- Session 2: detailed_balance (15 minutes) -----------------------------------------------------
 def detailed_cases():
     # log 2 + log 1/2 − log 1 = 0; log 1 + log 1/2 − log 1/4 = log 2: 0 + 0.4805
@@ -199,7 +202,10 @@ def detailed_loops(log_flow, log_steps):
 def averages_the_steps(log_flow, log_steps):
     return detailed_loops(log_flow, log_steps) / log_steps.shape[-1]
 Exercise(2, 15, gflowgr.detailed_balance, detailed_loops, detailed_cases, [averages_the_steps],
-         learned=("log_flow", "log_steps"))
+         learned=("log_flow", "log_steps"), given=
+         "DB: log F of the prefixes s_0 … s_L of each path (C, J, L+1), F(s_L) = R; log P_F of\n"
+         "its steps (C, J, L) → scalar. At the optimum, F(s) · P_F(s′ | s) = F(s′) on every step.\n"
+         "Take logs: what is 0? Sum of its square over the steps of a path, mean over all paths.")
 # --- Session 2: vargrad (20 minutes) --------------------------------------------------------------
 def vargrad_cases():
     # log P − log R = 0, −log 4: both are log 2 away from their mean; (log 2)² = 0.4805
@@ -211,15 +217,14 @@ def vargrad_loops(log_pf, log_r):
 def divides_by_one_less(log_pf, log_r):
     return vargrad_loops(log_pf, log_r) * log_pf.shape[1] / (log_pf.shape[1] - 1)
 Exercise(2, 20, gflowgr.vargrad, vargrad_loops, vargrad_cases, [divides_by_one_less],
-         learned=("log_pf",))
+         learned=("log_pf",), given=
+         "TB without log Z: log P, log R of paths (C, J) → scalar. If P = R/Z, their difference\n"
+         "tells log Z on every path. Its mean over a context's J paths replaces log Z in TB.")
 # --- Session 2: subtb (30 minutes). No answer stands here, only cases with known results ----------
 def subtb(log_flow, log_steps):
-    """Sub-trajectory balance (SubTB): balance on every part of a path → scalar.
-
-    log F(s_0) … log F(s_L) = log R (C, J, L+1); log P_F of each step (C, J, L). The residual of a
-    sub-path s_i → s_j, i < j, is log F(s_i) + Σ log P_F of its steps − log F(s_j). The loss is the
-    mean of its square over all L(L+1)/2 sub-paths, over C and over J.
-    """
+    """SubTB: log F(s_0) … log F(s_L) = log R (C, J, L+1), log P_F of each step (C, J, L) → scalar.
+    At the optimum, a sum like TB's is 0 on every sub-path s_i → s_j, i < j, with F(s_i) and F(s_j)
+    in place of Z and R. Mean of its square over all L(L+1)/2 sub-paths, over C and over J."""
 def subtb_cases():
     # s_0 → s_1: 2 + 0 − 0; s_0 → s_2: 2; s_1 → s_2: 0. (2² + 2² + 0²) / 3
     gradient = torch.tensor([[[8.0, 4.0]]]) / 3
@@ -235,13 +240,10 @@ def subtb_cases():
 Exercise(2, 30, subtb, None, subtb_cases, [averages_the_steps], learned=("log_steps",))
 # --- Session 2: soft_rl (20 minutes). No answer stands here, only cases with known results --------
 def soft_rl(log_pf, log_r):
-    """REINFORCE for KL(P ‖ R/Z), on paths drawn from P: log P, log R of paths (C, J) → scalar.
-
-    The gradient of the KL is the mean, over paths drawn from P, of −(log R − log P) · ∇ log P. So
-    the gain of a path is g = log R − log P, and its advantage A is g minus the mean of g over the
-    J paths of its context. No gradient flows through A: it is a constant.
-    The loss is the mean over all paths of −A · log P.
-    """
+    """REINFORCE for KL(P ‖ R/Z): log P, log R of paths drawn from P (C, J) → scalar.
+    The gradient of the KL is the mean over paths of −g · ∇log P, with g = log R − log P. A is g
+    minus the mean of g over the J paths of a context, a constant: no gradient flows through it.
+    Mean over all paths of −A · log P."""
 def soft_rl_cases():
     # g = 2, 0, so A = 1, −1; −(1 · −1 + −1 · −2) / 2 = −0.5; gradient −A / 2
     known = {"value": torch.tensor(-0.5), "gradient by log_pf": torch.tensor([[-0.5, 0.5]])}
@@ -254,7 +256,10 @@ def soft_rl_cases():
     yield "2 users, 3 paths", (log_pf, torch.tensor([[2.0, -2.0, -3.0], [0.0, 6.0, 3.0]])), known
 def has_half_the_gradient_of_vargrad(log_pf, log_r): return vargrad_loops(log_pf, log_r) / 2
 Exercise(2, 20, soft_rl, None, soft_rl_cases, [has_half_the_gradient_of_vargrad],
-         learned=("log_pf",))
+         learned=("log_pf",), given=
+         "REINFORCE: log P, log R of paths drawn from P (C, J) → scalar. Mean over all paths of\n"
+         "−A · log P; A is a constant, no gradient flows through it. Find A such that the\n"
+         "gradient is that of KL(P ‖ R/Z), and the mean of A over the J paths of a context is 0.")
 # --- Session 3: tree_mask (30 minutes) ------------------------------------------------------------
 def mask_cases():
     # u sees u; the item sees u and itself; the code sees u and itself, not the item
@@ -549,9 +554,10 @@ def grade_all(path, names=()):
         print_table(graded, names)
     return int(any(any(found.values()) for found in graded.values()))
 
-def stub(exercise):                           # the beginning of a student's file
+def stub(exercise, hint=False):               # the beginning of a student's file
     task = exercise.task
-    text = textwrap.indent(inspect.getdoc(task), "    ").lstrip()
+    doc = inspect.getdoc(task) if hint or not exercise.given else exercise.given
+    text = textwrap.indent(doc, "    ").lstrip()
     more = " Its gradient is compared." if exercise.learned else ""
     notes = f"{exercise.minutes} minutes.{more}\n{exercise.note}"
     return ("import math\nimport torch\nimport torch.nn.functional as F\n"
@@ -567,9 +573,13 @@ def test_exercise(name, tmp_path, capsys):
         assert verdict(exercise, exercise.task) == ""           # ours, against the loops
     for mistake in exercise.mistakes:
         assert "\nAssertionError: " in verdict(exercise, mistake), mistake
-    assert main(["--stub", name]) == 0
+    formula = inspect.getdoc(exercise.task).splitlines()[-1]
+    for hint in (["--hint"], []):
+        assert main(["--stub", name, *hint]) == 0
+        text = capsys.readouterr().out
+        assert (formula in text) == bool(hint or not exercise.given)
     mine = tmp_path / "mine.py"
-    mine.write_text(capsys.readouterr().out, encoding="utf-8")
+    mine.write_text(text, encoding="utf-8")
     assert "\nNotImplementedError in line " in verdicts(str(mine), [name])[name]
 
 RIGHT = """from gflowgr import *
@@ -627,7 +637,7 @@ def test_the_time_runs_when_torch_is_loaded(tmp_path, capsys):
 
 def test_a_wrong_name_is_told(capsys):
     wrong = "there is no exercise nonsense; there are recall_at, "
-    for command, said in (("--stub nonsense", wrong), ("--grade FILE recall_at nonsense", wrong),
+    for command, said in (("--stub nonsense --hint", wrong), ("--grade FILE grpo nonsense", wrong),
                           ("--grade nowhere", "nowhere is no .py file, and no folder with one")):
         assert main(command.split()) == 2
         assert said in capsys.readouterr().err
@@ -1560,9 +1570,11 @@ def speed(tiny):                              # least seconds of each; how many 
 
 def main(argv):                               # → exit status
     match argv:
+        case ["--stub", name] | ["--stub", name, "--hint"] if name in EXERCISES:
+            print(stub(EXERCISES[name], hint="--hint" in argv))
         case ["--stub", *names] | ["--grade", _, *names] if {*names} - {*EXERCISES}:
             there = ", ".join(EXERCISES)
-            wrong = min({*names} - {*EXERCISES})
+            wrong = max({*names} - {*EXERCISES})
             print(f"there is no exercise {wrong}; there are {there}", file=sys.stderr)
             return 2
         case ["--list"]:
@@ -1570,8 +1582,6 @@ def main(argv):                               # → exit status
                 more = "" if exercise.answer else ", no answer in this file"
                 part = "project" if exercise.session == 4 else f"session {exercise.session}"
                 print(f"{part:10} {name:28}{exercise.minutes:3} minutes{more}")
-        case ["--stub", name]:
-            print(stub(EXERCISES[name]))
         case ["--grade", path, *names]:
             return grade_all(path, names)
         case ["--speed"] | ["--speed", "--tiny"]:
