@@ -12,9 +12,7 @@ path; P_F(s_{l+1} | s_l) is the policy's P of the next code; the flow F(s) is th
 Letters in shapes: C contexts, J paths of each context, L levels of an ID, K codes at each level,
 n items; B users or rows of a batch, H tokens of a history, d width of the model, W beams of a user.
 A node of the tree is a number: 0 is the root, then come the other prefixes, and last the n items;
-−1 stands for no node, and its children are −1. `entries` of lists of items are the rows and columns
-of these items in a table (lists, n). `legal_children` are the nodes to which codes lead, −1 where
-no item that the user has not seen is below.
+−1 stands for no node, and its children are −1.
 """
 import copy
 import json
@@ -115,13 +113,12 @@ class Recipe:
     lam: float = 3.0                # λ, weight of L_GFN
     sampler: str = "policy_draws"   # a name in SAMPLERS: which N unseen items a step learns from
     trajectories: int = 8           # N: the paper's best is about 3
-    chosen: Literal["", "logged", "reward"] = ""    # one item more, before the N: v (the paper's
-                                    # τ_1), or one drawn ∝ R; its path is path 0. "": none
+    chosen: Literal["", "logged", "reward"] = ""    # "": none. An item more, on path 0, before
+                                    # the N: v, whose path is the paper's τ_1, or one drawn ∝ R
     exact: bool = True              # ours: flows and Z are sums of R, as R of all items is known;
                                     # False: learned from the policy's hidden states
-    # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/m at each of m unseen items; r_ŷ, r_s have the sum 1,
-    # so Z is 1.001 if v is liked and the weights sum to 1
-    w_a: float = 0.2                # r_a: 1 at v if it is liked, .1 if it was only clicked
+    # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/m at each of m unseen items. Each r has the sum 1
+    w_a: float = 0.2                # r_a: 1 at v (.1 if a real log says that v was not liked)
     w_y: float = 0.75               # r_ŷ: scores of the teacher
     w_s: float = 0.05               # r_s ∝ number of levels with the same code as v
     teacher: Literal["cm", "svd", "blend"] = "svd"      # a traditional recommender of reward.py
@@ -137,23 +134,25 @@ class Paths:
     """What a loss reads, of the paths of items (C, J), J unseen items of each context. batch.r
     (C, n) is R of all items, > 0 at unseen ones; batch.context is the histories as tokens."""
     def __init__(self, recipe, policy, reference, batch, items):
-        # The path of v is for L_GR alone; the paths of items follow it
-        logged = torch.cat([batch.positives[:, None], items], 1) if recipe.gr else items
-        found = policy(*batch.context, logged)
-        self.log_v = found[0][:, 0].sum(-1)                     # (C,) log P(v | U), if gr > 0
-        # (C, J, L) log P_F of each step; (C, J, L, K) of all codes at each step; (C, J, L) log F of
-        # s_0 … s_{L-1} by the policy's linear head
-        self.log_steps, self.log_probs, log_flow = (x[:, -items.shape[1]:] for x in found)
+        # One path more for L_GR, that of v, before those of items
+        paths = torch.cat([batch.positives[:, None], items], 1) if recipe.gr else items
+        log_steps, log_probs, log_flow = policy(*batch.context, paths)
+        J = items.shape[1]
+        self.log_v = log_steps[:, 0].sum(-1)                    # (C,) log P(v | U), if gr > 0
+        self.log_steps = log_steps[:, -J:]                      # (C, J, L) log P_F of each step
+        self.log_probs = log_probs[:, -J:]                      # (C, J, L, K) of all codes there
+        log_flow = log_flow[:, -J:]     # (C, J, L) log F of s_0 … s_{L-1} by a linear head
         self.log_pf = self.log_steps.sum(-1)                    # (C, J) log P of whole paths
         self.log_r = batch.r.gather(1, items).log()             # (C, J) log R
         # (C, J, L, K) the exact flow F* of each child of s_0 … s_{L-1}: the sum of R below it
         self.child_flow = policy.semantic_ids.child_flows(batch.r, items)
-        if recipe.exact:
-            log_flow = self.child_flow.sum(-1).log()            # F* of a prefix: all its children
+        if recipe.exact:                                        # F*(s): the sum of its children's
+            log_flow = self.child_flow.sum(-1).log()
         self.log_flow = torch.cat([log_flow, self.log_r[..., None]], -1)    # (C, J, L+1) F(s_L) = R
         self.log_z = self.log_flow[:, 0, 0]                     # (C,) log Z(U) = log F(s_0)
-        self.again = items == items[:, :1]      # (C, J) for S-DPO: where the chosen item, path 0,
-        self.again[:, 0] = False                # was drawn again, it is not to be rejected
+        # (C, J) for S-DPO: the chosen item, on path 0, is not rejected where it is drawn again
+        self.again = items == items[:, :1]
+        self.again[:, 0] = False
         self.beta = recipe.beta
         self.frozen = partial(reference, *batch.context, items)
 
@@ -163,7 +162,8 @@ class Paths:
         with torch.no_grad():
             return self.frozen()[0].sum(-1)
 
-TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))        # p: a Paths
+# p: a Paths. A log P of NEVER, where an item is drawn again, takes its path out of S-DPO
+TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))
 SDPO = dict(loss=lambda p: sdpo(p.log_pf.masked_fill(p.again, NEVER), p.log_ref, p.beta),
             trajectories=7)
 RECIPES = {                         # rates, λ, β, dropout and N (but tb-paper's) were tuned
@@ -208,10 +208,10 @@ def loss_of(recipe, policy, reference, batch, progress):
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
 def train(name, recipe, policy, world):
-    """The one training loop → the curve, a list of {"epoch", "loss", "ndcg@10"}, epoch 0: before.
+    """The one training loop → the curve, a list of {"epoch", "loss", "score"}, epoch 0: before.
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. world has
     what all methods share: the rows of the log, the size of a batch, the reward that a recipe asks
-    for, and `measure`, a number to print after each epoch: NDCG@10 on validation items."""
+    for, and `measure`, a score to print after each epoch: NDCG@10 on validation items."""
     reward = world.reward(recipe) if recipe.loss else None
     reference = copy.deepcopy(policy).eval()                    # frozen
     per_epoch = math.ceil(len(world.rows) / world.size)
@@ -220,11 +220,11 @@ def train(name, recipe, policy, world):
               {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # learned flows
     optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10 + 1), steps)
-    curve = [{"epoch": 0, "loss": None, "ndcg@10": world.measure(policy)}]
+    curve = [{"epoch": 0, "loss": None, "score": world.measure(policy)}]
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = world.seed, epoch
+        seed = world.seed, epoch                                # all that the draws depend on
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         epoch_batches = batches(world, policy, reward, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
@@ -237,9 +237,9 @@ def train(name, recipe, policy, world):
             schedule.step()
             losses.append(loss.item())
         loss = float(np.mean(losses[-per_epoch:]))
-        curve.append({"epoch": epoch, "loss": loss, "ndcg@10": world.measure(policy)})
+        curve.append({"epoch": epoch, "loss": loss, "score": world.measure(policy)})
         print(f"  {name}: epoch {epoch}/{recipe.epochs}, loss {loss:.3f}, {world.measured} "
-              f"{curve[-1]['ndcg@10']:.4f}", flush=True)
+              f"{curve[-1]['score']:.4f}", flush=True)
     return curve
 
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
@@ -348,7 +348,8 @@ class Batch:
         self.unseen = ids.unseen(self.histories)    # (C, nodes) bool: an unseen item at or below?
         self.context = tokens, ends.to(device), self.unseen     # what the policy reads: no v
         if reward:
-            # Folds: a teacher that was fitted without this user, else its scores would know v
+            # Not of the teacher that all are served by: of one that was fitted without this user
+            # (reward.Folds), else the scores would know v; divided by popularity^δ
             scores = reward.teacher.scores(self.histories, self.following)
             self.scores = scores.to(device)                     # (C, n) the teacher's, of sum 1
             unseen = self.unseen[:, ids.num_prefixes:]          # (C, n) nodes of items come last
@@ -612,6 +613,7 @@ def rank_all(recommend, histories):
 def validate(policy, data):
     """NDCG@10 on the validation items of at most 2,000 users, evenly spread over all."""
     step = math.ceil(len(data.train) / 2000)
+    # The last item is for the test, the one before it for validation; data.train has neither
     target = torch.tensor([history[-2] for history in data.histories[::step]])
     ranked = rank_all(policy.eval().recommend, data.train[::step])
     return ndcg_at(ranked, target, 10).mean().item()
@@ -1027,7 +1029,7 @@ def run_oracle(settings):
     world.measured = "L1 distance of P from R/Z"
     curve = train(settings.oracle, recipe, policy, world)
     print("mean L1 distance of P from R/Z (2 at most): {:.4f} before, {:.4f} after; {}".format(
-        curve[0]["ndcg@10"], curve[-1]["ndcg@10"], path))
+        curve[0]["score"], curve[-1]["score"], path))
     report.figures.plot_flows(path, {
         "codes": world.ids.codes.tolist(), "titles": data.titles,
         "history": [data.titles[item] for item in batch.histories[0]],

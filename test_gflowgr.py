@@ -1204,10 +1204,10 @@ def test_every_run_counts_and_its_saved_model_serves_what_was_measured(finished)
             assert model.recommend(past)[0].tolist() == run["lists"]
         if name in METHODS[2:6]:                                # trained; the last epoch was saved
             ndcg = ndcg_loops(model.recommend(finished.data.train)[0], targets[:, 0], 10).mean()
-            assert run["curve"][-1]["ndcg@10"] == approx(ndcg.item())
+            assert run["curve"][-1]["score"] == approx(ndcg.item())
     pop, _, sft, *others = finished.runs[:6]
     for run in others:                                          # fine-tuning starts from SFT
-        assert run["curve"][0]["ndcg@10"] == sft["curve"][-1]["ndcg@10"]
+        assert run["curve"][0]["score"] == sft["curve"][-1]["score"]
     counts = np.bincount(sum(finished.data.train, []), minlength=48)
     for history, row in zip(past, pop["lists"]):
         assert counts[row].tolist() == sorted(np.delete(counts, history))[:-11:-1]
