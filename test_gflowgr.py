@@ -1496,18 +1496,13 @@ def test_a_wrong_file_is_one_line_and_status_2(said, file, text, tmp_path):
 
 def test_the_speed_of_jobs_is_told(capsys):
     assert main(["--speed", "--tiny"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert len(re.findall(r" \d+\.\d{3} \(", capsys.readouterr().out)) == 8
 
-# === Speed ========================================================================================
-def random_policy(n, window=20, K=256):
-    number = np.random.default_rng(0).choice(K ** 3, n, replace=False)
-    return Policy(SemanticIDs(np.stack(np.unravel_index(number, (K, K, K)), 1), K), window)
-
-def decoding(n, users):                       # generate is held to the legal codes
-    policy = random_policy(n).eval()
-    histories = [list(range(user, user + 20)) for user in range(users)]
+# === Speed, in the world of the first command =====================================================
+def decoding(policy, histories):              # generate is held to the legal codes
+    ids = policy.semantic_ids
     allowed = {}
-    for row in (policy.semantic_ids.codes + 256 * torch.arange(3)).tolist():
+    for row in (ids.codes + ids.num_codes * torch.arange(3)).tolist():
         for level, token in enumerate(row):
             allowed.setdefault(tuple(row[:level]), {})[token] = None
     tokens = policy.tokens(histories)[0]
@@ -1518,44 +1513,33 @@ def decoding(n, users):                       # generate is held to the legal co
     return {"recommend": partial(policy.recommend, histories), "generate": generate,
             "drawn": partial(policy.recommend, histories, sample=1.0)}
 
-def packing(J, n, length, rows):              # a step on rows of J branches; on J times the rows
-    policy = random_policy(n, length)
-    items = torch.randint(n, (rows, J))
-    histories = [list(range(row, row + length)) for row in range(rows)]
+def packing(policy, histories):               # a step on rows of 8 branches; on 8 times the rows
+    items = torch.randint(720, (len(histories), 8))
     context = (*policy.tokens(histories), policy.semantic_ids.unseen(histories))
-    one_a_row = [x.repeat_interleave(J, 0) for x in context]
+    one_a_row = [x.repeat_interleave(8, 0) for x in context]
     def step(context, items):
         policy(*context, items)[0].sum().backward()
     return {"packed": partial(step, context, items),
             "one a row": partial(step, one_a_row, items.view(-1, 1))}
 
-def steps(n, size):                           # four steps of methods, with the CM's scores in R
-    policy = random_policy(n, K=512)
-    rng = np.random.default_rng(0)
-    train = [rng.choice(n, 3 + rng.geometric(0.25), False).tolist() for _ in range(2 * n)]
-    liked = [[True] * len(history) for history in train]
-    world = SimpleNamespace(data=SimpleNamespace(train=train, liked=liked), size=size,
-                            rows=list(gflowgr.training_rows(train, 20)))
-    teacher = Folds(CollaborativeModel.fit, train, n)
-    job = Reward(policy.semantic_ids, teacher, (0.3, 0.65, 0.05))
+def steps(policy, world):                     # four steps of methods
     def run(method):
-        recipe = recipe_of(method, gflowgr.parse(["--data=real"]))
-        some = gflowgr.batches(world, policy, recipe.loss and job, np.random.default_rng(0))
+        recipe = recipe_of(method, world.settings)
+        reward = recipe.loss and world.reward(recipe)
+        some = gflowgr.batches(world, policy, reward, np.random.default_rng(0))
         for batch in itertools.islice(some, 4):
             gflowgr.loss_of(recipe, policy, policy, batch, 0.5).backward()
     return {method: partial(run, method) for method in ("sft", "distill", "tb")}
 
 def speed(tiny):                              # least seconds of each; how many times the first's
-    many, few, users, length = (300, 200, 4, 5) if tiny else (12000, 1000, 64, 100)
-    for what, make, *numbers in ((f"lists, {many} items", decoding, many, users),
-                                 (f"lists, {few} items", decoding, few, users),
-                                 ("8 paths", packing, 8, many, length, users // 2),
-                                 ("16 paths", packing, 16, many, length, users // 2),
-                                 (f"4 steps, {users} rows", steps, many, users)):
-        jobs = make(*numbers)
+    world = World(0, load_data("toy", quick=tiny), gflowgr.parse(["--device=cpu"]))
+    policy = world.policy().eval()
+    histories = [list(range(user, user + 20)) for user in range(4 if tiny else 64)]
+    for what, jobs in (("lists", decoding(policy, histories)),
+                       ("8 paths", packing(policy, histories)), ("4 steps", steps(policy, world))):
         seconds = [min(timeit.repeat(job, number=1, repeat=4)) for job in jobs.values()]
         cells = [f"{name} {s:.3f} ({s / seconds[0]:.1f})" for name, s in zip(jobs, seconds)]
-        print(f"{what:18}", *cells, sep="  ", flush=True)
+        print(f"{what:8}", *cells, sep="  ", flush=True)
 
 def main(argv):                               # → exit status
     match argv:
