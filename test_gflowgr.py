@@ -693,21 +693,18 @@ def test_features_against_loops():
         terms.append(words + [*itertools.pairwise(words)])
     found_in = np.array([[term in row for row in terms] for term in {*sum(terms, [])}]).T
     text = left_vectors(found_in * np.log(5 / found_in.sum(0)) * (found_in.sum(0) > 1))
-    found = tokenizer.item_features("content", texts, [], seed=0)
-    np.testing.assert_allclose(found @ found.T, text @ text.T, atol=1e-4)
     histories = [[0, 1, 2, 3], [2, 1, 0, 4], [3, 2], [1, 0, 4, 2, 3], []]
     near = np.zeros((5, 5))
     for history in histories:
         for (i, a), (j, b) in itertools.permutations(enumerate(history), 2):
             near[a, b] += 0.8 ** (abs(i - j) - 1)
     q = near.sum(0) ** 0.75 / (near.sum(0) ** 0.75).sum()
-    log = left_vectors(np.log(np.maximum(near / near.sum(1)[:, None] / q, 1)))
-    mixed = tokenizer.item_features("mixed", texts, histories, seed=0)
-    np.testing.assert_allclose(mixed @ mixed.T, text @ text.T + 4 * log @ log.T, atol=1e-4)
     vectors = tokenizer.item_vectors(histories, 5)
-    log = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    svd = tokenizer.item_features("svd", texts, histories, seed=0)
-    np.testing.assert_allclose(svd @ svd.T, text @ text.T + 4 * log @ log.T, atol=1e-4)
+    logs = {"content": 0 * text, "svd": vectors / np.linalg.norm(vectors, axis=1, keepdims=True),
+            "mixed": left_vectors(np.log(np.maximum(near / near.sum(1)[:, None] / q, 1)))}
+    for kind, log in logs.items():
+        found = tokenizer.item_features(kind, texts, histories, seed=0)
+        np.testing.assert_allclose(found @ found.T, text @ text.T + 4 * log @ log.T, atol=1e-4)
     rare = tokenizer.item_features("svd", texts, histories[:1], seed=0)
     assert not rare[4, 64:].any()                               # item 4 was not logged
 
@@ -780,33 +777,28 @@ def test_scores_are_divided_by_popularity_or_length_and_guide_beams(fit, vectors
     close(found, recommend_loops(made(25), USERS, 4, None, cm.scores(USERS) ** 1.5))
 
 # --- Rows of a batch, P, beams, drawn lists -------------------------------------------------------
-LENGTHS = (1, 2, 4, 5, 8, 9, 30)              # of the histories, which are 0, 1, 2 …
-
-def check_context(batch, c, place, window, policy):     # place: row and column in ends
-    tokens, ends, _ = batch.context
-    past = batch.histories[c]
-    v = batch.positives[c].item()
-    end = ends[tuple(place)].item()
-    read = tokens[place[0], :end + 1] - policy.user_token - 1   # −1: <user>
-    assert read.tolist() == [-1, *past[len(past) - end:]]
-    assert min(len(past), max(1, window // 2)) <= end <= window
-    assert batch.liked[c] == (v % 3 > 0)
-    assert past + batch.following[c] == list(range(LENGTHS[batch.users[c]]))
-    assert batch.following[c][0] == v
-    return batch.users[c], v
-
 @pytest.mark.parametrize("window", [1, 4, 7])
 def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
-    histories = [list(range(length)) for length in LENGTHS]
+    histories = [list(range(length)) for length in (1, 2, 4, 5, 8, 9, 30)]
     liked = [[item % 3 > 0 for item in history] for history in histories]
     world = SimpleNamespace(data=SimpleNamespace(train=histories, liked=liked), size=3,
                             rows=list(gflowgr.training_rows(histories, window)))
     policy = Policy(SemanticIDs([[0, i] for i in range(200)], 200), window, 65, 1)  # one head
     order = []
     for batch in gflowgr.batches(world, policy, None, np.random.default_rng(0)):
-        for c, place in enumerate((batch.context[1] >= 0).nonzero().tolist()):
-            order.append(check_context(batch, c, place, window, policy))
-    assert len({*order}) == len(order) == sum(LENGTHS)
+        tokens, ends, _ = batch.context
+        for c, (row, place) in enumerate((ends >= 0).nonzero().tolist()):
+            past = batch.histories[c]
+            v = batch.positives[c].item()
+            end = ends[row, place].item()
+            read = tokens[row, :end + 1] - policy.user_token - 1    # −1: <user>
+            assert read.tolist() == [-1, *past[len(past) - end:]]
+            assert min(len(past), max(1, window // 2)) <= end <= window
+            assert batch.liked[c] == (v % 3 > 0)
+            assert past + batch.following[c] == histories[batch.users[c]]
+            assert batch.following[c][0] == v
+            order.append((batch.users[c], v))
+    assert len({*order}) == len(order) == len(sum(histories, []))
 
 @pytest.mark.parametrize("K, L", [(24, 1), (5, 2), (4, 3), (2, 6)])
 def test_packed_paths_and_beams_against_one_path_at_a_time(K, L):
@@ -858,7 +850,7 @@ def test_lists_are_drawn_without_replacement(sample, past):     # k items need o
 
 # --- Samplers, what a loss is given ---------------------------------------------------------------
 PAST = [[3], [5, 0, 7], [9, 1]]
-NEXT = [[4, 11], [8, 20], [2, 23]]
+NEXT = [[4, 11, 6], [8, 20], [2, 23]]
 
 def contexts(past, following):                # what samplers read of a Batch
     r = torch.rand(len(past), 24) ** 4
@@ -867,24 +859,21 @@ def contexts(past, following):                # what samplers read of a Batch
     return SimpleNamespace(r=r, scores=r / r.sum(1, keepdim=True), positives=positives,
                            histories=past, following=following)
 
-def weight_by_hand(name, batch, c, v):        # of item v in context c; an item is drawn ∝ it
-    if name == "session":
-        return v in batch.following[c][1:]
-    if name == "uniform":
-        return v not in batch.histories[c] + batch.following[c]
-    if name == "even":
-        return (v not in batch.histories[c]) * (batch.r[c, v] / batch.r[c].sum() + 1 / 24)
-    return batch.r[c, v]                                        # reward_draws
+WEIGHTS = {                                   # of item v in context c; an item is drawn ∝ it
+    "session": lambda batch, c, v: v in batch.following[c][1:],
+    "uniform": lambda batch, c, v: v not in batch.histories[c] + batch.following[c],
+    "even": lambda batch, c, v: (v not in batch.histories[c]) * (batch.scores[c, v] + 1 / 24),
+    "reward_draws": lambda batch, c, v: batch.r[c, v]}
 
-@pytest.mark.parametrize("name", ["session", "uniform", "even", "reward_draws"])
+@pytest.mark.parametrize("name", WEIGHTS)
 def test_samplers_draw_from_where_they_say(name):
     torch.manual_seed(0)
-    batch = contexts(PAST, [[4, 11, 6], *NEXT[1:]])
+    batch = contexts(PAST, NEXT)
     before = batch.r.clone()
     items = SAMPLERS[name](batch, 2000, None, 0.5)
     assert batch.r.equal(before)                                # the loss needs it, too
     for c, row in enumerate(items):
-        p = torch.tensor([float(weight_by_hand(name, batch, c, v)) for v in range(24)])
+        p = torch.tensor([float(WEIGHTS[name](batch, c, v)) for v in range(24)])
         share = torch.bincount(row, minlength=24) / 2000
         assert (share - p / p.sum()).abs().max() < 0.04
         assert (share[p == 0] == 0).all()
@@ -1201,27 +1190,24 @@ def test_every_run_counts_and_its_saved_model_serves_what_was_measured(finished)
     for history, row in zip(past, pop["lists"]):
         assert counts[row].tolist() == sorted(np.delete(counts, history))[:-11:-1]
 
-def test_a_run_leaves_the_table(finished):
+def test_a_run_leaves_the_table_and_the_picture(finished, monkeypatch, tmp_path):
     table = (finished.out / "results.md").read_text("utf-8")
     assert table in finished.printed
-    summary = finished.results["summary"]
-    base = summary["sft"]["ndcg@10"]["mean"]
-    for method, metrics in summary.items():
-        own = [run["metrics"]["ndcg@10"] for run in finished.runs if run["method"] == method]
-        wanted = {"mean": np.mean(own), "std": np.std(own, ddof=1)}
-        assert metrics["ndcg@10"] == approx(wanted)
-        assert f"| {method} | {np.mean(own):.4f} |" in table
-        assert method == "sft" or f"| {100 * (np.mean(own) / base - 1):+.0f} [" in table
-
-def test_the_picture_of_both_measures(finished, monkeypatch, tmp_path):
     assert (finished.out / "measures.png").read_bytes()[:4] == b"\x89PNG"
     drawn = {}                                # name at the end of a line: its points
     def annotate(axis, name, place, *_, **__):
         drawn[name] = [[*place]] + axis.lines[-1].get_xydata().tolist()
     monkeypatch.setattr(Axes, "annotate", annotate)
     figures.draw_run(tmp_path, finished.data, finished.results)
-    for name, metrics in finished.results["summary"].items():
-        assert drawn[name] == 2 * [[metrics["ndcg@10"]["mean"], metrics["liked@10"]["mean"]]]
+    summary = finished.results["summary"]
+    base = summary["sft"]["ndcg@10"]["mean"]
+    for method, metrics in summary.items():
+        own = [run["metrics"]["ndcg@10"] for run in finished.runs if run["method"] == method]
+        mean = np.mean(own)
+        assert metrics["ndcg@10"] == approx({"mean": mean, "std": np.std(own, ddof=1)})
+        assert f"| {method} | {mean:.4f} |" in table
+        assert method == "sft" or f"| {100 * (mean / base - 1):+.0f} [" in table
+        assert drawn[method] == 2 * [[approx(mean), metrics["liked@10"]["mean"]]]
 
 def test_a_killed_run_goes_on_and_nothing_finished_is_lost(finished, tmp_path, monkeypatch):
     flags = [*finished.flags, f"--out={tmp_path}", "--seeds=1"]
@@ -1310,10 +1296,6 @@ def test_ids_from_a_file_and_devices(tmp_path, capsys):
     world.settings.device = "meta"
     assert all(x.is_meta for x in world.policy().state_dict().values())
 
-def run_script(monkeypatch, name, *flags):
-    monkeypatch.setattr("sys.argv", ["prepare.py", *flags])
-    runpy.run_path(str(ROOT / f"data/{name}/prepare.py"), run_name="__main__")
-
 def test_two_users_and_nine_items_without_text_or_truth_work_as_they_are(tmp_path):
     events = EVENTS.replace("b,1", "b,2") + "u,a,9\nw,a,1\nw,b,1\n"
     folder = folder_of(tmp_path / "d", "\n".join(["item_id", *"abcdefghi"]), events)
@@ -1323,12 +1305,16 @@ def test_two_users_and_nine_items_without_text_or_truth_work_as_they_are(tmp_pat
     assert "liked@10" not in out
 
 def test_the_toy_world_is_as_committed_and_popularity_can_be_earned(tmp_path, monkeypatch):
-    TOY["write"](tmp_path)
+    def prepare(*flags):
+        monkeypatch.setattr("sys.argv", ["prepare.py", f"--out={tmp_path}", *flags])
+        runpy.run_path(str(ROOT / "data/toy/prepare.py"), run_name="__main__")
+    prepare()
     for name in ("items.csv", "interactions.csv", "truth.csv"):
         assert (tmp_path / name).read_bytes() == (ROOT / "data/toy" / name).read_bytes()
+    assert len({*TOY["make_titles"](120, 12)}) == 1440
     together = []                                               # how far likes go with showing
     for quality in (0, 0.5, 1):
-        run_script(monkeypatch, "toy", f"--quality={quality}", f"--out={tmp_path}", "--items=40")
+        prepare(f"--quality={quality}", "--items=40")
         data = load_data(str(tmp_path))
         table = [report.table_of_items(data.truth[what], 480) for what in ("liked", "shown")]
         together.append(np.corrcoef(*np.sum(table, 1))[0, 1])
@@ -1336,21 +1322,7 @@ def test_the_toy_world_is_as_committed_and_popularity_can_be_earned(tmp_path, mo
     assert together[0] + 0.2 < together[1] < together[2] - 0.2
     for flag in ("--items=121", "--quality=1.1", "--seed=-1"):
         with pytest.raises(SystemExit, match="2"):
-            run_script(monkeypatch, "toy", f"--out={tmp_path}", flag)
-
-def test_half_of_a_theme_is_of_one_style_and_titles_do_not_tell_it():
-    assert len({*TOY["make_titles"](120, 12)}) == 1440
-    data = load_data("toy")
-    nouns = np.array([title.split()[1] for title in data.titles]).reshape(12, 60)
-    liked = report.table_of_items(data.truth["liked"], 720).astype(float)
-    told = []                                                   # of each noun: all of one style?
-    for theme in range(12):
-        users = liked[:, 60 * theme:60 * theme + 60]
-        fans = users[users.sum(1) > 12]                         # they like one half of it
-        style = np.linalg.svd(fans - fans.mean(0))[2][0] > 0
-        assert style.sum() == 30
-        told += [abs(style[nouns[theme] == noun].mean() - 0.5) for noun in nouns[theme, :4]]
-    assert np.mean(told) < 0.15                                 # chance alone: 0.1; all: 0.5
+            prepare(flag)
 
 SOURCES = {
     "beauty": {"index": json.dumps({v: [f"<a_{v}>", "<b_7>", "<c_2>", "<d_6>"] for v in "0123"}),
@@ -1424,9 +1396,6 @@ def test_the_figures_on_the_pages_were_made_with_these_defaults():
     checksum = zlib.crc32(text.encode())
     assert checksum == 1690506634, "run the commands of the pages anew, then change this number"
 
-SHORT = {"rounds=5": "rounds=1", "(42, 43, 44, 45, 46)": "(42,)", "(42, 43, 44)": "(42,)",
-         '"svd:debias=.5", "sft", "tb", "sft+cm"': '"svd:debias=.5", "sft"',
-         '"sft", "sdpo-reward", "grpo", "tb", "distill"': '"sft",'}
 PICTURES = {"course": ["loop"], "results": ["diverse", "measures"]}
 
 @pytest.mark.parametrize("page", PICTURES)
@@ -1436,7 +1405,6 @@ def test_scripts_on_the_pages_in_short(page, by_itself, monkeypatch):
     monkeypatch.setattr(gflowgr, "parse", parse)
     Path("data/pictures").mkdir(parents=True)
     course, results = [(ROOT / f"data/{name}.md").read_text("utf-8") for name in PICTURES]
-    assert all(long in course + results for long in SHORT)      # else a script runs in full
     if page == "results":                                       # what its command leaves behind
         gflowgr.run(parse(["--methods=sft", "--out=runs/all"]))
         [names] = re.findall("--methods (.*) --out runs/all", results)
@@ -1444,8 +1412,8 @@ def test_scripts_on_the_pages_in_short(page, by_itself, monkeypatch):
         report.write("runs/all/results.json", {"summary": dict.fromkeys(names.split(","), metrics)})
     text = course if page == "course" else results
     for script in re.findall("```\n(from gflowgr.*?)```", text, re.DOTALL):
-        for long, short in SHORT.items():
-            script = script.replace(long, short)
+        script = re.sub(r"\(42, [\d, ]+\)", "(42,)", script.replace("rounds=5", "rounds=1"))
+        script = script.replace('"sft", "sdpo-reward", "grpo", "tb", "distill"', '"sft",')
         exec(script, {"__name__": page})
     assert sorted(path.stem for path in Path("data/pictures").iterdir()) == PICTURES[page]
 
