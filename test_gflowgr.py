@@ -646,6 +646,13 @@ def refused(message, *flags, cm=None):        # one line on stderr, exit status 
     assert status == 2
     assert re.fullmatch(f"error: .*{re.escape(message)}.*\n", err), err
 
+@pytest.fixture
+def told(tmp_path):                           # refused before anything is written
+    def check(message, *flags, cm=None):
+        refused(message, *flags, f"--out={tmp_path / 'out'}", cm=cm)
+        assert not (tmp_path / "out").exists()
+    return check
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):                   # flags of a tiny world: 60 users, 48 items
     folder = tmp_path_factory.mktemp("tiny")
@@ -1059,55 +1066,42 @@ def test_an_own_cm(tiny, tmp_path):
 def raises(*given):
     return given[0].nothing
 
-@pytest.fixture
-def told(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(gflowgr, "train", None)
-    def check(said, methods, cm=None):
-        refused(said, *tiny, f"--out={tmp_path / 'out'}", f"--methods={methods}", cm=cm)
-        assert not (tmp_path / "out").exists()
-    return check
-
-def one_below_zero(right):                    # rows still of sum 1
-    return right + torch.eye(48)[0] - torch.eye(48)[1]
-
 @pytest.mark.parametrize("returned", [
-    lambda right: right * math.nan, lambda right: right * 0, lambda right: right[:, 1:],
-    lambda right: right[:1], lambda right: right * 48, lambda right: right.tolist(),
-    one_below_zero, lambda right: None])
-def test_a_wrong_cm(returned, told):
-    told("scores has to return a tensor of floats (", "sft,sft+cm", own(returned))
+    lambda right: right * math.nan, lambda right: right[:, 1:], lambda right: right * 48,
+    lambda right: 2 * right - torch.eye(48)[0], lambda right: None])
+def test_a_wrong_cm(returned, told, tiny):
+    said = "scores has to return a tensor of floats ("
+    told(said, *tiny, "--methods=sft,sft+cm", cm=own(returned))
 
 @pytest.mark.parametrize("returned, said", [
     (lambda right, r: right.tolist(), "not ('list',)"), (lambda right, r: right[:, 1:], ", 7)"),
     (lambda right, r: right - 48, "items from 0 to 47"),
     (lambda right, r: right + 48, "items from 0 to 47"),
     (lambda right, r: r.argmin(1, True).expand_as(right), "that are not in batch.histories")])
-def test_a_wrong_sampler(returned, said, told, monkeypatch):
+def test_a_wrong_sampler(returned, said, told, tiny, monkeypatch):
     def mine(batch, *others):
         return returned(gflowgr.policy_draws(batch, *others), batch.r)
     monkeypatch.setitem(SAMPLERS, "mine", mine)
-    told(said, "tb,tb:sampler=mine")
+    told(said, *tiny, "--methods=tb,tb:sampler=mine")
 
-@pytest.mark.parametrize("loss, said", [
-    (lambda p: p.log_pf.mean() * math.nan, "mine: loss nan at the first try"),
-    (lambda p: p.log_pf.sum(1), "mine: its loss has to return a tensor of one number"),
-    (lambda p: 0.5, "mine: its loss has to return a tensor of one number"),
-    (lambda p: p.log_r.mean(), "mine: its loss does not depend on P, it has no gradient"),
-    (raises, "in raises: AttributeError"), ("tb", "mine: "),
-    (lambda p: (p.log_pf - p.log_z).mean(), "in <lambda>: RuntimeError The ")])
-def test_a_wrong_loss(loss, said, told, monkeypatch):
-    monkeypatch.setitem(RECIPES, "mine", Recipe(loss))
-    told(said, "tb,mine")
+@pytest.mark.parametrize("recipe, said", [
+    (Recipe(lambda p: p.log_pf.mean() * math.nan), "mine: loss nan at the first try"),
+    (Recipe(lambda p: p.log_pf.sum(1)), "mine: its loss has to return a tensor of one number"),
+    (Recipe(lambda p: 0.5), "mine: its loss has to return a tensor of one number"),
+    (Recipe(lambda p: p.log_r.mean()), "mine: its loss does not depend on P, it has no gradient"),
+    (Recipe(lambda p: (p.log_pf - p.log_z).mean()), "in <lambda>: RuntimeError The "),
+    (raises, "RECIPES['mine'] is a function, no Recipe")])
+def test_a_wrong_loss(recipe, said, told, tiny, monkeypatch):
+    monkeypatch.setitem(RECIPES, "mine", recipe)
+    told(said, *tiny, "--methods=tb,mine")
 
-def test_own_code_that_raises_is_named_with_its_line(told, monkeypatch):
+def test_own_code_that_raises_is_named_with_its_line(told, tiny, monkeypatch):
     line = raises.__code__.co_firstlineno + 1
     said = f"test_gflowgr.py, line {line}, in raises: AttributeError"
     for cm in (raises, own(raises)):                            # in fit, in scores
-        told(said, "cm,sft,tb", cm)
+        told(said, *tiny, "--methods=cm,sft,tb", cm=cm)
     monkeypatch.setitem(SAMPLERS, "raises", raises)
-    told(said, "tb:sampler=raises")
-    monkeypatch.setitem(RECIPES, "function", raises)
-    told("RECIPES['function'] is a function, no Recipe", "tb,function")
+    told(said, *tiny, "--methods=tb:sampler=raises")
 
 # --- The oracle, metrics, gains -------------------------------------------------------------------
 @pytest.mark.parametrize("method", ["tb", "tb:exact=0:trajectories=60"])    # log Z: exact, learned
@@ -1433,15 +1427,13 @@ def test_scripts_on_the_pages_in_short(page, by_itself, monkeypatch):
     ("--methods ',' names no method", "--methods=,"),
     ("sampler=x", "--methods=tb:sampler=x"),
     ("gr, lam, sampler, ", "--methods=tb:loss=x"),
-    ("maybe", "--methods=tb:exact=maybe"),
     ("rate nan is out of range", "--methods=tb:rate=nan"),
     ("there is no cm+cm", "--methods=cm+cm"),
     ("nowhere.csv", "--ids=nowhere.csv"),
     ("it compares paths: trajectories > 1", "--methods=vargrad:trajectories=1")])
-def test_a_wrong_flag_is_one_line_and_status_2(said, flag, tmp_path):
+def test_a_wrong_flag_is_one_line_and_status_2(said, flag, told, tmp_path):
     folder = folder_of(tmp_path / "d", "\n".join(["item_id", *"abcd", *map(str, range(1997))]))
-    refused(said, f"--data={folder}", f"--out={tmp_path / 'out'}", *flag.split())
-    assert not (tmp_path / "out").exists()
+    told(said, f"--data={folder}", *flag.split())
 
 @pytest.mark.parametrize("said, file, text", [
     ("no column item_id", "items", ""),
@@ -1455,12 +1447,11 @@ def test_a_wrong_flag_is_one_line_and_status_2(said, flag, tmp_path):
     ("line 8: inf and nan", "interactions", f"{EVENTS}w,a,nan\n"),
     ("no line for 1 items of items.csv, ['d']", "ids", "item_id,x\na,1\nb,2\nc,3\n"),
     ("line 2: write 1 to 6 codes", "ids", "item_id,x\na,1.5\n")])
-def test_a_wrong_file_is_one_line_and_status_2(said, file, text, tmp_path):
+def test_a_wrong_file_is_one_line_and_status_2(said, file, text, told, tmp_path):
     folder = folder_of(tmp_path / "d")
     (folder / "ids.csv").write_text("item_id,x\na,1\nb,2\nc,3\nd,4\n")
     changed(folder / f"{file}.csv", text)
-    refused(said, f"--data={folder}", f"--out={tmp_path / 'out'}", f"--ids={folder / 'ids.csv'}")
-    assert not (tmp_path / "out").exists()
+    told(said, f"--data={folder}", f"--ids={folder / 'ids.csv'}")
 
 def test_the_speed_of_jobs_is_told(capsys):
     assert main(["--speed", "--tiny"]) == 0
