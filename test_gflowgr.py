@@ -578,7 +578,7 @@ def test_exercise(name, tmp_path, capsys):
     mine.write_text(text, encoding="utf-8")
     assert "\nNotImplementedError in line " in verdicts(str(mine), [name])[name]
 
-RIGHT = """from gflowgr import *
+RIGHT = """from gflowgr import grpo
 def trajectory_balance(z, p, r):
     return (z[:, None] + p - r).square().mean()
 def grpo(*inputs, ours=grpo):                 # another form: its value is 0
@@ -1331,9 +1331,7 @@ def by_itself(tmp_path, monkeypatch):         # what a page replaces, adds, writ
                                   "data/results".split()])
 def test_code_and_commands_on_the_pages(page, by_itself):
     text = (ROOT / f"{page}.md").read_text(encoding="utf-8").replace("```", "")
-    there = {}
-    exec("from gflowgr import *", there)                        # as a script begins
-    test = doctest.DocTestParser().get_doctest(text, there, page, None, 0)
+    test = doctest.DocTestParser().get_doctest(text, {}, page, None, 0)
     assert doctest.DocTestRunner().run(test).failed == 0        # one script, in order
     for line in re.findall(r"(?:gflowgr\.py |[`\"])(--[^`\"\n]+)", text.replace("\\\n", "")):
         if re.search("--(methods|oracle|recipe|sft) (?!.*(…|[A-Z]{3}))", line):     # it is whole
@@ -1366,7 +1364,7 @@ def test_scripts_on_the_pages_in_short(page, pictures, by_itself, monkeypatch):
         [names] = re.findall("--methods (.*) --out runs/all", text)
         metrics = {"ndcg@10": {"mean": 0.3}, "liked@10": {"mean": 0.5}}
         report.write("runs/all/results.json", {"summary": dict.fromkeys(names.split(","), metrics)})
-    for script in re.findall("```\n(from gflowgr.*?)```", text, re.DOTALL):
+    for script in re.findall("```\n((?:from|import) .*?)```", text, re.DOTALL):
         script = re.sub(r"\(42, [\d, ]+\)", "(42,)", script.replace("rounds=5", "rounds=1"))
         script = script.replace('"sft", "sdpo-reward", "grpo", "tb", "distill"', '"sft",')
         exec(script, {"__name__": page})
