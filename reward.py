@@ -1,9 +1,9 @@
 """Traditional recommenders, what is made of them, and the comprehensive reward.
 
-A recommender has fit(histories, num_items), of training histories: lists of items, oldest first, no
-repeats; and scores(histories) → (B, n) ≥ 0, rows of sum 1, 0 at items of the history. The one that
-R reads is called *teacher*, the paper's collaborative model (CM). Letters: B users or contexts, n
-items.
+A recommender is made by a function fit(histories, num_items), of training histories: lists of items,
+oldest first, no repeats. It has scores(histories) → (B, n) ≥ 0, rows of sum 1, 0 at items of the
+history. The one that R reads is called *teacher*, the paper's collaborative model (CM). Letters: B
+users or contexts, n items.
 """
 import warnings
 import zlib
@@ -77,13 +77,9 @@ class CollaborativeModel:
 class SVD:
     """Matrix factorisation, PureSVD (Cremonesi et al. 2010), with the vectors of `item_vectors`:
     CM(U, i) ∝ max(0, Σ_j ⟨v_j, v_i⟩ / age(j)^.75) over all items j of U, age 1: the newest."""
-    @classmethod
-    def fit(cls, histories, num_items):
-        """A fitted model; see the class."""
-        svd = cls()
-        svd.vectors = torch.tensor(item_vectors(histories, num_items))              # (n, rank)
-        svd.popular = svd.vectors.norm(dim=1).clamp(min=1e-4)   # (n,) of popular items: long
-        return svd
+    def __init__(self, histories, num_items):
+        self.vectors = torch.tensor(item_vectors(histories, num_items))             # (n, rank)
+        self.popular = self.vectors.norm(dim=1).clamp(min=1e-4)     # (n,) of popular items: long
 
     def scores(self, histories):
         """CM(U, ·) (B, n) of B histories; InputError for an item that is not in the catalogue."""
@@ -95,15 +91,12 @@ class Blend:
     """Ours, for real logs: (√(counts · neighbours) + SVD divided by √(length of vector))²; squared,
     since P learns few high scores more easily than many middling ones.
     Neighbours: Σ_j similar[j, i] / age(j) over the last 20 items j, age 1: the newest."""
-    @classmethod
-    def fit(cls, histories, num_items, similar):
-        """A fitted model; similar: a sparse (n, n) tensor, of `similar_items`."""
-        blend = cls()
-        blend.counts = CollaborativeModel.fit(histories, num_items)
-        blend.svd = SVD.fit(histories, num_items)
-        blend.similar = similar
-        blend.popular = blend.counts.popular
-        return blend
+    def __init__(self, histories, num_items, similar):
+        """similar: a sparse (n, n) tensor, of `similar_items`."""
+        self.counts = CollaborativeModel.fit(histories, num_items)
+        self.svd = SVD(histories, num_items)
+        self.similar = similar
+        self.popular = self.counts.popular
 
     def scores(self, histories):
         """CM(U, ·) (B, n) of B histories; InputError for an item that is not in the catalogue."""
@@ -126,8 +119,8 @@ def fit_of(name, data):
     """The function fit(histories, num_items) of the recommender with this name."""
     if name == "blend":
         features = item_features("mixed", data.texts, data.train, seed=0)
-        return partial(Blend.fit, similar=similar_items(features))
-    return {"cm": CollaborativeModel.fit, "svd": SVD.fit}[name]
+        return partial(Blend, similar=similar_items(features))
+    return {"cm": CollaborativeModel.fit, "svd": SVD}[name]
 
 class Folds:
     """For training: scores that do not know what the user logged later. Each user is in one of 20

@@ -769,10 +769,10 @@ def test_a_fold_does_not_know_its_users_and_who_is_served_gets_all():
     close(folds.scores(past), whole)
     assert ((found - whole).abs().amax(1) > 0.001).all()
 
-@pytest.mark.parametrize("fit", [CollaborativeModel.fit, SVD.fit])
+@pytest.mark.parametrize("fit", [CollaborativeModel.fit, SVD])
 def test_scores_are_divided_by_popularity_or_length_and_guide_beams(fit, vectors):
     popular = torch.tensor([1.0 + sum(LOG, []).count(v) for v in range(25)])
-    if fit == SVD.fit:
+    if fit == SVD:
         popular = vectors.norm(dim=1).clamp(min=1e-4)
     cm = Folds(fit, LOG, 25, folds=2)
     users = USERS[:3]
