@@ -961,6 +961,8 @@ def check_settings(settings):
     whole = all(seed.isdecimal() and len(seed) < 19 for seed in seeds)
     check(whole, f"--seeds {settings.seeds} are not numbers like 42,43")
     methods = [*UNTRAINED, *RECIPES, *[f"{name}+cm" for name in RECIPES]]
+    split = [name for name in RECIPES if set(",:+") & set(name)]
+    check(not split, f"RECIPES: a name has no comma, colon or plus, but there is {split}")
     names = []
     for name in filter(None, map(str.strip, settings.methods.split(","))):
         base = name.partition(":")[0]

@@ -1073,6 +1073,10 @@ def test_wrong_own_code(what, wrong, said, told, tiny, monkeypatch):
         monkeypatch.setitem(SAMPLERS if what == "sampler" else RECIPES, "mine", wrong)
     told(said, *tiny, f"--methods=sft,{method}", cm=wrong if what == "cm" else None)
 
+def test_a_name_that_methods_would_split(told, tiny, monkeypatch):
+    monkeypatch.setitem(RECIPES, "a,b", Recipe())
+    told("no comma, colon or plus, but there is ['a,b']", *tiny)
+
 # --- The oracle, metrics, gains -------------------------------------------------------------------
 @pytest.mark.parametrize("method", ["tb", "tb:exact=0:trajectories=60"])    # log Z: exact, learned
 def test_trajectory_balance_reaches_the_reward(method, tmp_path, monkeypatch):
