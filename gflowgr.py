@@ -131,8 +131,9 @@ class Recipe:
     epochs: int = 8                 # passes over the training log
 
 class Paths:
-    """What a loss reads, of the paths of items (C, J), J unseen items of each context. batch.r
-    (C, n) is R of all items, > 0 at unseen ones; batch.context is the histories as tokens."""
+    """What a loss reads, of the paths of items (C, J), J unseen items of each context. Of batch:
+    context is the histories as tokens, positives (C,) their v, r (C, n) R of all items, > 0 at
+    unseen ones. reference: the policy after SFT, frozen."""
     def __init__(self, recipe, policy, reference, batch, items):
         # One path more for L_GR, that of v, before those of items
         paths = torch.cat([batch.positives[:, None], items], 1) if recipe.gr else items
@@ -186,17 +187,17 @@ RECIPES = {                         # rates, λ, β, dropout and N (but tb-paper
 # --- One step of training, and the loop -----------------------------------------------------------
 def loss_of(recipe, policy, reference, batch, progress):
     """L = gr · L_GR(U, v) + λ · L_GFN, the paper's (there, gr = 1): means over the contexts (U, v)
-    of a Batch. batch.positives (C,): their v. reference: the frozen SFT policy; progress: the share
-    of training that is done, which the curriculum asks for."""
+    of a Batch. batch.positives (C,): their v. reference: the policy after SFT, frozen. progress:
+    the share of training that is done, which the curriculum asks for."""
     if not recipe.loss:                                         # SFT
         log_steps, *_ = policy(*batch.context, batch.positives[:, None])            # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
     # Off-policy: at P = R/Z, TB is 0 on every path, whoever drew it. (But if several users have one
     # history, other v, no P is R/Z for all: P settles between, nearer where paths are drawn often.)
     policy.eval()                                               # no dropout while sampling
-    # By default, N items are drawn from P itself
+    # A function of the next section but one; by default, it draws N items from P itself
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
-    check_items(items, recipe, batch)                           # only a check, of your own sampler
+    check_items(items, recipe, batch)                           # a check, of your own sampler alone
     policy.train()
     if recipe.chosen == "logged":
         items = torch.cat([batch.positives[:, None], items], 1)                     # (C, J = 1 + N)
