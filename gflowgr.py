@@ -688,10 +688,10 @@ Policy.from_pretrained = staticmethod(load_policy)
 
 # --- Settings: flags, names of methods ------------------------------------------------------------
 REAL = {            # What real logs have instead
-    "Settings": dict(methods="pop,cm,blend,sft,sft-continued,tb,sft+cm", ids="mixed", width=128,
-                     layers=3, batch=64),
-    "Recipe": dict(teacher="blend", debias=0.0, sampler="reward_draws", trajectories=2, rate=1.5e-3,
-                   epochs=7),                                   # in place of Recipe's defaults
+    "Settings": dict(methods="pop,cm,blend,sft,tb-huber,sft+cm", ids="mixed", width=128, layers=3,
+                     batch=64),
+    "Recipe": dict(teacher="blend", debias=0.0, sampler="reward_draws", trajectories=2, gamma=3.0,
+                   rate=1.5e-3, epochs=5),                      # in place of Recipe's defaults
     "sft": dict(dropout=0.2, epochs=8),
     "sft-continued": dict(dropout=0.2, rate=4.5e-4),
     "sdpo-reward": dict(sampler="policy_draws"),
