@@ -814,6 +814,7 @@ def test_a_list_ends_where_no_item_is_left():
         assert (items >= 0).sum(1).tolist() == [0, 1, 22]
         assert scores.isfinite().equal(items >= 0)
         assert {*items[2].tolist()} == {-1, *seen} - {0, 3}
+    close(made().path_log_probs([seen], [seen])[0], one_by_one(made(), seen)[0])    # P is over all
 
 def test_what_cannot_be_recommended_is_told():
     ask = made().recommend
@@ -1312,6 +1313,7 @@ def test_real_logs_are_converted_or_refused(name, titles, history, liked, tmp_pa
     script["prepare"](source, tmp_path)
     data = load_data(str(tmp_path))
     assert (data.titles, data.histories, data.liked) == (titles, [history], [liked])
+    assert data.train == [history[:1]]                          # two are for validation and test
     if name == "beauty":
         assert (tmp_path / "letter_ids.csv").read_text().split()[-1] == "3,3,7,2,6"
 
