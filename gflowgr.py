@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 import traceback
 import zlib
@@ -205,6 +206,7 @@ def loss_of(recipe, policy, reference, batch, progress):
         items = torch.cat([draw(batch.r, 1), items], 1)
     p = Paths(recipe, policy, reference, batch, items)
     L_GFN = recipe.loss(p)
+    check_loss(L_GFN, "a loss")                                 # a check, of your own loss alone
     L_GR = -p.log_v.mean() if recipe.gr else 0.0
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
@@ -230,7 +232,7 @@ def train(name, recipe, policy, world):
         epoch_batches = batches(world, policy, reward, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
             loss = loss_of(recipe, policy, reference, batch, len(losses) / steps)
-            check_loss(loss, name, batch, f"step {len(losses)}; is the rate too high?")     # check
+            check_finite(loss, name, batch, f"step {len(losses)}; is the rate too high?")
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -667,8 +669,8 @@ def load_policy(folder, dropout=0.0):
         check(fits, "its IDs do not fit its weights")
         return policy
     except Exception as error:                                  # a wrong folder can raise anything
-        raise InputError(f"{folder} holds no saved model of this version (pop and cm are never "
-                         f"saved): {error}") from None
+        raise InputError(f"{folder} holds no saved model of this version (untrained "
+                         f"methods are never saved): {error}") from None
 
 def load_model(folder):
     """The saved model of any method, with recommend(histories, k); InputError if there is none.
@@ -779,7 +781,7 @@ def recipe_of(name, settings):
     return recipe
 
 # --- Checks: one sentence that says what is wrong and what is right -------------------------------
-MOST = dict(dropout=1, trajectories=129, levels=17, window=1025, width=2049, layers=65,
+MOST = dict(dropout=1, debias=10, trajectories=129, levels=17, window=1025, width=2049, layers=65,
             beams=1025, batch=1025)                             # below; of all others 1e9
 
 def check_numbers(where, values):
@@ -810,11 +812,14 @@ def check_items(items, recipe, batch):
     unseen = 0 <= items.min() and items.max() < n and batch.r.gather(1, items).min() > 0
     check(unseen, f"{asked} items from 0 to {n - 1} that are not in batch.histories")
 
-def check_loss(loss, name, batch, when):
-    """Raise an error, which says when, if a loss is not one finite number with a gradient."""
+def check_loss(loss, name):
+    """Raise InputError if a loss is not one number with a gradient."""
     found = f"{tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
-    check(found == "()", f"{name}: its loss has to return a tensor of one number, not {found}")
-    check(loss.requires_grad, f"{name}: its loss does not depend on P, it has no gradient")
+    check(found == "()", f"{name} has to return a tensor of one number, not {found}")
+    check(loss.requires_grad, f"{name} does not depend on P, it has no gradient")
+
+def check_finite(loss, name, batch, when):
+    """Raise FloatingPointError, which says when, if a loss is no number."""
     if not torch.isfinite(loss):
         users = sorted(set(batch.users))
         raise FloatingPointError(f"{name}: loss {loss} at {when}; users (rows of data) {users}")
@@ -822,13 +827,13 @@ def check_loss(loss, name, batch, when):
 def try_out(names, world):
     """One step of each recipe with an untrained policy: a mistake in your own CM, sampler or loss
     shows now, not after hours."""
-    policy = world.policy()
     for name in names:
         recipe = replace(recipe_of(name, world.settings), gr=0.0)   # L_GR would hide a wrong loss
         if recipe.loss:
+            policy = world.policy()
             batch = next(batches(world, policy, world.reward(recipe), np.random.default_rng(0)))
             loss = loss_of(recipe, policy, policy, batch, 0.0)
-            check_loss(loss, name, batch, "the first try, before training")
+            check_finite(loss, name, batch, "the first try, before training")
             loss.backward()
         elif name.partition(":")[0].endswith("cm"):             # cm, NAME+cm: the CM alone
             world.cm_of(recipe).scores(world.data.train[:2])
@@ -838,18 +843,22 @@ class World:
     """What all methods of one seed share, made from training items alone."""
     def __init__(self, seed, data, settings, cm=None):
         """data: a Dataset; cm: fit of a CM of your own, or None."""
-        n = len(data.titles)
         self.seed = seed                                        # of IDs, new policies, training
         self.data = data
         self.settings = settings
-        self.ids = ids_of(data, settings, seed).to(settings.device)
-        print(f"seed {seed}: {n} semantic IDs of {self.ids.num_levels} codes")
         self.own = cm                                           # its fit(histories, num_items)
         self.cms = {}                                           # name → fitted recommender
         self.rows = list(training_rows(data.train, settings.window))
         self.size = min(settings.batch, math.ceil(len(self.rows) / 20))     # of a batch, in rows
         self.measure = partial(validate, data=data)             # policy → what an epoch prints
         self.measured = "validation NDCG@10"
+
+    @cached_property                                            # untrained methods need none
+    def ids(self):
+        """The SemanticIDs that --ids asks for."""
+        ids = ids_of(self.data, self.settings, self.seed).to(self.settings.device)
+        print(f"seed {self.seed}: {len(ids.codes)} semantic IDs of {ids.num_levels} codes")
+        return ids
 
     def folder(self, name):
         """Where a method's run.json and model are; without ":", which some systems forbid."""
@@ -918,8 +927,9 @@ def model_of(name, recipe, world):
 
 def made_with(name, world):
     """All inputs of a run that --resume compares, but code, and what a CM of your own is like."""
-    made = {"data": world.data.sizes, "cm": "your own" if world.own else "ours",
-            "IDs": zlib.crc32(world.ids.codes.cpu().numpy())}
+    made = {"data": world.data.sizes, "cm": "your own" if world.own else "ours"}
+    if name.partition(":")[0] not in UNTRAINED:
+        made["IDs"] = zlib.crc32(world.ids.codes.cpu().numpy())
     for what in "window width layers batch beams".split():
         made[f"--{what}"] = getattr(world.settings, what)
     for part in ("sft", name.partition("+cm")[0], name):        # NAME of NAME+cm, and itself
@@ -988,12 +998,16 @@ def run(settings, cm=None):
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
     worlds = [World(seed, data, settings, cm) for seed in seeds]
     kept = {}
-    for world in worlds if settings.resume else ():
+    for world in worlds:
         for name in names:
             path = world.folder(name) / "run.json"
-            if path.exists():
-                kept[name, world.seed] = report.earlier_run(path, made_with(name, world))
+            run = path.exists() and report.earlier_run(path, made_with(name, world))
+            if run and settings.resume:
+                print(f"{name}, seed {world.seed}: kept, as it was finished")
+                kept[name, world.seed] = run
     try_out([name for name in names if (name, seeds[0]) not in kept], worlds[0])
+    Path(settings.out).mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=settings.out).close()            # fails now, not after training
     runs = []
     for world in worlds:
         for name in names:

@@ -1,6 +1,6 @@
 """Traditional recommenders, what is made of them, and the comprehensive reward.
 
-A recommender is made by a function fit(histories, num_items), of training histories: lists of items,
+A recommender is made by a function fit(histories, num_items): training histories, lists of items,
 oldest first, no repeats. It has scores(histories) → (B, n) ≥ 0, rows of sum 1, 0 at items of the
 history. The one that R reads is called *teacher*, the paper's collaborative model (CM). Letters: B
 users or contexts, n items.
@@ -160,12 +160,13 @@ class Folds:
         shape = (len(histories), len(self.popular))
         right = torch.is_tensor(scores) and scores.shape == shape and scores.is_floating_point()
         right = right and scores.min() >= 0 and (scores.sum(1) - 1).abs().max() < 1e-3
+        right = right and not scores[entries(histories)].any()
         if not right:
             found = " ".join(str(scores).split())[:100]
             name = type(cm).__name__
-            raise InputError(f"{name}.scores has to return a tensor of floats {shape}, ≥ 0, each "
-                             f"row of sum 1, not {found} …")
-        return scores
+            raise InputError(f"{name}.scores has to return a tensor of floats {shape}, ≥ 0, 0 at "
+                             f"items of the history, each row of sum 1, not {found} …")
+        return scores.float()
 
 class Debiased:
     """A recommender whose scores are divided by popularity^δ, ours: what is shown more is logged

@@ -28,8 +28,7 @@ def earlier_run(path, made_with):
         before = old.get(name)
         now = made_with.get(name)
         check(before == now, f"{path} was made with {name} = {before}, now it is {now}; choose "
-              "another --out, or leave out --resume to train it anew")
-    print(f"{run['method']}, seed {run['seed']}: kept, as it was finished")
+              "another --out, or delete it")
     return run
 
 def table_of_items(lists, num_items):
