@@ -10,7 +10,8 @@ The lecture ends at a line that says so, below the beam search.
 A context (U, v): a user's history, the item logged next. s_0 … s_L are the prefixes of an ID, a
 path; P_F(s_{l+1} | s_l) is the policy's P of the next code; the flow F(s) is the sum of R below s.
 Letters in shapes: C contexts, J paths of each context, L levels of an ID, K codes at each level,
-n items; B users or rows of a batch, H tokens of a history, d width of the model, W beams of a user.
+n items; B users or rows of a batch, H tokens of a history, d width of the model, W beams of a user;
+M prefixes. `unseen` (B, M + n) says of each node: is an item that the user has not seen below it?
 A node of the tree is a number: 0 is the root, then come the other prefixes, and last the n items;
 −1 stands for no node, and its children are −1.
 """
@@ -196,9 +197,9 @@ def loss_of(recipe, policy, reference, batch, progress):
     # Off-policy: at P = R/Z, TB is 0 on every path, whoever drew it. (But if several users have one
     # history, other v, no P is R/Z for all: P settles between, nearer where paths are drawn often.)
     policy.eval()                                               # no dropout while sampling
-    # A function of the next section but one; by default, it draws N items from P itself
+    # A sampler of the next section; by default, it draws N items from P itself
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
-    check_items(items, recipe, batch)                           # a check, of your own sampler alone
+    check_items(items, recipe, batch)                           # a mistake in a sampler shows
     policy.train()
     if recipe.chosen == "logged":
         items = torch.cat([batch.positives[:, None], items], 1)                     # (C, J = 1 + N)
@@ -206,7 +207,7 @@ def loss_of(recipe, policy, reference, batch, progress):
         items = torch.cat([draw(batch.r, 1), items], 1)
     p = Paths(recipe, policy, reference, batch, items)
     L_GFN = recipe.loss(p)
-    check_loss(L_GFN, "a loss")                                 # a check, of your own loss alone
+    check_loss(L_GFN, "a loss")                                 # a mistake in a loss shows
     L_GR = -p.log_v.mean() if recipe.gr else 0.0
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
@@ -348,7 +349,7 @@ class Batch:
         device = tokens.device
         self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
         self.liked = torch.tensor(liked, device=device)         # (C,) bool: not only clicked
-        self.unseen = ids.unseen(self.histories)    # (C, nodes) bool: an unseen item at or below?
+        self.unseen = ids.unseen(self.histories)    # (C, M + n) bool, of each node
         self.context = tokens, ends.to(device), self.unseen     # what the policy reads: no v
         if reward:
             # Not of the teacher that all are served by: of one that was fitted without this user
@@ -424,7 +425,7 @@ class Policy(torch.nn.Module):
     def forward(self, tokens, ends, unseen, items):
         """Pack the paths of C contexts into B rows, run GPT-2 once, unpack. Rows of tokens (B, H);
         the places (B, T) where the histories of at most T contexts end, −1 is padding; unseen (C,
-        nodes) bool; items (C, J), J paths of each context. Returns log P_F of each step (C, J, L),
+        M + n) bool; items (C, J), J paths of each context. Returns log P_F of each step (C, J, L),
         log P_F of all codes there (C, J, L, K), near NEVER if illegal, and the learned log F of
         s_0 … s_{L-1} (C, J, L)."""
         ids = self.semantic_ids
@@ -489,7 +490,7 @@ class Beams:
     def __init__(self, policy, histories):
         self.ids = policy.semantic_ids
         self.lm = policy.lm.transformer
-        self.unseen = self.ids.unseen(histories)    # (B, nodes) bool: an unseen item at or below?
+        self.unseen = self.ids.unseen(histories)    # (B, M + n) bool, of each node
         self.level = 0                                          # number of codes so far
         tokens, self.ends = policy.tokens(histories)            # (B, H), (B, 1)
         self.node = torch.zeros_like(self.ends)                 # (B, W = 1) where the beams are: 0,
@@ -581,7 +582,7 @@ def guided_search(policy, histories, k, beams, guide):
     tree = Beams(policy, histories)
     ids = tree.ids
     guide = guide.to(tree.node.device) * tree.unseen[:, ids.num_prefixes:]          # (B, n)
-    log_guide = ids.flows(guide).clamp(min=1e-30).log()         # (B, nodes) of the sum below each
+    log_guide = ids.flows(guide).clamp(min=1e-30).log()         # (B, M + n) of the sum below each
     log_p = torch.zeros(tree.node.shape, device=tree.node.device)                   # (B, W)
     for _ in range(ids.num_levels):
         child, logits = tree.children()
