@@ -124,7 +124,7 @@ class Recipe:
     w_y: float = 0.75               # r_ŷ: scores of the teacher
     w_s: float = 0.05               # r_s ∝ number of levels with the same code as v
     teacher: Literal["cm", "svd", "blend"] = "svd"      # a traditional recommender of reward.py
-    gamma: float = 2.0              # γ of the methods NAME+cm: they list by P · teacher^γ
+    gamma: float = 8.0              # γ of the methods NAME+cm: they list by P · teacher^γ
     debias: float = 0.5             # δ, ours: the teacher's scores are divided by popularity^δ (of
                                     # svd: by the length of an item's vector)
     beta: float = 0.1               # S-DPO, GRPO: how strongly P is held near that of SFT
