@@ -183,7 +183,7 @@ RECIPES = {                         # rates, λ, β, dropout and N (but tb-paper
     "tb": Recipe(**TB),
     "tb-huber": Recipe(lambda p: huber_balance(p.log_z, p.log_pf, p.log_r)),
     "db": Recipe(lambda p: detailed_balance(p.log_flow, p.log_steps), dropout=0.1),
-    "vargrad": Recipe(lambda p: vargrad(p.log_pf, p.log_r)),    # reads R at the N items alone
+    "vargrad": Recipe(lambda p: vargrad(p.log_pf, p.log_r), dropout=0.1),   # R of N items alone
     "distill": Recipe(lambda p: distillation(p.child_flow, p.log_probs), dropout=0.2)}
 
 # --- One step of training, and the loop -----------------------------------------------------------
