@@ -14,15 +14,9 @@ import torch
 from torch.nn import functional
 
 from data import InputError
-from tokenizer import cooccurrence, entries, item_features, item_vectors, seen_entries
+from tokenizer import cooccurrence, entries, item_features, item_vectors, seen_entries, sparse
 
 warnings.filterwarnings("ignore", message="Sparse CSR")         # torch calls its sparse CSR "beta"
-
-def sparse(index, values, shape):
-    """A sparse tensor of floats from index (2, m), numpy, and values (m,)."""
-    index = torch.as_tensor(np.stack(index))
-    return torch.sparse_coo_tensor(index, torch.as_tensor(values).float(), shape,
-                                   check_invariants=False).coalesce()      # else mm is slow
 
 def recent(histories, num_items, weight, length=None):
     """Sparse (B, n): weight(age) at the last `length` items of B histories, age 1: the newest."""

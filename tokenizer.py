@@ -89,15 +89,19 @@ def seen_entries(histories, num_items):
     check(known, f"items of a history are numbers from 0 to {num_items - 1}")
     return rows, items
 
+def sparse(index, values, shape):
+    """A sparse tensor of floats from index (2, m), numpy, and values (m,)."""
+    index = torch.as_tensor(np.stack(index))
+    return torch.sparse_coo_tensor(index, torch.as_tensor(values).float(), shape,
+                                   check_invariants=False).coalesce()      # else mm is slow
+
 def _svd(rows, columns, values, shape, dim, seed):
     """The `dim` largest left singular vectors (n, dim) and values (dim,) of a sparse matrix."""
     vectors = np.zeros((shape[0], dim), np.float32)
     sizes = np.zeros(dim, np.float32)
     rank = min(dim, *shape)                                     # columns beyond it stay 0
     if len(values):
-        index = torch.tensor(np.stack([rows, columns]))
-        values = torch.tensor(values).float()
-        matrix = torch.sparse_coo_tensor(index, values, shape, check_invariants=False).coalesce()
+        matrix = sparse((rows, columns), values, shape)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             u, s, _ = torch.svd_lowrank(matrix, q=min(rank + 8, *shape), niter=4)
