@@ -8,12 +8,12 @@ R. R mixes the logged action, the score of a collaborative model (CM) and the si
 The lecture ends at a line that says so, below the beam search.
 
 A context (U, v): a user's history, the item logged next. s_0 … s_L are the prefixes of an ID, a
-path; P_F(s_{l+1} | s_l) is the policy's P of the next code; the flow F(s) is the sum of R below s.
+path; P_F(s_{l+1} | s_l) is the policy's P of the next code; the flow F(s) is the sum of R over all
+items below s, Z(U) = F(s_0). F* is F if it is computed from R, not learned.
 Letters in shapes: C contexts, J paths of each context, L levels of an ID, K codes at each level,
-n items; B users or rows of a batch, H tokens of a history, d width of the model, W beams of a user;
-M prefixes. `unseen` (B, M + n) says of each node: is an item that the user has not seen below it?
-A node of the tree is a number: 0 is the root, then come the other prefixes, and last the n items;
-−1 stands for no node, and its children are −1.
+n items, M prefixes; B users, or rows of a batch; H tokens of a history, d width of the model, W
+beams of a user. A node of the tree is a number: 0 is the root, then come the other prefixes, last
+the n items; −1 is no node. `unseen` (C or B, M + n) is true at nodes with an unseen item below.
 """
 import copy
 import json
@@ -78,10 +78,10 @@ def detailed_balance(log_flow, log_steps):
     return (log_flow[..., :-1] + log_steps - log_flow[..., 1:]).square().sum(-1).mean()
 
 def distillation(child_flow, log_probs):
-    """Ours, KL(R/Z ‖ P): flows F* (sums of R) of all children (C, J, L, K), log P_F of all codes
-    (C, J, L, K) → scalar. TB and DB see only the codes that a path takes. This loss compares all
-    children at each step of it. Its minimum is P = R/Z, whoever drew the paths; if they are drawn
-    ∝ R, it is KL(R/Z ‖ P) of whole items.
+    """Ours, a KL at each step: flows F* of all children (C, J, L, K), log P_F of all codes
+    (C, J, L, K) → scalar. TB and DB see only the codes that a path takes. This loss compares P_F
+    of all codes with q, their shares of the flow. It is 0 at P = R/Z, whatever the paths are. (If
+    they are drawn ∝ R, it is KL(R/Z ‖ P) of whole items.)
     Mean over paths of Σ_l Σ_c q(c) · (log q(c) − log P_F(c | s_l)), q(c) = F*(c) / F*(s_l)."""
     target = child_flow / child_flow.sum(-1, keepdim=True)      # q; 0 for an illegal child
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
@@ -95,10 +95,10 @@ def sdpo(log_pf, log_ref, beta):
     return -functional.logsigmoid(-margin.logsumexp(1)).mean()
 
 def grpo(log_pf, log_ref, log_r, beta):
-    """GRPO (Shao et al. 2024), a maximiser of R: log P, log P_ref, log R of paths (C, J) → scalar.
-    Its paths are drawn by P at this very step (ours: no item twice), so P / P_old is 1, and its
-    gradient is ∇ log P.
-    A = (R − mean R) / std R over a context's J paths: std with J − 1, at least 1e-8; A is constant.
+    """GRPO (Shao et al. 2024), reinforcement learning: log P, log P_ref, log R of paths (C, J) →
+    scalar. It raises P where R is above the mean of the J paths, which P itself drew. (They are
+    drawn at this very step, ours: no item twice; so GRPO's ratio P / P_old is 1 and left out.)
+    A = (R − mean R) / std R over a context's J paths; std with J − 1, at least 1e-8.
     Mean over paths of β · (x − log x − 1) − A · log P, x = P_ref / P: a KL, and the gain of R."""
     r = log_r.exp()
     advantage = (r - r.mean(1, keepdim=True)) / r.std(1, keepdim=True).clamp(min=1e-8)
@@ -110,80 +110,83 @@ def grpo(log_pf, log_ref, log_r, beta):
 class Recipe:
     """How a method is trained; `--methods tb:epochs=4` changes a field. These defaults are what
     `tb` has in the made-up world of the first command. U: a history, v: the item logged next."""
-    loss: object = None             # L_GFN, a function of a Paths; None: L_GR alone, this is SFT
+    loss: object = None             # L_GFN, a function of a Paths (below); None: SFT, L_GR alone
     gr: float = 1.0                 # weight of L_GR = −log P(v | U), the loss of SFT
     lam: float = 3.0                # λ, weight of L_GFN
-    sampler: str = "policy_draws"   # a name in SAMPLERS: which N unseen items a step learns from
+    sampler: str = "policy_draws"   # which N unseen items L_GFN reads; here, N drawn from P
     trajectories: int = 8           # N: the paper's best is about 3
-    chosen: Literal["", "logged", "reward"] = ""    # "": none. An item more, on path 0, before
-                                    # the N: v, whose path is the paper's τ_1, or one drawn ∝ R
-    exact: bool = True              # ours: flows and Z are sums of R, as R of all items is known;
-                                    # False: learned from the policy's hidden states
+    chosen: Literal["", "logged", "reward"] = ""    # one item more for L_GFN, its path comes first:
+                                    # v (the paper's τ_1), or an item drawn ∝ R; "": none
+    exact: bool = True              # ours: F and Z are F*, as R of all items is known; False:
+                                    # learned, by a linear head on the policy's hidden states
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/m at each of m unseen items. Each r has the sum 1
     w_a: float = 0.2                # r_a: 1 at v (.1 if a real log says that v was not liked)
     w_y: float = 0.75               # r_ŷ: scores of the teacher
     w_s: float = 0.05               # r_s ∝ number of levels with the same code as v
     teacher: Literal["cm", "svd", "blend"] = "svd"      # a traditional recommender of reward.py
+    debias: float = 0.5             # δ, ours: the teacher's scores are divided by popularity^δ
     gamma: float = 8.0              # γ of the methods NAME+cm: they list by P · teacher^γ
-    debias: float = 0.5             # δ, ours: the teacher's scores are divided by popularity^δ (of
-                                    # svd: by the length of an item's vector)
     beta: float = 0.1               # S-DPO, GRPO: how strongly P is held near that of SFT
     rate: float = 3e-3              # peak learning rate: small models like it high
-    dropout: float = 0.0            # none is needed if R rewards many items; L_GR over-fits
+    dropout: float = 0.0            # SFT needs some; R has many items, that is enough here
     epochs: int = 8                 # passes over the training log
 
 class Paths:
-    """What a loss reads, of the paths of items (C, J), J unseen items of each context. Of batch:
-    context is the histories as tokens, positives (C,) their v, r (C, n) R of all items, > 0 at
-    unseen ones. reference: the policy after SFT, frozen."""
+    """What a loss can read: J unseen items of each of C contexts, and their paths."""
     def __init__(self, recipe, policy, reference, batch, items):
+        """policy: is trained; reference: as it was after SFT, frozen. batch, a Batch: context is
+        what a policy reads, the histories; positives (C,) are their v; r (C, n) is R of all items,
+        0 at seen ones. items (C, J)."""
         # One path more for L_GR, that of v, before those of items
         paths = torch.cat([batch.positives[:, None], items], 1) if recipe.gr else items
         log_steps, log_probs, log_flow = policy(*batch.context, paths)
         J = items.shape[1]
+        self.items = items                                      # (C, J)
         self.log_v = log_steps[:, 0].sum(-1)                    # (C,) log P(v | U), if gr > 0
         self.log_steps = log_steps[:, -J:]                      # (C, J, L) log P_F of each step
         self.log_probs = log_probs[:, -J:]                      # (C, J, L, K) of all codes there
-        log_flow = log_flow[:, -J:]     # (C, J, L) log F of s_0 … s_{L-1} by a linear head
         self.log_pf = self.log_steps.sum(-1)                    # (C, J) log P of whole paths
         self.log_r = batch.r.gather(1, items).log()             # (C, J) log R
-        # (C, J, L, K) the exact flow F* of each child of s_0 … s_{L-1}: the sum of R below it
+        # (C, J, L, K) F* of each child of s_0 … s_{L-1}
         self.child_flow = policy.semantic_ids.child_flows(batch.r, items)
+        log_flow = log_flow[:, -J:]                             # (C, J, L) learned, s_0 … s_{L-1}
         if recipe.exact:                                        # F*(s): the sum of its children's
             log_flow = self.child_flow.sum(-1).log()
         self.log_flow = torch.cat([log_flow, self.log_r[..., None]], -1)    # (C, J, L+1) F(s_L) = R
         self.log_z = self.log_flow[:, 0, 0]                     # (C,) log Z(U) = log F(s_0)
-        # (C, J) for S-DPO: the chosen item, on path 0, is not rejected where it is drawn again
-        self.again = items == items[:, :1]
-        self.again[:, 0] = False
         self.beta = recipe.beta
-        self.frozen = partial(reference, *batch.context, items)
+        self.context = batch.context
+        self.reference = reference
 
     @cached_property                                            # computed if a loss reads it
     def log_ref(self):
-        """(C, J) log P by the frozen SFT policy."""
+        """(C, J) log P by the reference."""
         with torch.no_grad():
-            return self.frozen()[0].sum(-1)
+            return self.reference(*self.context, self.items)[0].sum(-1)
 
-# p: a Paths. A log P of NEVER, where an item is drawn again, takes its path out of S-DPO
-TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))
-SDPO = dict(loss=lambda p: sdpo(p.log_pf.masked_fill(p.again, NEVER), p.log_ref, p.beta),
-            trajectories=7)
-RECIPES = {                         # rates, λ, β, dropout and N (but tb-paper's) were tuned
+def sdpo_of(p):
+    """S-DPO of a Paths p; where path 0, the chosen item, is drawn again, it is not rejected."""
+    again = p.items == p.items[:, :1]                           # (C, J)
+    again[:, 0] = False
+    return sdpo(p.log_pf.masked_fill(again, NEVER), p.log_ref, p.beta)
+
+TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))        # p: a Paths
+SDPO = dict(loss=sdpo_of, trajectories=7)
+RECIPES = {                         # data/log.md has the trials that chose these numbers
     "sft": Recipe(rate=1.5e-3, dropout=0.4, epochs=20),         # all methods below start from it
     "sft-continued": Recipe(rate=9e-4, dropout=0.4),            # SFT, for longer
     "sdpo": Recipe(**SDPO, chosen="logged", lam=10.0, beta=1.0, rate=9e-4, dropout=0.2),
     "sdpo-reward": Recipe(**SDPO, chosen="reward", lam=30.0, rate=1e-3),
     "grpo": Recipe(lambda p: grpo(p.log_pf, p.log_ref, p.log_r, p.beta), trajectories=16,
                    lam=10.0, beta=0.01),
-    # The paper's sampler, three items, learned log Z. Ours: its τ_1, the path of v, trains L_GR
-    # alone; with chosen=logged, L_GFN as well, which is how others' notes have it
+    # The paper's sampler, its N, learned Z. Ours: its τ_1, the path of v, trains L_GR alone; with
+    # chosen=logged, it trains L_GFN as well, as others' notes on the paper have it
     "tb-paper": Recipe(**TB, sampler="curriculum", trajectories=3, exact=False, lam=0.1,
                        dropout=0.4),
     "tb": Recipe(**TB),
     "tb-huber": Recipe(lambda p: huber_balance(p.log_z, p.log_pf, p.log_r)),
     "db": Recipe(lambda p: detailed_balance(p.log_flow, p.log_steps), dropout=0.1),
-    "vargrad": Recipe(lambda p: vargrad(p.log_pf, p.log_r), dropout=0.1),   # R of N items alone
+    "vargrad": Recipe(lambda p: vargrad(p.log_pf, p.log_r), dropout=0.1),   # needs no Z
     "distill": Recipe(lambda p: distillation(p.child_flow, p.log_probs), dropout=0.2)}
 
 # --- One step of training, and the loop -----------------------------------------------------------
@@ -194,10 +197,9 @@ def loss_of(recipe, policy, reference, batch, progress):
     if not recipe.loss:                                         # SFT
         log_steps, *_ = policy(*batch.context, batch.positives[:, None])            # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
-    # Off-policy: at P = R/Z, TB is 0 on every path, whoever drew it. (But if several users have one
-    # history, other v, no P is R/Z for all: P settles between, nearer where paths are drawn often.)
     policy.eval()                                               # no dropout while sampling
-    # A sampler of the next section; by default, it draws N items from P itself
+    # Off-policy: TB is 0 on every path at P = R/Z, so any items will do. (If users with the same
+    # history have other v, no P is R/Z for all. Then P is a compromise, best where items come from)
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
     check_items(items, recipe, batch)                           # a mistake in a sampler shows
     policy.train()
@@ -228,7 +230,7 @@ def train(name, recipe, policy, world):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = world.seed, epoch                                # all that the draws depend on
+        seed = world.seed, epoch        # alone decide what is drawn, by torch and by batches
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         epoch_batches = batches(world, policy, reward, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
@@ -247,17 +249,18 @@ def train(name, recipe, policy, world):
     return curve
 
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
-# Functions (batch, N, policy, progress) → unseen items (C, N). Of each context, batch has the items
-# before v (histories, a list) and from v on (following, a list), the teacher's scores (C, n) and R,
-# r (C, n), which is 0 at seen items. entries(lists) are the rows and columns of their items
+# Functions (batch, N, policy, progress) → unseen items (C, N). A batch has, of each context: a list
+# of the items before v (histories), a list of those from v on (following), v (positives), the
+# teacher's scores (C, n), R (r (C, n), 0 at seen items). weight[entries(lists)] are the places of
+# the lists' items in weight (C, n). progress: the share of training that is done
 def draw(weight, count):
     """N = count items per context (C, N), with replacement, ∝ weight (C, n)."""
     # torch is slow at drawing one item, so draw two at least, and keep `count`
     return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
 
 def session(batch, count, policy, progress):
-    """The paper's first: other items of the user's log, ours: later ones alone. If v is the last of
-    the log, v."""
+    """The paper's first: other items of the user's log. Ours: those after v; if there are none, v
+    itself."""
     weight = torch.zeros_like(batch.r)
     weight[entries(batch.following)] = 1
     weight.scatter_(1, batch.positives[:, None], 1e-6)          # v, drawn only if all others are 0
@@ -275,10 +278,11 @@ def uniform(batch, count, policy, progress):
 
 def curriculum(batch, count, policy, progress):
     """The paper's default: items with low scores early in training, items with high ones late.
-    Draw a pool of 2N−1 items (the paper's size) with replacement, none of the user's log
-    (batch.histories + batch.following), item i ∝ batch.scores[i]/2 + 1/(2n). (How to draw is ours;
-    without 1/(2n), few low ones are drawn.) Sort the pool from low to high score. Keep places
-    start … start + N − 1 of it, counted from 0; start = round(progress · (N−1))."""
+    1. Draw a pool of 2N−1 items (the paper's size) with replacement, none of the user's log
+       (batch.histories + batch.following), item i ∝ batch.scores[i]/2 + 1/(2n). How to draw is
+       ours: half by score, half at random.
+    2. Sort the pool from low to high score.
+    3. Keep places start … start + N − 1, counted from 0; start = round(progress · (N−1))."""
     weight = unlogged(batch, 0.5 * batch.scores + 0.5 / batch.scores.shape[1])
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
     ranked = pool.gather(1, batch.scores.gather(1, pool).argsort(1))
@@ -286,7 +290,7 @@ def curriculum(batch, count, policy, progress):
     return ranked[:, start:start + count]
 
 def policy_beam(batch, count, policy, progress):
-    """The paper's fourth: the best of the policy's own beam, without v (the paper: N−1 of them)."""
+    """The paper's fourth: the N best items by P itself, without v (the paper: N−1)."""
     items, _ = policy.recommend(batch.histories, count + 1, beams=count + 1)    # best first
     positives = batch.positives[:, None]
     order = (items == positives).int().argsort(dim=1, stable=True)      # v goes last
@@ -294,7 +298,7 @@ def policy_beam(batch, count, policy, progress):
     return items.where(items >= 0, positives)                   # fewer than N unseen: v instead
 
 def policy_draws(batch, count, policy, progress):
-    """Ours: N items drawn from the policy itself, without replacement."""
+    """Ours: N different items drawn from P itself."""
     items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)    # temperature 1
     return items.where(items >= 0, batch.positives[:, None])    # fewer than N unseen: v instead
 
@@ -305,22 +309,22 @@ def reward_draws(batch, count, policy, progress):
 SAMPLERS = {sampler.__name__: sampler for sampler in (
     session, uniform, curriculum, policy_beam, policy_draws, reward_draws)}
 
-# --- Rows of tokens, and batches ------------------------------------------------------------------
-# Many contexts share one row: that is faster. A row reads the items start … stop-2 of a user's
-# history; the items target … stop-1 are its targets, each a v; `ends` are the places where the
-# histories before them end. Rows of a user who took the items 0 … 9, window 4:
-#     places        0      1 2 3 4      targets     ends
-#     first row     <user> 0 1 2 3      0 1 2 3 4   0 1 2 3 4
-#     second row    <user> 2 3 4 5      5 6         3 4
-Row = namedtuple("Row", "user start target stop")
+# --- Contexts, rows, batches ----------------------------------------------------------------------
+# Each item v of a training history is a target once: its context is (U, v), U the items before it.
+# GPT-2 reads some contexts of a user in one go, as a row: the targets are the items of the history
+# at `places`, and the row has the items from `start` on that come before the last of them. Rows of
+# a user who took the items a b c d e f g h i j, window 4:
+#     Row(user, start=0, places=0…4)      <user> a b c d      targets a b c d e
+#     Row(user, start=2, places=5…6)      <user> c d e f      targets f g: g sees the last 4 items
+Row = namedtuple("Row", "user start places")
 
 def training_rows(histories, window):
-    """Rows in which every item is a target once. The last target of a row sees the `window` items
-    before it, or all, if fewer; in a user's later rows, the first target sees window/2 or more."""
+    """Rows in which every item is a target once, and sees the items before it: from window/2 to
+    `window` of them, or all, if they are fewer."""
     for user, history in enumerate(histories):
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
-        for target, stop in zip(cuts, cuts[1:]):
-            yield Row(user, max(0, stop - 1 - window), target, stop)
+        for first, stop in zip(cuts, cuts[1:]):
+            yield Row(user, max(0, stop - 1 - window), range(first, stop))
 
 def pad(lists, value):
     """Lists of integers as one tensor, filled up with `value` on the right."""
@@ -328,34 +332,36 @@ def pad(lists, value):
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 class Batch:
-    """B rows and their C contexts (U, v): the history U before each target v."""
+    """The C contexts (U, v) of B rows, row by row: the history U before each target v."""
     def __init__(self, rows, data, policy, reward=None):
         """reward: a Reward; None, for SFT, leaves out scores and r."""
-        ids = policy.semantic_ids
-        # Tokens (B, H) as in Policy.tokens, padded; ends (B, T), padded with −1
-        tokens, _ = policy.tokens([data.train[row.user][row.start:row.stop - 1] for row in rows])
-        ends = pad([range(row.target - row.start, row.stop - row.start) for row in rows], -1)
-        # Of each target: in which of the rows it is, and its place in the user's history
-        which, indices = entries([range(row.target, row.stop) for row in rows])
-        # From here on, an entry for each of the C contexts, row by row, without padding
-        self.users = [rows[i].user for i in which]
-        self.histories = []         # C lists: the user's items before v
+        self.users = []             # C numbers
+        self.histories = []         # C lists, U: the user's items before v
         self.following = []         # C lists: v and the user's later training items
+        read = []                   # B lists: the items of a row
+        ends = []                   # B lists: the place in the row where each U ends; 0 is <user>
         liked = []
-        for user, index in zip(self.users, indices):
-            self.histories.append(data.train[user][:index])
-            self.following.append(data.train[user][index:])
-            liked.append(data.liked[user][index])
+        for user, start, places in rows:
+            history = data.train[user]
+            read.append(history[start:places[-1]])
+            ends.append([place - start for place in places])
+            for place in places:
+                self.users.append(user)
+                self.histories.append(history[:place])
+                self.following.append(history[place:])
+                liked.append(data.liked[user][place])
+        tokens, _ = policy.tokens(read)                         # (B, H), with <user>, padded
         device = tokens.device
         self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
         self.liked = torch.tensor(liked, device=device)         # (C,) bool: not only clicked
+        ids = policy.semantic_ids
         self.unseen = ids.unseen(self.histories)    # (C, M + n) bool, of each node
-        self.context = tokens, ends.to(device), self.unseen     # what the policy reads: no v
+        # What the policy reads, no v; ends (B, T) are padded with −1
+        self.context = tokens, pad(ends, -1).to(device), self.unseen
         if reward:
-            # Not of the teacher that all are served by: of one that was fitted without this user
-            # (reward.Folds), else the scores would know v; divided by popularity^δ
+            # By a teacher that was fitted without this user: else it would know v (reward.Folds)
             scores = reward.teacher.scores(self.histories, self.following)
-            self.scores = scores.to(device)                     # (C, n) the teacher's, of sum 1
+            self.scores = scores.to(device)                     # (C, n) of sum 1
             unseen = self.unseen[:, ids.num_prefixes:]          # (C, n) nodes of items come last
             self.r = reward(self.scores, self.positives, self.liked, unseen)        # (C, n)
 
@@ -364,34 +370,12 @@ def batches(world, policy, reward, rng):
     rows = [world.rows[r] for r in rng.permutation(len(world.rows))]
     size = world.size
     # By length, but only within 32 batches: the order of an epoch has to stay random
-    order = sorted(range(len(rows)), key=lambda i: (i // (32 * size), rows[i].stop - rows[i].start))
+    lengths = [row.places.stop - row.start for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (i // (32 * size), lengths[i]))
     for start in rng.permutation(range(0, len(rows), size)):
         yield Batch([rows[i] for i in order[start:start + size]], world.data, policy, reward)
 
 # --- The policy: P_F(next code | user, codes so far) ----------------------------------------------
-def tree_mask(ends, H, L):
-    """After H tokens of history, a row holds E branches, the first L−1 codes of a path each (the
-    last is only predicted): S = H + E·(L−1) places. Which sees which? Floats (B, S, S), 0 where
-    place i sees j, else NEVER. A place of the history sees itself and all before it. A code of
-    branch e in row b sees the history up to place ends[b, e], and its own branch up to itself.
-    <user> a b, with the codes 1 2 after a, and 3 4 after b:
-    >>> for place, row in zip("uab1234", tree_mask(torch.tensor([[1, 2]]), H=3, L=3)[0]):
-    ...     print(place, *["x" if x == 0 else "." for x in row])
-    u x . . . . . .
-    a x x . . . . .
-    b x x x . . . .
-    1 x x . x . . .
-    2 x x . x x . .
-    3 x x x . . x .
-    4 x x x . . x x
-    """
-    branch = torch.arange(ends.shape[1], device=ends.device).repeat_interleave(L - 1)
-    branch = functional.pad(branch, (H, 0), value=-1)           # (S,) −1: the history
-    own = (branch[:, None] == branch).tril()                    # (S, S) same branch, not later
-    last = functional.pad(ends.repeat_interleave(L - 1, 1), (H, 0), value=-1)       # (B, S)
-    place = torch.arange(len(branch), device=ends.device)
-    return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
-
 class Policy(torch.nn.Module):
     """A small GPT-2 that reads a history and writes a semantic ID, plus the table of IDs.
     Tokens: code c of level l is l·K + c; L·K is <user>, which begins each row, and pads it. An item
@@ -423,37 +407,18 @@ class Policy(torch.nn.Module):
         return pad(rows, -1).to(device) + self.user_token + 1, torch.tensor(ends, device=device)
 
     def forward(self, tokens, ends, unseen, items):
-        """Pack the paths of C contexts into B rows, run GPT-2 once, unpack. Rows of tokens (B, H);
-        the places (B, T) where the histories of at most T contexts end, −1 is padding; unseen (C,
-        M + n) bool; items (C, J), J paths of each context. Returns log P_F of each step (C, J, L),
-        log P_F of all codes there (C, J, L, K), near NEVER if illegal, and the learned log F of
-        s_0 … s_{L-1} (C, J, L)."""
+        """P on the paths of items (C, J), J of each context. tokens, ends, unseen: the context of a
+        Batch. Returns log P_F of each step (C, J, L), log P_F of all codes there (C, J, L, K), near
+        NEVER if illegal, and the learned log F of s_0 … s_{L-1} (C, J, L)."""
         ids = self.semantic_ids
         L = ids.num_levels
-        H = tokens.shape[1]
-        T = ends.shape[1]
-        J = items.shape[1]
-        # Every place of `ends` gets J branches, E = T·J in a row; those of padding hold item 0
-        valid = ends >= 0                                       # (B, T) C of them, in their order
-        packed = items.new_zeros(*ends.shape, J)                                    # (B, T, J)
-        packed[valid] = items
-        branch_ends = ends.clamp(min=0).repeat_interleave(J, 1)                     # (B, E)
-        levels = torch.arange(L, device=ends.device)
-        code_tokens = ids.codes[packed.flatten(1)] + ids.num_codes * levels     # (B, E, L) l·K + c
-        mask = tree_mask(branch_ends, H, L)
-        # A place's position is the number of places that it sees, less 1
-        hidden = self.lm.transformer(
-            torch.cat([tokens, code_tokens[..., :-1].flatten(1)], 1), attention_mask=mask[:, None],
-            position_ids=(mask == 0).sum(-1) - 1, use_cache=False).last_hidden_state    # (B, S, d)
-        # The hidden state of a prefix: of s_0 where the history ends, of s_1 … at its last code
-        root = hidden.take_along_dim(branch_ends[..., None], 1)                     # (B, E, d)
-        later = hidden[:, H:].unflatten(1, (T * J, L - 1))                          # (B, E, L-1, d)
-        prefixes = torch.cat([root[:, :, None], later], 2)                          # (B, E, L, d)
-        prefixes = prefixes.unflatten(1, (-1, J))[valid]        # (C, J, L, d) without padding
+        # GPT-2's hidden states at s_0 … s_{L-1}: it has read U and the codes so far. They are the
+        # same as if each path was read alone; how all are read at once comes after the lecture
+        prefixes = read_packed(self, tokens, ends, items)                           # (C, J, L, d)
         # A level's output weights are its codes' embeddings
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("cjld,lkd->cjlk", prefixes, heads).float()            # (C, J, L, K)
-        # The node that each code leads to from s_0 … s_{L-1}; −1 if no unseen item is below it
+        # Legal codes lead to an unseen item. child: the node where a code leads, −1 if illegal
         states = ids.nodes[items][..., :-1]                     # (C, J, L) nodes s_0 … s_{L-1}
         child = ids.legal_children(states.flatten(1), unseen).view_as(logits)       # (C, J, L, K)
         log_probs = logits.masked_fill(child < 0, NEVER).log_softmax(-1)
@@ -462,7 +427,7 @@ class Policy(torch.nn.Module):
 
     def path_log_probs(self, histories, items):
         """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L). On the
-        path of a seen item, the first illegal step is near NEVER, and so is the sum."""
+        path of a seen item, one step is near NEVER, and so is the sum."""
         tokens, ends = self.tokens(histories)                   # one context a row
         unseen = self.semantic_ids.unseen(histories)
         return self(tokens, ends, unseen, torch.as_tensor(items, device=tokens.device))[0]
@@ -484,6 +449,70 @@ class Policy(torch.nn.Module):
         return beam_search(self, histories, k, beams)
 
 # --- Recommending: beam search down the tree ------------------------------------------------------
+@torch.no_grad()
+def beam_search(policy, histories, k, beams):
+    """The paper's: the best prefixes go on to the next level. As Policy.recommend."""
+    tree = Beams(policy, histories)     # one beam of each user, at the root; Beams: see below
+    log_p = torch.zeros(tree.node.shape, device=tree.node.device)   # (B, W) Σ log P_F so far
+    for _ in range(tree.ids.num_levels):
+        child, logits = tree.children()     # nodes, and logits of the next codes (B, W, K)
+        # log P of a child = log P of its prefix + log P_F of its code, over legal codes alone
+        log_p = (log_p[..., None] + logits.log_softmax(-1)).flatten(1)              # (B, W·K)
+        log_p, best = log_p.topk(min(beams, log_p.shape[1]), 1)                     # (B, new W)
+        tree.keep(child, best)              # the best children are the new beams
+    return tree.items(log_p, k)             # after L codes, a beam is an item
+
+# === The lecture ends here. Below: how it is fast, other searches, evaluation, the experiment =====
+
+# --- Fast: all paths of a row at once, and beams that read a code once ----------------------------
+def tree_mask(ends, H, L):
+    """After H tokens of history, a row holds E branches, the first L−1 codes of a path each (the
+    last is only predicted): S = H + E·(L−1) places. Which sees which? Floats (B, S, S), 0 where
+    place i sees j, else NEVER. A place of the history sees itself and all before it. A code of
+    branch e in row b sees the history up to place ends[b, e], and its own branch up to itself.
+    <user> a b, with the codes 1 2 after a, and 3 4 after b:
+    >>> for place, row in zip("uab1234", tree_mask(torch.tensor([[1, 2]]), H=3, L=3)[0]):
+    ...     print(place, *["x" if x == 0 else "." for x in row])
+    u x . . . . . .
+    a x x . . . . .
+    b x x x . . . .
+    1 x x . x . . .
+    2 x x . x x . .
+    3 x x x . . x .
+    4 x x x . . x x
+    """
+    branch = torch.arange(ends.shape[1], device=ends.device).repeat_interleave(L - 1)
+    branch = functional.pad(branch, (H, 0), value=-1)           # (S,) −1: the history
+    own = (branch[:, None] == branch).tril()                    # (S, S) same branch, not later
+    last = functional.pad(ends.repeat_interleave(L - 1, 1), (H, 0), value=-1)       # (B, S)
+    place = torch.arange(len(branch), device=ends.device)
+    return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
+
+def read_packed(policy, tokens, ends, items):
+    """Hidden states (C, J, L, d) of the prefixes s_0 … s_{L-1} on all paths: J branches after each
+    of C histories, packed into B rows. See Policy.forward; there, C entries of ends are not −1."""
+    ids = policy.semantic_ids
+    L = ids.num_levels
+    H = tokens.shape[1]
+    J = items.shape[1]
+    # Every entry of ends (B, T) gets J branches, E = T·J in a row; those of padding hold item 0
+    valid = ends >= 0                                           # (B, T) C of them, in their order
+    packed = items.new_zeros(*ends.shape, J)                                        # (B, T, J)
+    packed[valid] = items
+    branch_ends = ends.clamp(min=0).repeat_interleave(J, 1)                         # (B, E)
+    levels = torch.arange(L, device=ends.device)
+    code_tokens = ids.codes[packed.flatten(1)] + ids.num_codes * levels     # (B, E, L) l·K + c
+    mask = tree_mask(branch_ends, H, L)
+    # A place's position is the number of places that it sees, less 1
+    hidden = policy.lm.transformer(
+        torch.cat([tokens, code_tokens[..., :-1].flatten(1)], 1), attention_mask=mask[:, None],
+        position_ids=(mask == 0).sum(-1) - 1, use_cache=False).last_hidden_state    # (B, S, d)
+    # The hidden state of a prefix: of s_0 where the history ends, of s_1 … at its last code
+    root = hidden.take_along_dim(branch_ends[..., None], 1)                         # (B, E, d)
+    later = hidden[:, H:].unflatten(1, (branch_ends.shape[1], L - 1))               # (B, E, L-1, d)
+    prefixes = torch.cat([root[:, :, None], later], 2)                              # (B, E, L, d)
+    return prefixes.unflatten(1, (-1, J))[valid]                # (C, J, L, d) without padding
+
 class Beams:
     """W beams of each of B users: the prefixes that are left, of equal length. GPT-2 reads a code
     once: its keys and values stay in a cache, those of dropped beams, too. A mask hides these."""
@@ -493,8 +522,8 @@ class Beams:
         self.unseen = self.ids.unseen(histories)    # (B, M + n) bool, of each node
         self.level = 0                                          # number of codes so far
         tokens, self.ends = policy.tokens(histories)            # (B, H), (B, 1)
-        self.node = torch.zeros_like(self.ends)                 # (B, W = 1) where the beams are: 0,
-        self.cache = DynamicCache()                             # the root
+        self.node = torch.zeros_like(self.ends)                 # (B, W = 1) the beams: at the root
+        self.cache = DynamicCache()
         hidden = self.lm(tokens, self.cache).last_hidden_state
         self.hidden = hidden.take_along_dim(self.ends[..., None], 1)                # (B, W, d)
         place = torch.arange(tokens.shape[1], device=tokens.device)     # padding is not seen
@@ -508,9 +537,9 @@ class Beams:
         return child, (self.hidden @ head.T).masked_fill_(child < 0, NEVER)
 
     def keep(self, child, best):
-        """Go on with W of the children; best (B, W): w·K + c is code c of the old beam w."""
+        """Go on with W of the children; best (B, W): w·K + c is code c of the old beam w. If fewer
+        than W are legal, some new nodes are −1; their log P is near NEVER, and stays there."""
         K = self.ids.num_codes
-        # If fewer than W are legal, some are −1. Their log P is near NEVER, their children are −1
         self.node = child.flatten(1).gather(1, best)
         if self.level < self.ids.num_levels - 1:
             # A new beam sees all that its parent saw, and itself: each level adds W keys
@@ -524,26 +553,12 @@ class Beams:
         self.level += 1
 
     def items(self, scores, k):
-        """At the last level, the first k beams as items (B, k), −1: none, and scores (B, k)."""
+        """After the last level, the first k beams as items (B, k), −1: none, and scores (B, k)."""
         items = (self.node - self.ids.num_prefixes).clamp(min=-1)   # nodes of items come last
         items = functional.pad(items, (0, k), value=-1)[:, :k]
         scores = functional.pad(scores, (0, k))[:, :k]
         return items, scores.masked_fill(items < 0, -math.inf)
 
-@torch.no_grad()
-def beam_search(policy, histories, k, beams):
-    """The paper's: the best prefixes go on to the next level. As Policy.recommend."""
-    tree = Beams(policy, histories)
-    log_p = torch.zeros(tree.node.shape, device=tree.node.device)   # (B, W) Σ log P_F so far
-    for _ in range(tree.ids.num_levels):
-        child, logits = tree.children()
-        # log P of a child = log P of its prefix + log P_F of its code, over legal codes alone
-        log_p = (log_p[..., None] + logits.log_softmax(-1)).flatten(1)              # (B, W·K)
-        log_p, best = log_p.topk(min(beams, log_p.shape[1]), 1)                     # (B, new W)
-        tree.keep(child, best)
-    return tree.items(log_p, k)
-
-# === The lecture ends here. Below: other searches, evaluation, files, settings, the experiment ====
 
 # --- Searches that draw at random, or that follow a guide -----------------------------------------
 @torch.no_grad()
@@ -1034,7 +1049,7 @@ def run_oracle(settings):
     world = World(seeds[0], data, settings)
     policy = world.policy()
     last = {row.user: row for row in world.rows if row.user < 4}        # the last row of each user
-    rows = [row._replace(target=row.stop - 1) for row in last.values()]     # its last item alone
+    rows = [row._replace(places=row.places[-1:]) for row in last.values()]  # its last item alone
     batch = Batch(rows, data, policy, world.reward(recipe))
     target = (batch.r / batch.r.sum(1, keepdim=True)).cpu()     # P* = R/Z
     def distance(policy):                                       # mean L1 of P from R/Z
