@@ -50,14 +50,14 @@ NEVER = -1e9                            # log P of what is illegal; not −inf, 
 # --- Losses: pure functions of tensors, natural logs ----------------------------------------------
 def trajectory_balance(log_z, log_pf, log_r):
     """TB (Malkin et al. 2022): log Z(U) (C,), log P and log R of J whole paths (C, J) → scalar.
-    Each context has its own Z(U), the sum of R over all items (ours: over unseen items; P is 0 at
-    seen ones). A general graph would also subtract log P_B, the probability of the way back from an
-    item to s_0; in a tree there is one way, so P_B = 1.
+    log P of a path is the sum over its steps, Σ_l log P_F(s_{l+1} | s_l). Z(U) is the sum of R over
+    all items (ours: over unseen items; P is 0 at seen ones). A general graph would also subtract
+    log P_B, the probability of the way back from an item to s_0; in a tree, P_B = 1.
     >>> log_pf, log_r = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
     >>> round(trajectory_balance(torch.zeros(1), log_pf, log_r).item(), 4)   # (0 + (log 1/2)²) / 2
     0.2402
 
-    Mean over all paths of (log Z(U) + Σ_l log P_F(s_{l+1} | s_l) − log R(s_L))²."""
+    Mean over all paths of (log Z(U) + log P − log R)²."""
     return (log_z[:, None] + log_pf - log_r).square().mean()
 
 def huber_balance(log_z, log_pf, log_r):
@@ -78,10 +78,10 @@ def detailed_balance(log_flow, log_steps):
     return (log_flow[..., :-1] + log_steps - log_flow[..., 1:]).square().sum(-1).mean()
 
 def distillation(child_flow, log_probs):
-    """Ours, a KL at each step: flows F* of all children (C, J, L, K), log P_F of all codes
-    (C, J, L, K) → scalar. TB and DB see only the codes that a path takes. This loss compares P_F
-    of all codes with q, their shares of the flow. It is 0 at P = R/Z, whatever the paths are. (If
-    they are drawn ∝ R, it is KL(R/Z ‖ P) of whole items.)
+    """Ours, a KL at each step: flows F*, sums of R, below all codes (C, J, L, K), log P_F of all
+    codes (C, J, L, K) → scalar. TB and DB see only the codes that a path takes. This loss compares
+    P_F of all codes with q, their shares of the flow. It is 0 at P = R/Z, whatever the paths are.
+    (If they are drawn ∝ R, it is KL(R/Z ‖ P) of whole items.)
     Mean over paths of Σ_l Σ_c q(c) · (log q(c) − log P_F(c | s_l)), q(c) = F*(c) / F*(s_l)."""
     target = child_flow / child_flow.sum(-1, keepdim=True)      # q; 0 for an illegal child
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
@@ -104,6 +104,74 @@ def grpo(log_pf, log_ref, log_r, beta):
     advantage = (r - r.mean(1, keepdim=True)) / r.std(1, keepdim=True).clamp(min=1e-8)
     log_x = log_ref - log_pf
     return (beta * (log_x.exp() - log_x - 1) - advantage * log_pf).mean()
+
+# --- What is learned from: contexts, in batches ---------------------------------------------------
+# Each item v of a training history is a target once: its context is (U, v), U the items before it.
+# GPT-2 reads some contexts of a user in one go, as a row. Rows of a user who took the items
+# a b c d e f g h i j, of which GPT-2 may read 4 (the window):
+#     Row(user, start=0, places=0…4)   reads <user> a b c d   targets a b c d e, at places 0 to 4
+#     Row(user, start=2, places=5…6)   reads <user> c d e f   targets f g; before g are 4 items
+#     Row(user, start=4, places=7…8)   reads <user> e f g h   targets h i
+#     Row(user, start=5, places=9…9)   reads <user> f g h i   target j
+Row = namedtuple("Row", "user start places")
+
+def training_rows(histories, window):
+    """Rows in which every item is a target once, and sees the items before it: from window/2 to
+    `window` of them, or all, if they are fewer."""
+    for user, history in enumerate(histories):
+        cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
+        for first, stop in zip(cuts, cuts[1:]):
+            yield Row(user, max(0, stop - 1 - window), range(first, stop))
+
+def pad(lists, value):
+    """Lists of integers as one tensor, filled up with `value` on the right."""
+    rows = [torch.tensor(items) for items in lists]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+class Batch:
+    """The C contexts (U, v) of B rows, row by row: the history U before each target v."""
+    def __init__(self, rows, data, policy, reward=None):
+        """policy has the tokens and the IDs. reward: a Reward; None, for SFT: no scores, no r."""
+        self.users = []             # C numbers
+        self.histories = []         # C lists, U: the user's items before v
+        self.following = []         # C lists: v and the user's later training items
+        read = []                   # B lists: the items of a row
+        ends = []                   # B lists: the place in the row where each U ends; 0 is <user>
+        liked = []
+        for user, start, places in rows:
+            history = data.train[user]
+            read.append(history[start:places[-1]])
+            ends.append([place - start for place in places])
+            for place in places:
+                self.users.append(user)
+                self.histories.append(history[:place])
+                self.following.append(history[place:])
+                liked.append(data.liked[user][place])
+        tokens, _ = policy.tokens(read)                         # (B, H), with <user>, padded
+        device = tokens.device
+        self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
+        self.liked = torch.tensor(liked, device=device)         # (C,) bool: not only clicked
+        ids = policy.semantic_ids
+        self.unseen = ids.unseen(self.histories)    # (C, M + n) bool, of each node
+        # What the policy reads of the C contexts; ends (B, T) are padded with −1
+        self.context = tokens, pad(ends, -1).to(device), self.unseen
+        if reward:
+            # The teacher's, who must not know v: it was fitted without the users of these logs
+            scores = reward.teacher.scores(self.histories, self.following)
+            self.scores = scores.to(device)                     # (C, n) of sum 1
+            unseen = self.unseen[:, ids.num_prefixes:]          # (C, n) nodes of items come last
+            # (C, n) R of all items, > 0 at unseen ones, 0 at seen ones
+            self.r = reward(self.scores, self.positives, self.liked, unseen)
+
+def batches(world, policy, reward, rng):
+    """One epoch of Batches in random order; rows of similar length together, for less padding."""
+    rows = [world.rows[r] for r in rng.permutation(len(world.rows))]
+    size = world.size
+    # By length, but only within 32 batches: the order of an epoch has to stay random
+    lengths = [row.places.stop - row.start for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (i // (32 * size), lengths[i]))
+    for start in rng.permutation(range(0, len(rows), size)):
+        yield Batch([rows[i] for i in order[start:start + size]], world.data, policy, reward)
 
 # --- What a method is -----------------------------------------------------------------------------
 @dataclass
@@ -134,12 +202,11 @@ class Recipe:
 class Paths:
     """What a loss can read: J unseen items of each of C contexts, and their paths."""
     def __init__(self, recipe, policy, reference, batch, items):
-        """policy: is trained; reference: as it was after SFT, frozen. batch, a Batch: context is
-        what a policy reads, the histories; positives (C,) are their v; r (C, n) is R of all items,
-        0 at seen ones. items (C, J)."""
+        """policy: is trained; reference: as it was after SFT, frozen; batch: a Batch. The items
+        (C, J) come from a sampler."""
         # One path more for L_GR, that of v, before those of items
         paths = torch.cat([batch.positives[:, None], items], 1) if recipe.gr else items
-        log_steps, log_probs, log_flow = policy(*batch.context, paths)
+        log_steps, log_probs, log_flow = policy(*batch.context, paths)  # Policy.forward, below
         J = items.shape[1]
         self.items = items                                      # (C, J)
         self.log_v = log_steps[:, 0].sum(-1)                    # (C,) log P(v | U), if gr > 0
@@ -192,14 +259,14 @@ RECIPES = {                         # data/log.md has the trials that chose thes
 # --- One step of training, and the loop -----------------------------------------------------------
 def loss_of(recipe, policy, reference, batch, progress):
     """L = gr · L_GR(U, v) + λ · L_GFN, the paper's (there, gr = 1): means over the contexts (U, v)
-    of a Batch. batch.positives (C,): their v. reference: the policy after SFT, frozen. progress:
-    the share of training that is done, which the curriculum asks for."""
+    of a Batch. reference: the policy after SFT, frozen. progress: the share of training that is
+    done, which the curriculum asks for."""
     if not recipe.loss:                                         # SFT
         log_steps, *_ = policy(*batch.context, batch.positives[:, None])            # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
     policy.eval()                                               # no dropout while sampling
-    # Off-policy: TB is 0 on every path at P = R/Z, so any items will do. (If users with the same
-    # history have other v, no P is R/Z for all. Then P is a compromise, best where items come from)
+    # Items may come from anywhere (off-policy): at P = R/Z, TB is 0 on every path. But if users with
+    # one history have other v, P is a compromise between their R/Z: best at items that come often
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
     check_items(items, recipe, batch)                           # a mistake in a sampler shows
     policy.train()
@@ -216,8 +283,8 @@ def loss_of(recipe, policy, reference, batch, progress):
 def train(name, recipe, policy, world):
     """The one training loop → the curve, a list of {"epoch", "loss", "score"}, epoch 0: before.
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. world has
-    what all methods share: the rows of the log, the size of a batch, the reward that a recipe asks
-    for, and `measure`, a score to print after each epoch: NDCG@10 on validation items."""
+    what all methods share: rows of the log, size of a batch, the reward that a recipe asks for, and
+    `measure`, whose score is printed after each epoch: NDCG@10 on validation items, `measured`."""
     reward = world.reward(recipe) if recipe.loss else None
     reference = copy.deepcopy(policy).eval()                    # frozen
     per_epoch = math.ceil(len(world.rows) / world.size)
@@ -230,7 +297,7 @@ def train(name, recipe, policy, world):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = world.seed, epoch        # alone decide what is drawn, by torch and by batches
+        seed = world.seed, epoch                                # all draws depend on these alone
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         epoch_batches = batches(world, policy, reward, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
@@ -249,10 +316,8 @@ def train(name, recipe, policy, world):
     return curve
 
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
-# Functions (batch, N, policy, progress) → unseen items (C, N). A batch has, of each context: a list
-# of the items before v (histories), a list of those from v on (following), v (positives), the
-# teacher's scores (C, n), R (r (C, n), 0 at seen items). weight[entries(lists)] are the places of
-# the lists' items in weight (C, n). progress: the share of training that is done
+# Functions (batch, N, policy, progress) → unseen items (C, N); progress: the share of training that
+# is done. weight[entries(lists)] are the places in weight (C, n) of the items in C lists
 def draw(weight, count):
     """N = count items per context (C, N), with replacement, ∝ weight (C, n)."""
     # torch is slow at drawing one item, so draw two at least, and keep `count`
@@ -299,7 +364,8 @@ def policy_beam(batch, count, policy, progress):
 
 def policy_draws(batch, count, policy, progress):
     """Ours: N different items drawn from P itself."""
-    items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)    # temperature 1
+    # Drawn without replacement, at temperature 1
+    items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)
     return items.where(items >= 0, batch.positives[:, None])    # fewer than N unseen: v instead
 
 def reward_draws(batch, count, policy, progress):
@@ -308,72 +374,6 @@ def reward_draws(batch, count, policy, progress):
 
 SAMPLERS = {sampler.__name__: sampler for sampler in (
     session, uniform, curriculum, policy_beam, policy_draws, reward_draws)}
-
-# --- Contexts, rows, batches ----------------------------------------------------------------------
-# Each item v of a training history is a target once: its context is (U, v), U the items before it.
-# GPT-2 reads some contexts of a user in one go, as a row: the targets are the items of the history
-# at `places`, and the row has the items from `start` on that come before the last of them. Rows of
-# a user who took the items a b c d e f g h i j, window 4:
-#     Row(user, start=0, places=0…4)      <user> a b c d      targets a b c d e
-#     Row(user, start=2, places=5…6)      <user> c d e f      targets f g: g sees the last 4 items
-Row = namedtuple("Row", "user start places")
-
-def training_rows(histories, window):
-    """Rows in which every item is a target once, and sees the items before it: from window/2 to
-    `window` of them, or all, if they are fewer."""
-    for user, history in enumerate(histories):
-        cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
-        for first, stop in zip(cuts, cuts[1:]):
-            yield Row(user, max(0, stop - 1 - window), range(first, stop))
-
-def pad(lists, value):
-    """Lists of integers as one tensor, filled up with `value` on the right."""
-    rows = [torch.tensor(items) for items in lists]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-
-class Batch:
-    """The C contexts (U, v) of B rows, row by row: the history U before each target v."""
-    def __init__(self, rows, data, policy, reward=None):
-        """reward: a Reward; None, for SFT, leaves out scores and r."""
-        self.users = []             # C numbers
-        self.histories = []         # C lists, U: the user's items before v
-        self.following = []         # C lists: v and the user's later training items
-        read = []                   # B lists: the items of a row
-        ends = []                   # B lists: the place in the row where each U ends; 0 is <user>
-        liked = []
-        for user, start, places in rows:
-            history = data.train[user]
-            read.append(history[start:places[-1]])
-            ends.append([place - start for place in places])
-            for place in places:
-                self.users.append(user)
-                self.histories.append(history[:place])
-                self.following.append(history[place:])
-                liked.append(data.liked[user][place])
-        tokens, _ = policy.tokens(read)                         # (B, H), with <user>, padded
-        device = tokens.device
-        self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
-        self.liked = torch.tensor(liked, device=device)         # (C,) bool: not only clicked
-        ids = policy.semantic_ids
-        self.unseen = ids.unseen(self.histories)    # (C, M + n) bool, of each node
-        # What the policy reads, no v; ends (B, T) are padded with −1
-        self.context = tokens, pad(ends, -1).to(device), self.unseen
-        if reward:
-            # By a teacher that was fitted without this user: else it would know v (reward.Folds)
-            scores = reward.teacher.scores(self.histories, self.following)
-            self.scores = scores.to(device)                     # (C, n) of sum 1
-            unseen = self.unseen[:, ids.num_prefixes:]          # (C, n) nodes of items come last
-            self.r = reward(self.scores, self.positives, self.liked, unseen)        # (C, n)
-
-def batches(world, policy, reward, rng):
-    """One epoch of Batches in random order; rows of similar length together, for less padding."""
-    rows = [world.rows[r] for r in rng.permutation(len(world.rows))]
-    size = world.size
-    # By length, but only within 32 batches: the order of an epoch has to stay random
-    lengths = [row.places.stop - row.start for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: (i // (32 * size), lengths[i]))
-    for start in rng.permutation(range(0, len(rows), size)):
-        yield Batch([rows[i] for i in order[start:start + size]], world.data, policy, reward)
 
 # --- The policy: P_F(next code | user, codes so far) ----------------------------------------------
 class Policy(torch.nn.Module):
