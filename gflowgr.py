@@ -771,32 +771,6 @@ def parse(argv):
         settings.recipe = f"epochs=1:{settings.recipe}"
     return settings
 
-def recipe_of(name, settings):
-    """The Recipe of a method, or InputError: that of RECIPES, changed by REAL, by --sft or
-    --recipe, then by the name itself, NAME:field=value. NAME+cm uses debias and gamma alone."""
-    base, *changes = name.split(":")
-    recipe = (UNTRAINED | RECIPES).get(base, Recipe())
-    check(isinstance(recipe, Recipe), f"RECIPES[{base!r}] is a {type(recipe).__name__}, no Recipe")
-    real = real_of(settings.data)
-    if base not in (*UNTRAINED, "sft"):
-        for what, value in real.get("Recipe", {}).items():
-            if getattr(recipe, what) == FIELDS[what]:           # not chosen by the recipe itself
-                recipe = replace(recipe, **{what: value})
-        changes = settings.recipe.split(":") + changes
-    if base == "sft":
-        changes = settings.sft.split(":") + changes
-    recipe = replace(recipe, **real.get(base, {}))
-    parser = HfArgumentParser(Recipe, allow_abbrev=False, add_help=False)
-    parser.set_defaults(**vars(recipe))
-    def refuse(message):
-        raise InputError(f"{name}: {message}; fields are {', '.join(FIELDS)}")
-    parser.error = refuse
-    changed = parser.parse_args([f"--{change}" for change in changes if change])
-    recipe = Recipe(**vars(changed))
-    check_recipe(name, recipe)
-    return recipe
-
-# --- Checks: one sentence that says what is wrong and what is right -------------------------------
 MOST = dict(dropout=1, debias=10, trajectories=129, levels=17, window=1025, width=2049, layers=65,
             beams=1025, batch=1025)                             # below; of all others 1e9
 
@@ -810,14 +784,33 @@ def check_numbers(where, values):
             right = 0 <= value < most and (value or name in zero)
             check(right, f"{where}{name} {value} is out of range: {least}, below {most:g}")
 
-def check_recipe(name, recipe):
-    """Raise InputError if a recipe cannot work."""
+def recipe_of(name, settings):
+    """The Recipe of a method, or InputError. A field has the last of these values: of Recipe, of
+    real logs, of the method in RECIPES, of the method on real logs, of --sft or --recipe, of the
+    name itself, NAME:field=value. NAME+cm uses debias and gamma alone."""
+    base, *changes = name.split(":")
+    recipe = (UNTRAINED | RECIPES).get(base, Recipe())
+    check(isinstance(recipe, Recipe), f"RECIPES[{base!r}] is a {type(recipe).__name__}, no Recipe")
+    real = real_of(settings.data)
+    parser = HfArgumentParser(Recipe, allow_abbrev=False, add_help=False)
+    if base == "sft":
+        changes = settings.sft.split(":") + changes
+    elif base not in UNTRAINED:
+        parser.set_defaults(**real.get("Recipe", {}))
+        changes = settings.recipe.split(":") + changes
+    parser.set_defaults(**dict(vars(recipe).items() - vars(Recipe()).items()))
+    parser.set_defaults(**real.get(base, {}))
+    fields = ", ".join(FIELDS)
+    parser.error = lambda message: check(False, f"{name}: {message}; fields are {fields}")
+    recipe = Recipe(**vars(parser.parse_args([f"--{change}" for change in changes if change])))
     check_numbers(f"{name}: ", recipe)
     there = ", ".join(SAMPLERS)
     check(recipe.sampler in SAMPLERS, f"{name}: no sampler {recipe.sampler}; there are {there}")
-    compares = name.partition(":")[0] in ("grpo", "vargrad")
+    compares = base in ("grpo", "vargrad")
     check(recipe.trajectories > 1 or not compares, f"{name}: it compares paths: trajectories > 1")
+    return recipe
 
+# --- Checks of what your own functions return -----------------------------------------------------
 def check_items(items, recipe, batch):
     """Raise InputError if a sampler does not return N unseen items a context."""
     C, n = batch.r.shape
