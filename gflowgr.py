@@ -691,15 +691,19 @@ def load_policy(folder, dropout=0.0):
 def load_model(folder):
     """The saved model of any method, with recommend(histories, k); InputError if there is none.
     A guided one is the policy in a folder beside it, and a CM that is fitted again."""
-    path = Path(folder).resolve() / "guided.json"
-    if not path.exists():
+    path = Path(folder).resolve() / "run.json"
+    run = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"method": ""}
+    base, guided, _ = run["method"].partition("+cm")
+    if not guided:
         return load_policy(folder)
-    made = json.loads(path.read_text(encoding="utf-8"))
-    data = load_data(made["data"], made["quick"])
-    check(data.sizes == made["sizes"], f"{made['data']} has changed since {folder} was made")
-    cm = fit_of(made["teacher"], data)(data.train, len(data.titles))
-    policy = load_policy(path.parent.parent / made["policy"])
-    return Guided(policy, Debiased(cm, made["debias"]), made["gamma"])
+    made = run["made_with"]
+    check(made["cm"] == "ours", f"{folder}: a CM of your own is never saved")
+    data = load_data(made["data"]["name"], made["data"]["quick"])
+    check(data.sizes == made["data"], f"{made['data']['name']} has changed since {folder} was made")
+    recipe = Recipe(**run["recipe"])
+    cm = fit_of(recipe.teacher, data)(data.train, len(data.titles))
+    policy = load_policy(path.parent.parent / f"{base}-{run['seed']}")
+    return Guided(policy, Debiased(cm, recipe.debias), recipe.gamma)
 
 Policy.save_pretrained = save_policy                            # the names of transformers
 Policy.from_pretrained = staticmethod(load_policy)
@@ -919,16 +923,8 @@ def model_of(name, recipe, world):
     if base in UNTRAINED:
         return world.cm_of(recipe), []
     if base.endswith("+cm"):
-        policy = world.folder(base.removesuffix("+cm"))
-        if not world.own:                                       # with your own CM: not saved
-            settings = world.settings
-            named = settings.data in ("toy", "ml-100k", "beauty")
-            report.write(world.folder(name) / "guided.json", {
-                "policy": policy.name, "quick": settings.quick,
-                "data": settings.data if named else str(Path(settings.data).resolve()),
-                "sizes": world.data.sizes, "teacher": recipe.teacher, "gamma": recipe.gamma,
-                "debias": recipe.debias})
-        return Guided(load_policy(policy), world.cm_of(recipe), recipe.gamma), []
+        policy = world.policy(base.removesuffix("+cm"))
+        return Guided(policy, world.cm_of(recipe), recipe.gamma), []
     policy = world.policy("" if base == "sft" else "sft", recipe.dropout)
     curve = train(name, recipe, policy, world)
     save_policy(policy, world.folder(name))
@@ -954,7 +950,7 @@ def run_method(name, world):
     changes = [f"{what}={value}" for what, value in fields.items() if value != FIELDS[what]]
     print(f"{name}, seed {world.seed}: {':'.join(changes) or 'as Recipe says'}")
     folder = world.folder(name)
-    for old in ("run.json", "guided.json", "semantic_ids.json"):
+    for old in ("run.json", "semantic_ids.json"):
         (folder / old).unlink(missing_ok=True)                  # now, not before: it begins anew
     started = time.time()
     model, curve = model_of(name, recipe, world)

@@ -1042,7 +1042,6 @@ def test_an_own_cm(tiny, tmp_path):
     methods = "--methods=cm:debias=9,sft+cm:debias=1:gamma=3"
     settings = gflowgr.parse([*tiny, f"--out={tmp_path}", methods])
     folder = tmp_path / "sft+cm,debias=1,gamma=3-42"
-    report.write(folder / "guided.json", {})                    # of an earlier run
     lists = gflowgr.run(settings, mine)["runs"][0]["lists"]
     data = load_data(settings.data)
     count = sum(data.train, []).count
@@ -1241,10 +1240,10 @@ def test_recommend_prints_ten_titles(name, finished, monkeypatch):
     refused(titles[3], *asked[:-1], titles[3][:-1] + "x")
     refused("none is left", *asked[:-2], *titles)
     if "+cm" in name:                         # it is served while its data last
-        text = Path("guided.json").read_text()
-        Path("guided.json").write_text(text.replace('"interactions": ', '"interactions": 1'))
+        text = Path("run.json").read_text()
+        Path("run.json").write_text(text.replace('"interactions": ', '"interactions": 1'))
         refused("has changed since", *asked)
-        Path("guided.json").write_text(text)
+        Path("run.json").write_text(text)
 
 # --- Data -----------------------------------------------------------------------------------------
 ITEMS = "item_id,title\na,Alpha\nb,Beta\nc,Gamma\nd,Delta\n"

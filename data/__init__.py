@@ -27,7 +27,7 @@ class Dataset:
     liked: list         # B lists of bool: rated at least 70 % of the highest rating
     train: list         # histories without their last two items
     truth: dict         # toy: "liked", "shown": B sets of items; "theme": n strings; else empty
-    sizes: dict         # for results.json: name, sizes, a checksum of the content
+    sizes: dict         # for results.json: name or folder, sizes, a checksum of the content
 
 def _rows(path, *columns):
     """Yield (place, {column: text}) for each row of a CSV file; place names file and line."""
@@ -78,7 +78,8 @@ def _read_users(path, index):
 def load_data(name, quick=False):
     """The Dataset of "toy", "beauty", a folder, or "ml-100k" (fetched once, or raises OSError);
     quick: of at most 100 users, evenly spread."""
-    folder = Path(__file__).parent / name if name in ("toy", "ml-100k", "beauty") else Path(name)
+    named = name in ("toy", "ml-100k", "beauty")
+    folder = Path(__file__).parent / name if named else Path(name)
     if name == "ml-100k":
         runpy.run_path(str(folder / "prepare.py"))["fetch"]()
     if name == "beauty" and not (folder / "interactions.csv").exists():
@@ -107,8 +108,9 @@ def load_data(name, quick=False):
     likes = [list(liked.values()) for liked in users.values()]
     train = [history[:-2] for history in histories]
     content = repr((list(items), texts, histories, likes, *truth.values()))
-    sizes = {"name": folder.resolve().name, "users": len(users), "items": len(items),
-             "interactions": sum(map(len, histories)), "checksum": zlib.crc32(content.encode())}
+    sizes = {"name": name if named else str(folder.resolve()), "quick": quick,
+             "users": len(users), "items": len(items), "interactions": sum(map(len, histories)),
+             "checksum": zlib.crc32(content.encode())}
     print("{name}: {users} users, {items} items, {interactions} interactions".format(**sizes),
           "; text of the items: ", ", ".join(columns) or "none", sep="")
     return Dataset(list(items), titles, texts, list(users), histories, likes, train, truth, sizes)
