@@ -848,7 +848,7 @@ def try_out(names, world):
             loss = loss_of(recipe, policy, policy, batch, 0.0)
             check_finite(loss, name, batch, "the first try, before training")
             loss.backward()
-        elif name.partition(":")[0].endswith("cm"):             # cm, NAME+cm: the CM alone
+        elif world.own:
             world.cm_of(recipe).scores(world.data.train[:2])
 
 # --- The experiment: data → IDs, CM → SFT → fine-tuned policies → table ---------------------------
@@ -1044,12 +1044,10 @@ def run_oracle(settings):
     curve = train(settings.oracle, recipe, policy, world)
     print("mean L1 distance of P from R/Z (2 at most): {:.4f} before, {:.4f} after; {}".format(
         curve[0]["score"], curve[-1]["score"], path))
-    report.figures.plot_flows(path, {
-        "codes": world.ids.codes.tolist(), "titles": data.titles,
-        "history": [data.titles[item] for item in batch.histories[0]],
-        "teacher": target[0].tolist(), "teacher_name": "R/Z",
-        "learned": distribution(policy, batch.histories)[0].tolist(),
-        "learned_name": f"P, learned by {settings.oracle}"})
+    learned = distribution(policy, batch.histories)[0]
+    panels = {"R/Z": target[0], f"P, learned by {settings.oracle}": learned}
+    codes = world.ids.codes.tolist()
+    report.figures.plot_flows(path, codes, data.titles, batch.histories[0], panels)
 
 def print_recommendations(settings):
     """Ten titles by a saved model, best first, for a history of titles or ids, oldest first."""

@@ -1094,8 +1094,8 @@ def test_trajectory_balance_reaches_the_reward(method, tmp_path, monkeypatch):
     before, after = map(float, re.findall(r"\d\.\d{4}", out[out.index("mean L1"):]))
     assert before > 0.5
     assert after <= 0.02
-    [[path, flow]] = drawn
-    np.testing.assert_allclose(flow["teacher"], flow["learned"], atol=0.02)
+    [[*_, panels]] = drawn
+    np.testing.assert_allclose(*panels.values(), atol=0.02)
 
 def test_exposure_of_several_users_by_hand():
     data = SimpleNamespace(titles=list("012345"), truth={
@@ -1171,7 +1171,8 @@ def test_a_run_leaves_the_table_and_the_picture(finished, monkeypatch, tmp_path)
     def annotate(axis, name, place, *_, **__):
         drawn[name] = [[*place]] + axis.lines[-1].get_xydata().tolist()
     monkeypatch.setattr(Axes, "annotate", annotate)
-    figures.draw_run(tmp_path, finished.data, finished.results)
+    about = {what: finished.results[what] for what in ("data", "settings", "versions")}
+    report.finish(tmp_path, finished.runs, about, finished.data)
     summary = finished.results["summary"]
     base = summary["sft"]["ndcg@10"]["mean"]
     for method, metrics in summary.items():

@@ -1,7 +1,6 @@
 """Every picture that a run draws."""
 import contextlib
 import textwrap
-from pathlib import Path
 
 import numpy as np
 
@@ -21,48 +20,51 @@ def picture(path, rows, columns, figsize, **options):
         yield list(figure.subplots(rows, columns, squeeze=False, **options).flat)
         figure.savefig(path, dpi=120, bbox_inches="tight")
 
-def draw_prefix(axis, flow, shares, items, level, top):
-    """Draw the prefix of these items as a bar. To its right: the child with flow["chosen"], the
-    three other children with the largest flow of the teacher, and one bar for all other codes."""
-    levels = flow["codes"].shape[1]
+def draw_prefix(axis, tree, shares, items, level, top):
+    """Draw the prefix of these items as a bar. To its right: the child with tree["chosen"], the
+    three other children with the largest sum of tree["target"], one bar for all other codes."""
+    levels = tree["codes"].shape[1]
     bottom = top - shares[items].sum()
     middle = (top + bottom) / 2
     room = top - bottom > 0.035                                # else no text
-    color = ORANGE if flow["chosen"] in items else BLUE
+    color = ORANGE if tree["chosen"] in items else BLUE
     axis.bar(level, top - bottom, 1, bottom, align="edge", color=color, edgecolor="white")
-    code = flow["codes"][items[0], level - 1] if level else "all"
+    code = tree["codes"][items[0], level - 1] if level else "all"
     axis.text(level + 0.5, middle, code, ha="center", va="center", color="white", visible=room)
     if level == levels:
-        label = f"{top - bottom:.0%} {textwrap.shorten(flow['titles'][items[0]], 24)}"
+        label = f"{top - bottom:.0%} {textwrap.shorten(tree['titles'][items[0]], 24)}"
         axis.text(level + 1.1, middle, label, va="center", color=color, visible=room)
         return
-    codes = flow["codes"][items, level]
+    codes = tree["codes"][items, level]
     children = [items[codes == code] for code in np.unique(codes)]
-    children.sort(key=lambda child: (flow["chosen"] not in child, -flow["teacher"][child].sum()))
+    children.sort(key=lambda child: (tree["chosen"] not in child, -tree["target"][child].sum()))
     for child in children[:4]:
-        draw_prefix(axis, flow, shares, child, level + 1, top)
+        draw_prefix(axis, tree, shares, child, level + 1, top)
         top -= shares[child].sum()
     axis.bar(level + 1, top - bottom, levels - level, bottom, align="edge", color=GREY)
     axis.text(level + 1.04, bottom, "other codes", va="bottom", visible=top - bottom > 0.035)
 
-def plot_flows(path, flow):
-    """Where the flow goes, for one user: of the teacher (r_ŷ) on the left, learned on the right.
-    flow: "codes" (n, L), "titles" (n), "teacher" and "learned" (n), which sum to 1, "history"
-    (titles), "teacher_name", "learned_name"."""
-    flow = {**flow, "codes": np.array(flow["codes"]), "teacher": np.array(flow["teacher"])}
-    chosen = flow["chosen"] = flow["teacher"].argmax()
-    levels = flow["codes"].shape[1]
+def plot_flows(path, codes, titles, history, panels):
+    """Where the flow goes, for one user. codes (n, L), titles (n) and the user's history: items.
+    panels: {title: n shares, of sum 1}, the target first."""
+    codes = np.array(codes)
+    panels = {title: np.array(shares) for title, shares in panels.items()}
+    target = next(iter(panels.values()))
+    chosen = target.argmax()
+    tree = {"codes": codes, "titles": titles, "target": target, "chosen": chosen}
+    levels = codes.shape[1]
     width = 2.8 + 0.8 * max(3, levels)                         # inches of each panel
     with picture(path, 1, 2, (width * 2, 4.8)) as axes:
-        for axis, side in zip(axes, ("teacher", "learned")):
-            draw_prefix(axis, flow, np.array(flow[side]), np.arange(len(flow["teacher"])), 0, 1.0)
+        for axis, (title, shares) in zip(axes, panels.items()):
+            draw_prefix(axis, tree, shares, np.arange(len(codes)), 0, 1.0)
             for level in range(levels + 1):
                 axis.text(level + 0.5, -0.05, f"code {level}" if level else "root", ha="center")
-            axis.set(title=flow[f"{side}_name"], xlim=(0, levels + 3.6), ylim=(0, 1))
+            axis.set(title=title, xlim=(0, levels + 3.6), ylim=(0, 1))
             axis.axis("off")
-        code = tuple(flow["codes"][chosen].tolist())
-        text = (f"The user's last items: {', '.join(flow['history'][-8:])}. Height: share. Orange: "
-                f"the path to the left panel's largest item, {flow['titles'][chosen]}, ID {code}.")
+        last = ", ".join(titles[item] for item in history[-8:])
+        code = tuple(codes[chosen].tolist())
+        text = (f"The user's last items: {last}. Height: share. Orange: the path to the left "
+                f"panel's largest item, {titles[chosen]}, ID {code}.")
         axes[0].text(0, -0.09, textwrap.fill(text, int(22 * width)), va="top")
 
 def plot_lines(path, lines, xlabel, ylabel):
@@ -75,13 +77,3 @@ def plot_lines(path, lines, xlabel, ylabel):
                           color=line.get_color())
         axis.set(xlabel=xlabel, ylabel=ylabel)
         axis.margins(0.15)                                     # room for the names
-
-def draw_run(out, data, results):
-    """Draw what a run with a known truth has into the folder `out`; a sentence on the picture."""
-    if not data.truth:
-        return []
-    points = {}
-    for name, metrics in results["summary"].items():
-        points[name] = [(metrics["ndcg@10"]["mean"], metrics["liked@10"]["mean"])]
-    plot_lines(Path(out) / "measures.png", points, "NDCG@10", "liked@10")
-    return ["measures.png: each method's NDCG@10 (across) and liked@10 (up)"]

@@ -119,10 +119,16 @@ def table(results):
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", caption])
 
 def finish(out, runs, about, data):
-    """Print the table and what was written; write results and pictures."""
+    """Print the table and what was written; write results, and a picture if the truth is known."""
     results = results_of(runs, about)
     write(f"{out}/results.json", results)
     write(f"{out}/results.md", table(results) + "\n")
-    print("", table(results), "", *figures.draw_run(out, data, results), sep="\n")
+    print("", table(results), "", sep="\n")
+    if data.truth:
+        points = {}
+        for name, metrics in results["summary"].items():
+            points[name] = [(metrics["ndcg@10"]["mean"], metrics["liked@10"]["mean"])]
+        figures.plot_lines(f"{out}/measures.png", points, "NDCG@10", "liked@10")
+        print("measures.png: each method's NDCG@10 (across) and liked@10 (up)")
     print(f"results.json, results.md and the saved models are in {out}/")
     return results
