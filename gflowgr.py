@@ -775,8 +775,8 @@ def parse(argv):
         settings.recipe = f"epochs=1:{settings.recipe}"
     return settings
 
-MOST = dict(dropout=1, debias=10, trajectories=129, levels=17, window=1025, width=1025, layers=17,
-            beams=1025, batch=1025)                             # below; of all others 1e9
+MOST = dict(dropout=1, debias=10, trajectories=129, codes=65537, levels=17, window=1025, width=1025,
+            layers=17, beams=1025, batch=1025)                  # below; of all others 1e9
 
 def check_numbers(where, values):
     """Raise InputError if a number of a Settings or Recipe is out of its range."""
@@ -868,10 +868,23 @@ class World:
 
     @cached_property                                            # untrained methods need none
     def ids(self):
-        """The SemanticIDs that --ids asks for."""
-        ids = ids_of(self.data, self.settings, self.seed).to(self.settings.device)
-        print(f"seed {self.seed}: {len(ids.codes)} semantic IDs of {ids.num_levels} codes")
-        return ids
+        """The SemanticIDs that --ids asks for: k-means on features of items, or those of a file."""
+        settings = self.settings
+        n = len(self.data.titles)
+        if settings.ids in ("content", "mixed", "svd"):
+            right = settings.ids != "content" or any(self.data.texts)
+            check(right, "--ids content needs text in items.csv")
+            least = max(2, min(n / 24, 512), n ** (1 / settings.levels))
+            K = settings.codes or 2 ** math.ceil(math.log2(least))
+            features = item_features(settings.ids, self.data.texts, self.data.train, self.seed)
+            ids = SemanticIDs.fit(features, K, settings.levels, self.seed)
+        else:
+            right = Path(settings.ids).suffix
+            check(right, f"--ids {settings.ids} is not content, mixed, svd or a CSV file")
+            codes = read_ids(settings.ids, self.data.item_ids)
+            ids = SemanticIDs(codes, max(map(max, codes)) + 1)
+        print(f"seed {self.seed}: {n} semantic IDs of {ids.num_levels} codes")
+        return ids.to(settings.device)
 
     def folder(self, name):
         """Where a method's run.json and model are; without ":", which some systems forbid."""
@@ -898,21 +911,6 @@ class World:
     def reward(self, recipe):
         """The comprehensive reward of a recipe."""
         return Reward(self.ids, self.cm_of(recipe), (recipe.w_a, recipe.w_y, recipe.w_s))
-
-def ids_of(data, settings, seed):
-    """The SemanticIDs that --ids asks for: k-means on features of the items, or those of a file."""
-    if settings.ids not in ("content", "mixed", "svd"):
-        known = Path(settings.ids).suffix
-        check(known, f"--ids {settings.ids} is not content, mixed, svd or a CSV file")
-        codes = read_ids(settings.ids, data.item_ids)
-        return SemanticIDs(codes, max(map(max, codes)) + 1)
-    n = len(data.titles)
-    check(settings.ids != "content" or any(data.texts), "--ids content needs text in items.csv")
-    check(settings.codes <= n, f"--codes {settings.codes}: more than the {n} items")
-    least = max(2, min(n / 24, 512), n ** (1 / settings.levels))
-    K = settings.codes or 2 ** math.ceil(math.log2(least))
-    features = item_features(settings.ids, data.texts, data.train, seed)
-    return SemanticIDs.fit(features, K, settings.levels, seed)
 
 def model_of(name, recipe, world):
     """Train a method, or put it together → its model, with recommend(histories), and its curve."""
@@ -1026,7 +1024,6 @@ def run_oracle(settings):
     recipe = recipe_of(settings.oracle, settings)
     check(recipe.loss, f"--oracle {settings.oracle}: it needs a method with a loss of paths")
     data = load_data(settings.data, settings.quick)
-    check(len(data.titles) <= 2000, "--oracle scores every item at once: at most 2,000 items")
     world = World(seeds[0], data, settings)
     policy = world.policy()
     last = {row.user: row for row in world.rows if row.user < 4}        # the last row of each user

@@ -1392,7 +1392,7 @@ def test_scripts_on_the_pages_in_short(page, pictures, by_itself, monkeypatch):
     ("do not fit into 2^1", "--codes=2 --levels=1"),
     ("--width 100000 is out of range: above 0, below 1025", "--width=100000"),
     ("--ids content needs", "--ids=content"),
-    ("at most 2,000 items", "--oracle"),
+    ("--codes 65537 is out of range", "--codes=65537"),
     ("--oracle sft", "--oracle=sft"),
     ("--methods ',' names no method", "--methods=,"),
     ("sampler=x", "--methods=tb:sampler=x"),
