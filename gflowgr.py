@@ -814,44 +814,55 @@ def recipe_of(name, settings):
     check(recipe.trajectories > 1 or not compares, f"{name}: it compares paths: trajectories > 1")
     return recipe
 
-# --- Checks of what your own functions return -----------------------------------------------------
-def check_items(items, recipe, batch):
-    """Raise InputError if a sampler does not return N unseen items a context."""
-    C, n = batch.r.shape
-    wanted = (torch.int64, C, recipe.trajectories)
-    found = (getattr(items, "dtype", type(items).__name__), *getattr(items, "shape", ()))
-    asked = f"sampler {recipe.sampler}(batch, count, policy, progress) has to return"
-    check(found == wanted, f"{asked} a tensor of items (C, N), here {wanted}, not {found}")
-    unseen = 0 <= items.min() and items.max() < n and batch.r.gather(1, items).min() > 0
-    check(unseen, f"{asked} items from 0 to {n - 1} that are not in batch.histories")
-
-def check_loss(loss, name):
-    """Raise InputError if a loss is not one number with a gradient."""
-    found = f"{tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
-    check(found == "()", f"{name} has to return a tensor of one number, not {found}")
-    check(loss.requires_grad, f"{name} does not depend on P, it has no gradient")
-
-def check_finite(loss, name, batch, when):
-    """Raise FloatingPointError, which says when, if a loss is no number."""
-    if not torch.isfinite(loss):
-        users = sorted(set(batch.users))
-        raise FloatingPointError(f"{name}: loss {loss} at {when}; users (rows of data) {users}")
-
-def try_out(names, world):
-    """One step of each recipe with an untrained policy: a mistake in your own CM, sampler or loss
-    shows now, not after hours."""
-    for name in names:
-        recipe = replace(recipe_of(name, world.settings), gr=0.0)   # L_GR would hide a wrong loss
-        if recipe.loss:
-            policy = world.policy()
-            batch = next(batches(world, policy, world.reward(recipe), np.random.default_rng(0)))
-            loss = loss_of(recipe, policy, policy, batch, 0.0)
-            check_finite(loss, name, batch, "the first try, before training")
-            loss.backward()
-        elif world.own:
-            world.cm_of(recipe).scores(world.data.train[:2])
-
 # --- The experiment: data → IDs, CM → SFT → fine-tuned policies → table ---------------------------
+def run(settings, cm=None):
+    """The whole job → results. cm: a CM of your own: fit(histories, num_items) → an object with
+    scores(histories)."""
+    names, seeds = check_settings(settings)
+    for name in names:                          # now: a wrong change fails not after hours
+        recipe_of(name, settings)
+    data = load_data(settings.data, settings.quick)
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
+    about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
+    worlds = [World(seed, data, settings, cm) for seed in seeds]
+    kept = {}
+    for world in worlds:
+        for name in names:
+            run = report.earlier_run(world.folder(name) / "run.json", made_with(name, world))
+            if run and settings.resume:
+                print(f"{name}, seed {world.seed}: kept, as it was finished")
+                kept[name, world.seed] = run
+    try_out([name for name in names if (name, seeds[0]) not in kept], worlds[0])
+    runs = []
+    for world in worlds:
+        for name in names:
+            runs.append(kept.get((name, world.seed)) or run_method(name, world))
+    return report.finish(settings.out, runs, about, data)
+
+def check_settings(settings):
+    """Check the settings and set the device → (names of methods in the table's order, seeds)."""
+    there = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    devices = [device for device in there if there[device].is_available()] + ["cpu"]
+    settings.device = devices[0] if settings.device == "auto" else settings.device
+    check(settings.device in devices, f"--device {settings.device}: there is only {devices}")
+    check_numbers("--", settings)
+    seeds = [seed.strip() for seed in settings.seeds.split(",")]
+    whole = all(seed.isdecimal() and len(seed) < 19 for seed in seeds)
+    check(whole, f"--seeds {settings.seeds} are not numbers like 42,43")
+    methods = [*UNTRAINED, *RECIPES, *[f"{name}+cm" for name in RECIPES]]
+    names = []
+    for name in filter(None, map(str.strip, settings.methods.split(","))):
+        base = name.partition(":")[0]
+        check(base in methods, f"--methods: there is no {base}; there are {', '.join(methods)}")
+        if base not in UNTRAINED:                               # all others start from SFT
+            names += ["sft", base.removesuffix("+cm")] if "+cm" in base else ["sft"]
+        names.append(name)
+    check(names, f"--methods {settings.methods!r} names no method")
+    names.sort(key=lambda name: methods.index(name.partition(":")[0]))
+    if settings.quick:
+        print("--quick: the figures below mean nothing; they only show that everything works")
+    return list(dict.fromkeys(names)), list(dict.fromkeys(map(int, seeds)))
+
 class World:
     """What all methods of one seed share, made from training items alone."""
     def __init__(self, seed, data, settings, cm=None):
@@ -912,22 +923,6 @@ class World:
         """The comprehensive reward of a recipe."""
         return Reward(self.ids, self.cm_of(recipe), (recipe.w_a, recipe.w_y, recipe.w_s))
 
-def model_of(name, recipe, world):
-    """Train a method, or put it together → its model, with recommend(histories), and its curve."""
-    base = name.partition(":")[0]
-    if base == "pop":
-        popular = CollaborativeModel.fit(world.data.train, len(world.data.titles), popularity=1.0)
-        return Debiased(popular, 0.0), []
-    if base in UNTRAINED:
-        return world.cm_of(recipe), []
-    if base.endswith("+cm"):
-        policy = world.policy(base.removesuffix("+cm"))
-        return Guided(policy, world.cm_of(recipe), recipe.gamma), []
-    policy = world.policy("" if base == "sft" else "sft", recipe.dropout)
-    curve = train(name, recipe, policy, world)
-    save_policy(policy, world.folder(name))
-    return world.policy(name), curve                            # tested as it was saved
-
 def made_with(name, world):
     """All inputs of a run that --resume compares, but code, and what a CM of your own is like."""
     made = {"data": world.data.sizes, "cm": "your own" if world.own else "ours"}
@@ -939,6 +934,20 @@ def made_with(name, world):
         recipe = recipe_of(part, world.settings)
         made |= {f"{part}: {what}": getattr(recipe, what) for what in FIELDS}
     return made
+
+def try_out(names, world):
+    """One step of each recipe with an untrained policy: a mistake in your own CM, sampler or loss
+    shows now, not after hours."""
+    for name in names:
+        recipe = replace(recipe_of(name, world.settings), gr=0.0)   # L_GR would hide a wrong loss
+        if recipe.loss:
+            policy = world.policy()
+            batch = next(batches(world, policy, world.reward(recipe), np.random.default_rng(0)))
+            loss = loss_of(recipe, policy, policy, batch, 0.0)
+            check_finite(loss, name, batch, "the first try, before training")
+            loss.backward()
+        elif world.own:
+            world.cm_of(recipe).scores(world.data.train[:2])
 
 def run_method(name, world):
     """Train and test one method with one seed → its entry of results.json["runs"]."""
@@ -960,55 +969,46 @@ def run_method(name, world):
     report.write(finished, {"made_with": made_with(name, world), **entry})
     return entry
 
-# --- Command line ---------------------------------------------------------------------------------
-def check_settings(settings):
-    """Check the settings and set the device → (names of methods in the table's order, seeds)."""
-    there = {"cuda": torch.cuda, "mps": torch.backends.mps}
-    devices = [device for device in there if there[device].is_available()] + ["cpu"]
-    settings.device = devices[0] if settings.device == "auto" else settings.device
-    check(settings.device in devices, f"--device {settings.device}: there is only {devices}")
-    check_numbers("--", settings)
-    seeds = [seed.strip() for seed in settings.seeds.split(",")]
-    whole = all(seed.isdecimal() and len(seed) < 19 for seed in seeds)
-    check(whole, f"--seeds {settings.seeds} are not numbers like 42,43")
-    methods = [*UNTRAINED, *RECIPES, *[f"{name}+cm" for name in RECIPES]]
-    names = []
-    for name in filter(None, map(str.strip, settings.methods.split(","))):
-        base = name.partition(":")[0]
-        check(base in methods, f"--methods: there is no {base}; there are {', '.join(methods)}")
-        if base not in UNTRAINED:                               # all others start from SFT
-            names += ["sft", base.removesuffix("+cm")] if "+cm" in base else ["sft"]
-        names.append(name)
-    check(names, f"--methods {settings.methods!r} names no method")
-    names.sort(key=lambda name: methods.index(name.partition(":")[0]))
-    if settings.quick:
-        print("--quick: the figures below mean nothing; they only show that everything works")
-    return list(dict.fromkeys(names)), list(dict.fromkeys(map(int, seeds)))
+def model_of(name, recipe, world):
+    """Train a method, or put it together → its model, with recommend(histories), and its curve."""
+    base = name.partition(":")[0]
+    if base == "pop":
+        popular = CollaborativeModel.fit(world.data.train, len(world.data.titles), popularity=1.0)
+        return Debiased(popular, 0.0), []
+    if base in UNTRAINED:
+        return world.cm_of(recipe), []
+    if base.endswith("+cm"):
+        policy = world.policy(base.removesuffix("+cm"))
+        return Guided(policy, world.cm_of(recipe), recipe.gamma), []
+    policy = world.policy("" if base == "sft" else "sft", recipe.dropout)
+    curve = train(name, recipe, policy, world)
+    save_policy(policy, world.folder(name))
+    return world.policy(name), curve                            # tested as it was saved
 
-def run(settings, cm=None):
-    """The whole job → results. cm: a CM of your own: fit(histories, num_items) → an object with
-    scores(histories)."""
-    names, seeds = check_settings(settings)
-    for name in names:                          # now: a wrong change fails not after hours
-        recipe_of(name, settings)
-    data = load_data(settings.data, settings.quick)
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-    about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
-    worlds = [World(seed, data, settings, cm) for seed in seeds]
-    kept = {}
-    for world in worlds:
-        for name in names:
-            run = report.earlier_run(world.folder(name) / "run.json", made_with(name, world))
-            if run and settings.resume:
-                print(f"{name}, seed {world.seed}: kept, as it was finished")
-                kept[name, world.seed] = run
-    try_out([name for name in names if (name, seeds[0]) not in kept], worlds[0])
-    runs = []
-    for world in worlds:
-        for name in names:
-            runs.append(kept.get((name, world.seed)) or run_method(name, world))
-    return report.finish(settings.out, runs, about, data)
+# --- Checks of what your own functions return -----------------------------------------------------
+def check_items(items, recipe, batch):
+    """Raise InputError if a sampler does not return N unseen items a context."""
+    C, n = batch.r.shape
+    wanted = (torch.int64, C, recipe.trajectories)
+    found = (getattr(items, "dtype", type(items).__name__), *getattr(items, "shape", ()))
+    asked = f"sampler {recipe.sampler}(batch, count, policy, progress) has to return"
+    check(found == wanted, f"{asked} a tensor of items (C, N), here {wanted}, not {found}")
+    unseen = 0 <= items.min() and items.max() < n and batch.r.gather(1, items).min() > 0
+    check(unseen, f"{asked} items from 0 to {n - 1} that are not in batch.histories")
 
+def check_loss(loss, name):
+    """Raise InputError if a loss is not one number with a gradient."""
+    found = f"{tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
+    check(found == "()", f"{name} has to return a tensor of one number, not {found}")
+    check(loss.requires_grad, f"{name} does not depend on P, it has no gradient")
+
+def check_finite(loss, name, batch, when):
+    """Raise FloatingPointError, which says when, if a loss is no number."""
+    if not torch.isfinite(loss):
+        users = sorted(set(batch.users))
+        raise FloatingPointError(f"{name}: loss {loss} at {when}; users (rows of data) {users}")
+
+# --- The oracle: does P reach R/Z? ----------------------------------------------------------------
 def even(batch, count, policy, progress):
     """A sampler: unseen items, drawn ∝ R/Z + 1/n, so that none is forgotten."""
     target = batch.r / batch.r.sum(1, keepdim=True)             # > 0 at unseen items alone
@@ -1046,6 +1046,7 @@ def run_oracle(settings):
     codes = world.ids.codes.tolist()
     report.figures.plot_flows(path, codes, data.titles, batch.histories[0], panels)
 
+# --- Command line ---------------------------------------------------------------------------------
 def print_recommendations(settings):
     """Ten titles by a saved model, best first, for a history of titles or ids, oldest first."""
     model = load_model(settings.model)
