@@ -819,15 +819,13 @@ def run(settings, cm=None):
     """The whole job → results. cm: a CM of your own: fit(histories, num_items) → an object with
     scores(histories)."""
     names, seeds = check_settings(settings)
-    for name in names:                          # now: a wrong change fails not after hours
-        recipe_of(name, settings)
     data = load_data(settings.data, settings.quick)
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
     worlds = [World(seed, data, settings, cm) for seed in seeds]
     kept = {}
     for world in worlds:
-        for name in names:
+        for name in names:                      # refuses wrong changes, and runs made otherwise
             run = report.earlier_run(world.folder(name) / "run.json", made_with(name, world))
             if run and settings.resume:
                 print(f"{name}, seed {world.seed}: kept, as it was finished")
