@@ -698,8 +698,9 @@ def load_model(folder):
         return load_policy(folder)
     made = run["made_with"]
     check(made["cm"] == "ours", f"{folder}: a CM of your own is never saved")
-    data = load_data(made["data"]["name"], made["data"]["quick"])
-    check(data.sizes == made["data"], f"{made['data']['name']} has changed since {folder} was made")
+    name = made["data"]["name"]
+    data = load_data(name, made["data"]["quick"])
+    check(data.sizes == made["data"], f"{name} has changed since {folder} was made")
     recipe = Recipe(**run["recipe"])
     cm = fit_of(recipe.teacher, data)(data.train, len(data.titles))
     policy = load_policy(path.parent.parent / f"{base}-{run['seed']}")
@@ -996,9 +997,8 @@ def check_items(items, recipe, batch):
 
 def check_loss(loss, name):
     """Raise InputError if a loss is not one number with a gradient."""
-    found = f"{tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
-    check(found == "()", f"{name} has to return a tensor of one number, not {found}")
-    check(loss.requires_grad, f"{name} does not depend on P, it has no gradient")
+    right = torch.is_tensor(loss) and loss.shape == () and loss.requires_grad
+    check(right, f"{name} has to return a tensor of one number that depends on P, not {loss!r}")
 
 def check_finite(loss, name, batch, when):
     """Raise FloatingPointError, which says when, if a loss is no number."""
