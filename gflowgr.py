@@ -573,22 +573,16 @@ def drawn_search(policy, histories, k, beams, temperature):
     for _ in range(tree.ids.num_levels):
         child, logits = tree.children()
         log_p = log_p[..., None] + (logits / temperature).log_softmax(-1)           # (B, W, K)
-        gumbel = -torch.empty_like(log_p).exponential_().log_()     # − log of an Exp(1) draw
-        score = moved_to(score[..., None], log_p + gumbel).flatten(1)
+        noisy = log_p - torch.empty_like(log_p).exponential_().log_()   # − log of Exp(1): Gumbel
+        parent = score[..., None]                                                   # (B, W, 1)
+        # Shifted, so that the largest child has its parent's score: −log(exp(−parent) +
+        # exp(−noisy) − exp(−largest)). Without overflow, with softplus(x) = log(1 + exp(x)):
+        x = parent - noisy + torch.log1p(-torch.exp(noisy - noisy.amax(-1, keepdim=True)))
+        score = (parent - functional.softplus(x)).flatten(1)                        # (B, W·K)
         score, best = score.topk(min(beams, score.shape[1]), 1)
         log_p = log_p.flatten(1).gather(1, best)
         tree.keep(child, best)
     return tree.items(score, k)
-
-def moved_to(parent, noisy):
-    """Shift noisy (B, W, K), log P + noise of children, so that the largest is parent (B, W, 1).
-    >>> moved_to(torch.tensor([0.5]), torch.tensor([0.3, 1.2, -2.0]))
-    tensor([-0.0451,  0.5000, -2.0405])
-
-    It is −log(exp(−parent) + exp(−noisy) − exp(−largest)); without overflow: parent − softplus(x),
-    x = parent − noisy + log(1 − exp(noisy − largest)), softplus(x) = log(1 + exp(x))."""
-    x = parent - noisy + torch.log1p(-torch.exp(noisy - noisy.amax(-1, keepdim=True)))
-    return parent - functional.softplus(x)
 
 @torch.no_grad()
 def guided_search(policy, histories, k, beams, guide):
