@@ -906,7 +906,7 @@ class World:
 
     def cm_of(self, recipe):
         """The teacher of a recipe, its scores divided by popularity^δ. It is fitted once."""
-        name = recipe.teacher
+        name = "own" if self.own else recipe.teacher
         if name not in self.cms:
             fit = self.own or fit_of(name, self.data)
             self.cms[name] = Folds(fit, self.data.train, len(self.data.titles))
@@ -1035,8 +1035,7 @@ def run_oracle(settings):
         curve[0]["score"], curve[-1]["score"], path))
     learned = distribution(policy, batch.histories)[0]
     panels = {"R/Z": target[0], f"P, learned by {settings.oracle}": learned}
-    codes = world.ids.codes.tolist()
-    report.figures.plot_flows(path, codes, data.titles, batch.histories[0], panels)
+    report.figures.plot_flows(path, world.ids.codes.cpu(), data.titles, batch.histories[0], panels)
 
 # --- Command line ---------------------------------------------------------------------------------
 def print_recommendations(settings):

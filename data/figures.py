@@ -47,8 +47,8 @@ def draw_prefix(axis, tree, shares, items, level, top):
 def plot_flows(path, codes, titles, history, panels):
     """Where the flow goes, for one user. codes (n, L), titles (n) and the user's history: items.
     panels: {title: n shares, of sum 1}, the target first."""
-    codes = np.array(codes)
-    panels = {title: np.array(shares) for title, shares in panels.items()}
+    codes = np.asarray(codes)
+    panels = {title: np.asarray(shares) for title, shares in panels.items()}
     target = next(iter(panels.values()))
     chosen = target.argmax()
     tree = {"codes": codes, "titles": titles, "target": target, "chosen": chosen}

@@ -12,7 +12,6 @@ def write(path, value):
     """Write text or a value as JSON, by a temporary name: the file is whole or not there."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     part = Path(f"{path}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
     part.write_text(text, encoding="utf-8")
     part.replace(path)
 
