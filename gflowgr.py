@@ -692,9 +692,8 @@ def load_model(folder):
         return load_policy(folder)
     made = run["made_with"]
     check(made["cm"] == "ours", f"{folder}: a CM of your own is never saved")
-    name = made["data"]["name"]
-    data = load_data(name, made["data"]["quick"])
-    check(data.sizes == made["data"], f"{name} has changed since {folder} was made")
+    data = load_data(made["data"]["name"], made["data"]["quick"])
+    check(data.sizes == made["data"], f"the data were changed since {folder} was made")
     recipe = Recipe(**run["recipe"])
     cm = fit_of(recipe.teacher, data)(data.train, len(data.titles))
     policy = load_policy(path.parent.parent / f"{base}-{run['seed']}")
@@ -799,12 +798,10 @@ def recipe_of(name, settings):
         changes = settings.recipe.split(":") + changes
     parser.set_defaults(**dict(vars(recipe).items() - vars(Recipe()).items()))
     parser.set_defaults(**real.get(base, {}))
-    fields = ", ".join(FIELDS)
-    parser.error = lambda message: check(False, f"{name}: {message}; fields are {fields}")
+    parser.error = lambda message: check(False, f"{name}: {message}; fields are {[*FIELDS]}")
     recipe = Recipe(**vars(parser.parse_args([f"--{change}" for change in changes if change])))
     check_numbers(f"{name}: ", recipe)
-    there = ", ".join(SAMPLERS)
-    check(recipe.sampler in SAMPLERS, f"{name}: no sampler {recipe.sampler}; there are {there}")
+    check(recipe.sampler in SAMPLERS, f"{name}: sampler has to be one of {', '.join(SAMPLERS)}")
     compares = base in ("grpo", "vargrad")
     check(recipe.trajectories > 1 or not compares, f"{name}: it compares paths: trajectories > 1")
     return recipe
@@ -844,13 +841,12 @@ def check_settings(settings):
     check(whole, f"--seeds {settings.seeds} are not numbers like 42,43")
     methods = [*UNTRAINED, *RECIPES, *[f"{name}+cm" for name in RECIPES]]
     names = []
-    for name in filter(None, map(str.strip, settings.methods.split(","))):
+    for name in map(str.strip, settings.methods.split(",")):
         base = name.partition(":")[0]
-        check(base in methods, f"--methods: there is no {base}; there are {', '.join(methods)}")
+        check(base in methods, f"--methods: there is no {base!r}; there are {', '.join(methods)}")
         if base not in UNTRAINED:                               # all others start from SFT
             names += ["sft", base.removesuffix("+cm")] if "+cm" in base else ["sft"]
         names.append(name)
-    check(names, f"--methods {settings.methods!r} names no method")
     names.sort(key=lambda name: methods.index(name.partition(":")[0]))
     if settings.quick:
         print("--quick: the figures below mean nothing; they only show that everything works")

@@ -1069,7 +1069,7 @@ LINE = f"test_gflowgr.py, line {raises.__code__.co_firstlineno + 1}, in raises: 
     ("sampler", lambda *given: policy_draws(*given)[:, 1:], ", 7)"),
     ("sampler", lambda *given: policy_draws(*given) + 48, "items from 0 to 47"),
     ("sampler", lambda batch, *_: batch.r.topk(8, largest=False)[1], "not in batch.histories"),
-    ("a,b", Recipe(), "--methods: there is no a; there are pop, "),
+    ("a,b", Recipe(), "--methods: there is no 'a'; there are pop, "),
     ("recipe", raises, "RECIPES['recipe'] is a function, no Recipe"),
     ("recipe", Recipe(lambda p: (p.log_pf - p.log_z).mean()), "in <lambda>: RuntimeError The "),
     ("recipe", Recipe(lambda p: p.log_pf.mean() * math.nan), "recipe: loss nan at the first try"),
@@ -1243,7 +1243,7 @@ def test_recommend_prints_ten_titles(name, finished, monkeypatch):
     if "+cm" in name:                         # it is served while its data last
         text = Path("run.json").read_text()
         Path("run.json").write_text(text.replace('"interactions": ', '"interactions": 1'))
-        refused("has changed since", *asked)
+        refused("were changed since", *asked)
         Path("run.json").write_text(text)
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -1394,11 +1394,11 @@ def test_scripts_on_the_pages_in_short(page, pictures, by_itself, monkeypatch):
     ("--ids content needs", "--ids=content"),
     ("--codes 65537 is out of range", "--codes=65537"),
     ("--oracle sft", "--oracle=sft"),
-    ("--methods ',' names no method", "--methods=,"),
-    ("sampler=x", "--methods=tb:sampler=x"),
-    ("gr, lam, sampler, ", "--methods=tb:loss=x"),
+    ("there is no ''; there are pop, ", "--methods=tb,"),
+    ("tb:sampler=x: sampler has to be one of session, ", "--methods=tb:sampler=x"),
+    ("fields are ['gr', 'lam', 'sampler', ", "--methods=tb:loss=x"),
     ("rate nan is out of range", "--methods=tb:rate=nan"),
-    ("there is no cm+cm", "--methods=cm+cm"),
+    ("there is no 'cm+cm'", "--methods=cm+cm"),
     ("nowhere.csv", "--ids=nowhere.csv"),
     ("it compares paths: trajectories > 1", "--methods=vargrad:trajectories=1")])
 def test_a_wrong_flag_is_one_line_and_status_2(said, flag, told, tmp_path):
