@@ -675,8 +675,7 @@ def load_policy(folder, dropout=0.0):
             folder, use_safetensors=True, resid_pdrop=dropout, embd_pdrop=dropout)
         policy = Policy(ids, lm.config.n_positions - ids.num_levels, beams=table["beams"],
                         catalogue=table["catalogue"], lm=lm).eval()
-        fits = lm.config.vocab_size == policy.user_token + 1 + len(ids.codes)
-        check(fits, "its IDs do not fit its weights")
+        check(lm.config.vocab_size == policy.user_token + 1 + len(ids.codes), "its IDs do not fit")
         return policy
     except Exception as error:                                  # a wrong folder can raise anything
         raise InputError(f"{folder} holds no saved model of this version (untrained "
@@ -872,15 +871,14 @@ class World:
         settings = self.settings
         n = len(self.data.titles)
         if settings.ids in ("content", "mixed", "svd"):
-            right = settings.ids != "content" or any(self.data.texts)
-            check(right, "--ids content needs text in items.csv")
+            text = any(self.data.texts) or settings.ids != "content"
+            check(text, "--ids content needs text in items.csv")
             least = max(2, min(n / 24, 512), n ** (1 / settings.levels))
             K = settings.codes or 2 ** math.ceil(math.log2(least))
             features = item_features(settings.ids, self.data.texts, self.data.train, self.seed)
             ids = SemanticIDs.fit(features, K, settings.levels, self.seed)
         else:
-            right = Path(settings.ids).suffix
-            check(right, f"--ids {settings.ids} is not content, mixed, svd or a CSV file")
+            check("." in settings.ids, f"--ids {settings.ids} is not content, mixed, svd or a file")
             codes = read_ids(settings.ids, self.data.item_ids)
             ids = SemanticIDs(codes, max(map(max, codes)) + 1)
         print(f"seed {self.seed}: {n} semantic IDs of {ids.num_levels} codes")
