@@ -21,7 +21,6 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 import time
 import traceback
 import zlib
@@ -559,25 +558,24 @@ class Beams:
         scores = functional.pad(scores, (0, k))[:, :k]
         return items, scores.masked_fill(items < 0, -math.inf)
 
-
 # --- Searches that draw at random, or that follow a guide -----------------------------------------
 @torch.no_grad()
 def drawn_search(policy, histories, k, beams, temperature):
     """Draw k items at random, without replacement, codes ∝ P_F^(1/temperature) (Kool et al. 2019,
-    Stochastic beams). The idea: give each item the score log P + Gumbel noise; the k largest scores
-    are such a draw. Not all items are listed: the score of a prefix is the largest below it, so
-    first draw that of the root (it does not matter which: 0), then at each level those of the
-    children, so that the largest is the score of their parent."""
+    stochastic beams). The idea is a race: each item arrives after a random time, Exp(1) / P; the k
+    first ones are such a draw. A prefix arrives with the first item below it, which is after
+    Exp(1) / P of the prefix. So go down the tree: of the children of a prefix, one arrives when the
+    prefix does, the others later. Scores are −log(time)."""
     tree = Beams(policy, histories)
     log_p = score = torch.zeros(tree.node.shape, device=tree.node.device)           # (B, W)
     for _ in range(tree.ids.num_levels):
         child, logits = tree.children()
         log_p = log_p[..., None] + (logits / temperature).log_softmax(-1)           # (B, W, K)
-        noisy = log_p - torch.empty_like(log_p).exponential_().log_()   # − log of Exp(1): Gumbel
+        own = log_p - torch.empty_like(log_p).exponential_().log_()     # −log(Exp(1) / P)
         parent = score[..., None]                                                   # (B, W, 1)
-        # Shifted, so that the largest child has its parent's score: −log(exp(−parent) +
-        # exp(−noisy) − exp(−largest)). Without overflow, with softplus(x) = log(1 + exp(x)):
-        x = parent - noisy + torch.log1p(-torch.exp(noisy - noisy.amax(-1, keepdim=True)))
+        # time = the parent's + its own − that of the first sibling; in scores,
+        # −log(exp(−parent) + exp(−own) − exp(−first)) = parent − log(1 + exp(x)), no overflow:
+        x = parent - own + torch.log1p(-torch.exp(own - own.amax(-1, keepdim=True)))
         score = (parent - functional.softplus(x)).flatten(1)                        # (B, W·K)
         score, best = score.topk(min(beams, score.shape[1]), 1)
         log_p = log_p.flatten(1).gather(1, best)
@@ -810,13 +808,15 @@ def run(settings, cm=None):
     """The whole job → results. cm: a CM of your own: fit(histories, num_items) → an object with
     scores(histories)."""
     names, seeds = check_settings(settings)
+    for name in names:                          # a wrong change is told before the data are read
+        recipe_of(name, settings)
     data = load_data(settings.data, settings.quick)
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
     worlds = [World(seed, data, settings, cm) for seed in seeds]
     kept = {}
     for world in worlds:
-        for name in names:                      # refuses wrong changes, and runs made otherwise
+        for name in names:                      # refuses a run that was made otherwise
             run = report.earlier_run(world.folder(name) / "run.json", made_with(name, world))
             if run and settings.resume:
                 print(f"{name}, seed {world.seed}: kept, as it was finished")
