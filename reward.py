@@ -13,35 +13,37 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from data import InputError
-from tokenizer import cooccurrence, entries, item_features, item_vectors, seen_entries, sparse
+from data import check
+from tokenizer import counts, entries, followers, item_features, item_vectors, sparse
 
 warnings.filterwarnings("ignore", message="Sparse CSR")         # torch calls its sparse CSR "beta"
 
-def recent(histories, num_items, weight, length=None):
-    """Sparse (B, n): weight(age) at the last `length` items of B histories, age 1: the newest."""
-    seen_entries(histories, num_items)                          # refuses unknown items
-    histories = [history[-length:] if length else history for history in histories]
-    ages = [age for history in histories for age in range(len(history), 0, -1)]
-    return sparse(entries(histories), weight(torch.tensor(ages).float()),
-                  (len(histories), num_items))
+def aged(histories, num_items, weight, length=10 ** 9):
+    """Sparse (B, n): weight(age) at the last `length` items of B histories; age 1: the newest. With
+    1/age, the history [5, 2] has .5 at 5 and 1 at 2."""
+    lists = [history[-length:] for history in histories]
+    _, ages = entries([range(len(items), 0, -1) for items in lists])
+    return sparse(entries(lists, num_items), weight(torch.tensor(ages).float()),
+                  (len(lists), num_items))
 
 def shares(scores, histories, popular, s=0.001):
-    """(1 − s) · scores + s · popular (n,): both 0 at the history, each divided by its sum (B, n).
-    s is 1 where no score is above 1e-6. (If a user has seen all items, all are 0.)"""
-    seen = seen_entries(histories, len(popular))
-    rest = popular.repeat(len(histories), 1)
-    functional.threshold_(scores, 1e-6, 0.0)                    # ≤ 1e-6: float rounding
-    for table in (scores, rest):
+    """Scores (B, n), which are overwritten → (1 − s) · scores + s · popular (n,). Both are set to 0
+    at items of the history first, and divided by their sum. Who has no score gets s = 1: popularity
+    alone. (Who has seen all items gets 0.) With s = .1, scores [6, 3, 1, 0], history [0], popular
+    [5, 2, 1, 1]: .9 · [0, .75, .25, 0] + .1 · [0, .5, .25, .25] = [0, .725, .25, .025]."""
+    functional.threshold_(scores, 1e-6, 0.0)                    # ≤ 1e-6: float rounding, so 0
+    popular = popular.repeat(len(histories), 1)                 # (B, n)
+    seen = entries(histories, popular.shape[1])
+    for table in (scores, popular):                             # in place: these are large
         table[seen] = 0
         table /= table.sum(1, keepdim=True).clamp(min=1e-12)
-    s = torch.where(scores.sum(1, keepdim=True) > 0, s, 1.0)
-    return (1 - s) * scores + s * rest
+    s = torch.where(scores.any(1, keepdim=True), s, 1.0)        # (B, 1)
+    return (1 - s) * scores + s * popular
 
 class CollaborativeModel:
     """Counts of which item follows which: CM(U, v) ∝ Σ_j decay^(age(j) − 1) · near[j, v] over the
     last `length` items j, age 1: the newest, plus a little popularity. near[j, v] = (forward(j, v)
-    + backward · forward(v, j)) / count(j)^power; forward(j, v) adds up nearness^(d − 1) where v
+    + backward · forward(v, j)) / count(j)^power, where forward(j, v) adds up nearness^(d − 1) if v
     stands d ≤ window places after j. In the log 0 1 2, near[0, 1] = 1 and near[0, 2] = .8: after 0,
     the scores of 1 and 2 are 1 : .8. Chosen on validation items of MovieLens and Beauty.
     """
@@ -50,11 +52,12 @@ class CollaborativeModel:
             length=10, decay=0.6, popularity=0.05):
         """A fitted model; see the class."""
         cm = cls()
-        # w = forward(a, b) + backward · forward(b, a), of near[j = a, v = b]
-        a, b, w = cooccurrence(histories, num_items, window, nearness, backward)
-        count = np.bincount(entries(histories)[1], minlength=num_items)
-        cm.near = sparse((a, b), w / np.maximum(count[a], 1) ** power, (num_items, num_items))
-        cm.popular = torch.tensor(count + 1.0).float()          # (n,)
+        # near = (forward + backward · forwardᵀ) / count^power, a row of it for each item j
+        forward = followers(histories, num_items, window, nearness)     # sparse (n, n)
+        both = (forward + backward * forward.T).coalesce()
+        count = counts(histories, num_items)                    # (n,)
+        cm.near = (both * count.clamp(min=1)[:, None] ** -power).float()
+        cm.popular = (count + 1).float()                        # (n,)
         cm.length = length
         cm.decay = decay
         cm.popularity = popularity                              # its share
@@ -64,9 +67,8 @@ class CollaborativeModel:
         """CM(U, ·) (B, n) of B histories; InputError for an item that is not in the catalogue."""
         def weight(age):
             return self.decay ** (age - 1)
-        aged = recent(histories, len(self.popular), weight, self.length)            # (B, n)
-        scores = torch.sparse.mm(aged, self.near).to_dense()
-        return shares(scores, histories, self.popular, self.popularity)
+        scores = aged(histories, len(self.popular), weight, self.length) @ self.near
+        return shares(scores.to_dense(), histories, self.popular, self.popularity)
 
 class SVD:
     """Matrix factorisation, PureSVD (Cremonesi et al. 2010), with the vectors of `item_vectors`:
@@ -77,13 +79,20 @@ class SVD:
 
     def scores(self, histories):
         """CM(U, ·) (B, n) of B histories; InputError for an item that is not in the catalogue."""
-        aged = recent(histories, len(self.vectors), lambda age: age ** -0.75)       # (B, n)
-        scores = torch.sparse.mm(aged, self.vectors) @ self.vectors.T
-        return shares(scores, histories, self.popular)
+        weights = aged(histories, len(self.vectors), lambda age: age ** -0.75)      # (B, n)
+        users = weights @ self.vectors                                              # (B, rank)
+        return shares(users @ self.vectors.T, histories, self.popular)
+
+def similar_items(features, most=200):
+    """Sparse (n, n): max(0, cosine of features (n, d))³ of each item and its `most` nearest."""
+    unit = functional.normalize(torch.tensor(features).float())
+    n = len(unit)
+    values, near = (unit @ unit.T).clamp(min=0).pow(3).topk(min(most, n))           # (n, most)
+    return sparse(entries(near.tolist()), values.flatten(), (n, n))
 
 class Blend:
-    """Ours, for real logs: (√(counts · neighbours) + SVD divided by √(length of vector))²; squared,
-    since P learns few high scores more easily than many middling ones.
+    """Ours, for real logs: (√(counts · neighbours) + SVD / √(length of vector))², each of the two
+    terms with sum 1; squared, since P learns few high scores more easily than many middling ones.
     Neighbours: Σ_j similar[j, i] / age(j) over the last 20 items j, age 1: the newest."""
     def __init__(self, histories, num_items, similar):
         """similar: a sparse (n, n) tensor, of `similar_items`."""
@@ -94,20 +103,13 @@ class Blend:
 
     def scores(self, histories):
         """CM(U, ·) (B, n) of B histories; InputError for an item that is not in the catalogue."""
-        aged = recent(histories, len(self.popular), lambda age: 1 / age, 20)
-        near = shares(torch.sparse.mm(aged, self.similar).to_dense(), histories, self.popular)
-        both = (self.counts.scores(histories) * near).sqrt()
-        svd = self.svd.scores(histories) / self.svd.popular.sqrt()
-        total = shares(both, histories, self.popular) + shares(svd, histories, self.popular)
+        near = aged(histories, len(self.popular), lambda age: 1 / age, 20) @ self.similar
+        near = shares(near.to_dense(), histories, self.popular)
+        first = (self.counts.scores(histories) * near).sqrt()
+        second = self.svd.scores(histories) / self.svd.popular.sqrt()
+        total = shares(first, histories, self.popular) + shares(second, histories, self.popular)
         total /= total.amax(1, keepdim=True).clamp(min=1e-12)   # `shares` drops what is ≤ 1e-6
         return shares(total.square(), histories, self.popular)
-
-def similar_items(features, most=200):
-    """Sparse (n, n): max(0, cosine of features (n, d))³ of each item and its `most` nearest."""
-    unit = functional.normalize(torch.tensor(features).float())
-    values, near = (unit @ unit.T).clamp(min=0).pow(3).topk(min(most, len(unit)))
-    rows = torch.arange(len(unit)).repeat_interleave(near.shape[1])
-    return sparse((rows, near.flatten()), values.flatten(), (len(unit), len(unit)))
 
 def fit_of(name, data):
     """The function fit(histories, num_items) of the recommender with this name."""
@@ -118,48 +120,50 @@ def fit_of(name, data):
 
 class Folds:
     """For training: scores that do not know what the user logged later. Each user is in one of 20
-    folds, chosen by a checksum of the training history. A recommender is fitted without each fold,
-    when it is first asked for. fit(histories, num_items) → a recommender, maybe of your own."""
+    folds, chosen by a checksum of the training history. The scores of a user come from a recommender
+    that was fitted on the other 19 folds. fit(histories, num_items) → a recommender, maybe of your
+    own."""
     def __init__(self, fit, histories, num_items, folds=20):
         self.fit = fit
         self.histories = histories
         self.folds = folds
-        self.whole = fit(histories, num_items)
-        count = np.bincount(entries(histories)[1], minlength=num_items)
-        self.popular = getattr(self.whole, "popular", torch.tensor(count + 1.0).float())    # (n,)
+        self.whole = fit(histories, num_items)                  # of all folds, for serving
+        self.popular = getattr(self.whole, "popular", counts(histories, num_items) + 1).float()
         self.parts = {}                                         # fold → fitted without it
 
     def fold(self, history):
         """The number of its fold."""
         return zlib.crc32(np.array(history, np.int64).tobytes()) % self.folds
 
+    def without(self, fold):
+        """The recommender that does not know a fold, fitted when it is first asked for."""
+        if fold not in self.parts:
+            others = [history for history in self.histories if self.fold(history) != fold]
+            self.parts[fold] = self.fit(others, len(self.popular))
+        return self.parts[fold]
+
     def scores(self, histories, following=None):
-        """(B, n). following: B lists; history + following is a training history, and the scores do
-        not know it. None: a user to be served. InputError if your own scores are not as ours."""
+        """(B, n). following, in training: B lists, history + following is the user's training
+        history. None: users to be served. InputError if your own scores are not as ours."""
         if following is None:
             return self.checked(self.whole, histories)
-        of = np.array([self.fold([*past, *after]) for past, after in zip(histories, following)])
+        folds = [self.fold([*past, *after]) for past, after in zip(histories, following)]
         scores = torch.empty(len(histories), len(self.popular))
-        for fold in np.unique(of):
-            if fold not in self.parts:
-                others = [history for history in self.histories if self.fold(history) != fold]
-                self.parts[fold] = self.fit(others, len(self.popular))
-            rows = np.flatnonzero(of == fold)
-            scores[rows] = self.checked(self.parts[fold], [histories[row] for row in rows])
+        for fold in set(folds):
+            rows = [row for row, other in enumerate(folds) if other == fold]
+            scores[rows] = self.checked(self.without(fold), [histories[row] for row in rows])
         return scores
 
     def checked(self, cm, histories):
-        """The scores of a recommender, or InputError."""
+        """The scores of a recommender as float32, or InputError."""
         scores = cm.scores(histories)
         shape = (len(histories), len(self.popular))
         right = torch.is_tensor(scores) and scores.shape == shape and scores.is_floating_point()
         right = right and scores.min() >= 0 and (scores.sum(1) - 1).abs().max() < 1e-3
         right = right and not scores[entries(histories)].any()
-        if not right:
-            found = " ".join(str(scores).split())[:100]
-            name = type(cm).__name__
-            raise InputError(f"{name}.scores has to return a tensor of floats {shape}, ≥ 0, 0 at "
-                             f"items of the history, each row of sum 1, not {found} …")
+        found = " ".join(str(scores).split())[:100]
+        check(right, f"{type(cm).__name__}.scores has to return a tensor of floats {shape}, ≥ 0, 0 "
+              f"at items of the history, each row of sum 1, not {found} …")
         return scores.float()
 
 class Debiased:
@@ -216,15 +220,19 @@ class Reward:
     def similarity(self, positives, unseen):
         """r_s (B, n), rows sum to 1: codes that unseen IDs share with that of v, positive (B,)."""
         # r_s(v') = c(v') / Σ c; c(v') = Σ_l 1[t_l = t'_l], t of v and t' of v', each level alone
-        shared = sum((column[positives, None] == column).byte() for column in self.ids.codes.T)
-        shared = shared * unseen
+        shared = torch.zeros_like(unseen, dtype=torch.uint8)    # c
+        for codes in self.ids.codes.T:                          # (n,) of all items, at one level
+            shared += codes[positives, None] == codes
+        shared *= unseen
         return shared / shared.sum(1, keepdim=True)
 
     def __call__(self, scores, positives, liked, unseen):
         """R (B, n) of every item, > 0 at unseen (B, n; bool) ones; r_ŷ is scores (B, n);
         positives and liked (bool) are (B,)."""
-        # R = w_a · r_a + w_ŷ · r_ŷ + w_s · r_s + ε/m, 0 at seen items; in place
+        # R = w_a · r_a + w_ŷ · r_ŷ + w_s · r_s + ε/m, 0 at seen items. Last term first
         w_a, w_y, w_s = self.weights
-        r = torch.add(self.epsilon / unseen.sum(1, keepdim=True), scores, alpha=w_y)
-        r.add_(self.similarity(positives, unseen), alpha=w_s)
-        return r.add_(self.action(positives, liked), alpha=w_a).mul_(unseen)
+        r = self.epsilon / unseen.sum(1, keepdim=True)          # (B, 1)
+        r = r.add(scores, alpha=w_y)                            # (B, n) r + w_ŷ · r_ŷ
+        r.add_(self.similarity(positives, unseen), alpha=w_s)   # in place: r is large
+        r.add_(self.action(positives, liked), alpha=w_a)
+        return r.mul_(unseen)

@@ -8,6 +8,7 @@ By hand: three items with one feature each, 0, 1 and 10; L = 2 codes, K = 2.
 IDs (0, 0), (0, 1), (1, 1): all differ, and similar items begin alike. The paper's IDs, TIGER and
 LETTER, come from a trained network (RQ-VAE). Letters: n items, L levels, K codes, M prefixes.
 """
+import re
 from itertools import chain
 
 import numpy as np
@@ -16,105 +17,103 @@ from tqdm import tqdm
 
 from data import check
 
+# --- Features of items: vectors of their text and of the log --------------------------------------
+def entries(lists, num_items=np.inf):
+    """Rows and columns to index a (B, n) matrix: [[5, 2], [7]] → arrays [0, 0, 1], [5, 2, 7].
+    InputError for an item that is not in the catalogue."""
+    rows = np.repeat(np.arange(len(lists)), list(map(len, lists)))
+    items = np.fromiter(chain.from_iterable(lists), np.int64, len(rows))
+    known = (0 <= items) & (items < num_items)
+    check(known.all(), f"items of a history are numbers from 0 to {num_items - 1}")
+    return rows, items
+
+def counts(histories, num_items):
+    """(n,) In how many histories each item is, float64."""
+    return torch.tensor(np.bincount(entries(histories)[1], minlength=num_items)).double()
+
+def sparse(index, values, shape):
+    """A sparse tensor with values (m,) at index, m rows and m columns. Equal places add up."""
+    index = torch.as_tensor(np.stack(index))
+    return torch.sparse_coo_tensor(index, torch.as_tensor(values), shape,
+                                   check_invariants=False).coalesce()
+
+def svd(matrix, rank, seed):
+    """The largest `rank` parts of the singular value decomposition (SVD), or all, if there are
+    fewer: matrix (n, m), sparse, ≈ U diag(s) Vᵀ → U (n, rank) and s (rank,)."""
+    rank = min(rank, *matrix.shape)
+    with torch.random.fork_rng(devices=[]):                     # training draws as without it
+        torch.manual_seed(seed)
+        u, s, _ = torch.svd_lowrank(matrix, q=min(rank + 8, *matrix.shape), niter=4)
+    return u[:, :rank].numpy(), s[:rank].numpy()
+
+def tf_idf(texts):
+    """Sparse (n, terms): how often a term, a word or a pair of words, is in a text, times
+    idf = log(n / count in all texts), since rare terms say more; 0 for a term that stands once."""
+    column_of = {}                                              # term → its column
+    columns = []                                                # n lists, of the terms of a text
+    for text in texts:
+        words = re.findall(r"[^\s(),|]+", text.lower())
+        pairs = [f"{first} {second}" for first, second in zip(words, words[1:])]
+        columns.append([column_of.setdefault(term, len(column_of)) for term in words + pairs])
+    rows, terms = entries(columns)
+    count = np.bincount(terms)                                  # (terms,)
+    idf = np.log(len(texts) / count).clip(0) * (count > 1)
+    return sparse((rows, terms), idf[terms].astype(np.float32), (len(texts), len(count)))
+
+def followers(histories, num_items, window, decay):
+    """Sparse (n, n): at (a, b), Σ of decay^(d − 1) where b stands d ≤ window places after a. With
+    decay .8, the log [[0, 1, 2]] has 1 at (0, 1) and (1, 2), and .8 at (0, 2)."""
+    pairs = []
+    weights = []
+    for history in histories:
+        for distance in range(1, window + 1):
+            apart = list(zip(history, history[distance:]))      # items this far from each other
+            pairs += apart
+            weights += [decay ** (distance - 1)] * len(apart)
+    pairs = np.array(pairs, np.int64).reshape(-1, 2).T
+    return sparse(pairs, np.array(weights), (num_items, num_items))
+
+def ppmi(histories, num_items):
+    """Sparse (n, n): positive pointwise mutual information, log(p(a, b) / (p(a) · p(b))), above 0
+    where b is near a more often than by chance, else 0."""
+    after = followers(histories, num_items, window=5, decay=0.8)
+    near = (after + after.T).coalesce()                         # p(a, b) = near[a, b] / near.sum()
+    a, b = near.indices()
+    count = torch.sparse.sum(near, 1).to_dense()                # (n,) p(a) = count / near.sum()
+    smooth = count ** 0.75           # p(b) = smooth / smooth.sum(); the power tames rare pairs
+    ratio = near.values() * smooth.sum() / (count[a] * smooth[b])
+    return sparse((a, b), ratio.log().clamp(min=0), near.shape).float()
+
+def item_vectors(histories, num_items):
+    """(n, rank) vectors of items: U of X ≈ U diag(s) Vᵀ, where X[i, u] is 1 / count(i)^.25 if item
+    i is in history u, else 0."""
+    users, items = entries(histories)
+    values = counts(histories, num_items)[items] ** -0.25
+    x = sparse((items, users), values.float(), (num_items, len(histories)))
+    vectors, _ = svd(x, rank=max(8, num_items // 30), seed=0)   # rank: chosen on four data sets
+    return vectors
+
 def item_features(kind, texts, histories, seed, dim=64):
     """(n, d): "content" is an item's text (TIGER). The log can be added (LETTER): "mixed" has its
     neighbours there, "svd" its vector, which the teacher `SVD` knows as well.
     Pass training histories only: validation or test items would leak into every result."""
-    text = _unit(*_svd(*tf_idf(texts), dim, seed))              # (n, dim)
+    vectors, sizes = svd(tf_idf(texts), dim, seed)
+    text = unit(vectors * np.sqrt(sizes))                       # (n, dim)
     if kind == "content":
         return text
     if kind == "mixed":
-        log = _unit(*_svd(*ppmi(histories, len(texts)), dim, seed))
+        vectors, sizes = svd(ppmi(histories, len(texts)), dim, seed)
+        log = unit(vectors * np.sqrt(sizes))
     else:
-        log = _unit(item_vectors(histories, len(texts)))
+        log = unit(item_vectors(histories, len(texts)))
     return np.hstack([text, 2 * log])                           # 2: it says more than a few words
 
-def item_vectors(histories, num_items):
-    """(n, rank) vectors v_i of items, of a singular value decomposition (SVD) of the log: row i of
-    V in X ≈ U S Vᵀ, where X[u, i] is 1 / count(i)^.25 if user u logged item i, else 0."""
-    users, items = entries(histories)
-    count = np.bincount(items, minlength=num_items)
-    rank = max(8, num_items // 30)                              # chosen on four data sets
-    shape = num_items, len(histories)
-    return _svd(items, users, count[items] ** -0.25, shape, rank, seed=0)[0]
+def unit(rows):
+    """Rows (n, d) of length 1; those that are 0 stay 0."""
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(length > 1e-6, length, np.inf)
 
-def tf_idf(texts):
-    """Sparse (n, terms) matrix as (rows, columns, values, shape). A term is a word or a word pair.
-    idf is log(n / count in all texts), since rare terms say more; 0 for a term that stands once."""
-    column_of = {}                                              # term → column
-    places = []                                                 # (row, column) of every term
-    for row, text in enumerate(texts):
-        words = text.lower().translate(str.maketrans("(),|", "    ")).split()
-        for term in words + [f"{first} {second}" for first, second in zip(words, words[1:])]:
-            places.append((row, column_of.setdefault(term, len(column_of))))
-    rows, columns = np.array(places, np.int64).reshape(-1, 2).T
-    count = np.bincount(columns)
-    idf = np.log(len(texts) / count).clip(0) * (count > 1)      # (terms,)
-    return rows, columns, idf[columns], (len(texts), len(count))  # equal places add up in _svd: tf
-
-def ppmi(histories, num_items):
-    """Sparse (n, n) positive pointwise mutual information as (rows, columns, values, shape):
-    max(0, log(p(a, b) / (p(a)·p(b)))), above 0 where b is near a more often than by chance."""
-    a, b, w = cooccurrence(histories, num_items, window=5, decay=0.8, backward=1.0)
-    count = np.bincount(a, w, num_items)                        # (n,) p(a) = count / w.sum()
-    smooth = count ** 0.75           # p(b) = smooth / smooth.sum(); the power tames rare pairs
-    ratio = np.maximum(w * smooth.sum(), 1e-12) / np.maximum(count[a] * smooth[b], 1e-12)
-    return a, b, np.maximum(0, np.log(ratio)), (num_items, num_items)
-
-def cooccurrence(histories, num_items, window, decay, backward):
-    """Sparse (n, n) counts of b near a: arrays (rows a, columns b, weights), each pair once.
-    For b at d ≤ window places after a, (a, b) gains decay^(d-1), (b, a) backward · decay^(d-1)."""
-    user, items = entries(histories)                            # all histories, one after another
-    keys = []                                                   # pair (a, b) as one number, a·n + b
-    weights = []
-    for distance in range(1, window + 1):
-        same_user = user[distance:] == user[:-distance]
-        a = items[:-distance][same_user]
-        b = items[distance:][same_user]
-        weight = np.full(len(a), decay ** (distance - 1))
-        keys += [a * num_items + b, b * num_items + a]
-        weights += [weight, backward * weight]
-    keys, place = np.unique(np.concatenate(keys), return_inverse=True)      # each pair once
-    return keys // num_items, keys % num_items, np.bincount(place, np.concatenate(weights))
-
-def entries(lists):
-    """Rows and columns to index a (B, n) matrix: [[5, 2], [7]] → arrays [0, 0, 1], [5, 2, 7]."""
-    rows = np.repeat(np.arange(len(lists)), np.fromiter(map(len, lists), np.int64, len(lists)))
-    return rows, np.fromiter(chain.from_iterable(lists), np.int64, len(rows))
-
-def seen_entries(histories, num_items):
-    """`entries` of histories, each item once; InputError for one that is not in the catalogue."""
-    rows, items = entries([set(history) for history in histories])
-    known = not len(items) or 0 <= items.min() and items.max() < num_items
-    check(known, f"items of a history are numbers from 0 to {num_items - 1}")
-    return rows, items
-
-def sparse(index, values, shape):
-    """A sparse tensor of floats from index (2, m), numpy, and values (m,)."""
-    index = torch.as_tensor(np.stack(index))
-    return torch.sparse_coo_tensor(index, torch.as_tensor(values).float(), shape,
-                                   check_invariants=False).coalesce()      # else mm is slow
-
-def _svd(rows, columns, values, shape, dim, seed):
-    """The `dim` largest left singular vectors (n, dim) and values (dim,) of a sparse matrix."""
-    vectors = np.zeros((shape[0], dim), np.float32)
-    sizes = np.zeros(dim, np.float32)
-    rank = min(dim, *shape)                                     # columns beyond it stay 0
-    if len(values):
-        matrix = sparse((rows, columns), values, shape)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            u, s, _ = torch.svd_lowrank(matrix, q=min(rank + 8, *shape), niter=4)
-        vectors[:, :rank] = u[:, :rank].numpy()
-        sizes[:rank] = s[:rank].numpy()
-    return vectors, sizes
-
-def _unit(vectors, sizes=1.0):
-    """Rows (n, d), columns times √sizes (d,), of length 1; those that are 0 stay 0."""
-    vectors = vectors * np.sqrt(sizes)
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 1e-6)
-
+# --- Residual k-means -----------------------------------------------------------------------------
 def kmeans(points, k, rng, steps=20):
     """(k, d) centroids of points (n, d): k-means++ seeds, then Lloyd's steps."""
     centroids = np.empty((k, points.shape[1]))
@@ -166,14 +165,14 @@ class SemanticIDs(torch.nn.Module):
         super().__init__()
         self.num_codes = int(num_codes)
         self.num_levels = codes.shape[1]
-        nodes = [np.zeros(len(codes), np.int64)]                # of all items, level by level
-        count = 1                                               # nodes so far
-        for column in codes.T[:-1]:
-            prefix, place = np.unique(nodes[-1] * num_codes + column, return_inverse=True)
+        nodes = []                                              # of all items, level by level
+        count = 0                                               # nodes so far
+        for level in range(self.num_levels):
+            prefixes, place = np.unique(codes[:, :level], axis=0, return_inverse=True)
             nodes.append(count + place)                         # place: which of the prefixes
-            count += len(prefix)
-        nodes = np.stack(nodes + [count + np.arange(len(codes))], 1)
+            count += len(prefixes)
         self.num_prefixes = count                               # M
+        nodes = np.stack([*nodes, count + np.arange(len(codes))], 1)                # (n, L + 1)
         check(count * num_codes < 2 ** 28, f"a tree of {count} prefixes · {num_codes} codes is too "
               "large for the memory; use fewer codes")
         next_node = np.full((count + 1, num_codes), -1, np.int64)
@@ -220,7 +219,7 @@ class SemanticIDs(torch.nn.Module):
         """(B, M + n) bool: is any item below this node not in the history? Used by P, R and beams.
         Ours: in the paper, P is over all items, seen ones included."""
         left = np.ones((len(histories), len(self.codes)), np.float32)       # 1: unseen
-        left[seen_entries(histories, len(self.codes))] = 0
+        left[entries(histories, len(self.codes))] = 0
         return self.flows(torch.as_tensor(left, device=self.codes.device)) > 0
 
     def legal_children(self, nodes, unseen):
