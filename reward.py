@@ -14,17 +14,18 @@ import torch
 from torch.nn import functional
 
 from data import check
-from tokenizer import counts, entries, followers, item_features, item_vectors, sparse
+from tokenizer import entries, followers, item_features, item_vectors, sparse
 
 warnings.filterwarnings("ignore", message="Sparse CSR")         # torch calls its sparse CSR "beta"
 
-def aged(histories, num_items, weight, length=10 ** 9):
-    """Sparse (B, n): weight(age) at the last `length` items of B histories; age 1: the newest. With
-    1/age, the history [5, 2] has .5 at 5 and 1 at 2."""
+def weighted(table, histories, weight, length=10 ** 9):
+    """(B, columns of table): Σ_j weight(age(j)) · table[j] over the last `length` items j of each of
+    B histories; age 1: the newest. [5, 2] with weight 1/age: table[2] + table[5] / 2."""
     lists = [history[-length:] for history in histories]
     _, ages = entries([range(len(items), 0, -1) for items in lists])
-    return sparse(entries(lists, num_items), weight(torch.tensor(ages).float()),
-                  (len(lists), num_items))
+    weights = sparse(entries(lists, len(table)), weight(torch.tensor(ages).float()),
+                     (len(lists), len(table)))
+    return (weights @ table).to_dense()
 
 def shares(scores, histories, popular, s=0.001):
     """Scores (B, n), which are overwritten → (1 − s) · scores + s · popular (n,). Both are set to 0
@@ -55,9 +56,9 @@ class CollaborativeModel:
         # near = (forward + backward · forwardᵀ) / count^power, a row of it for each item j
         forward = followers(histories, num_items, window, nearness)     # sparse (n, n)
         both = (forward + backward * forward.T).coalesce()
-        count = counts(histories, num_items)                    # (n,)
-        cm.near = (both * count.clamp(min=1)[:, None] ** -power).float()
-        cm.popular = (count + 1).float()                        # (n,)
+        count = np.bincount(entries(histories)[1], minlength=num_items)             # (n,)
+        cm.near = (both * torch.tensor(count).clamp(min=1).double()[:, None] ** -power).float()
+        cm.popular = torch.tensor(count).float() + 1            # (n,)
         cm.length = length
         cm.decay = decay
         cm.popularity = popularity                              # its share
@@ -67,8 +68,8 @@ class CollaborativeModel:
         """CM(U, ·) (B, n) of B histories; InputError for an item that is not in the catalogue."""
         def weight(age):
             return self.decay ** (age - 1)
-        scores = aged(histories, len(self.popular), weight, self.length) @ self.near
-        return shares(scores.to_dense(), histories, self.popular, self.popularity)
+        scores = weighted(self.near, histories, weight, self.length)
+        return shares(scores, histories, self.popular, self.popularity)
 
 class SVD:
     """Matrix factorisation, PureSVD (Cremonesi et al. 2010), with the vectors of `item_vectors`:
@@ -79,8 +80,7 @@ class SVD:
 
     def scores(self, histories):
         """CM(U, ·) (B, n) of B histories; InputError for an item that is not in the catalogue."""
-        weights = aged(histories, len(self.vectors), lambda age: age ** -0.75)      # (B, n)
-        users = weights @ self.vectors                                              # (B, rank)
+        users = weighted(self.vectors, histories, lambda age: age ** -0.75)         # (B, rank)
         return shares(users @ self.vectors.T, histories, self.popular)
 
 def similar_items(features, most=200):
@@ -103,8 +103,8 @@ class Blend:
 
     def scores(self, histories):
         """CM(U, ·) (B, n) of B histories; InputError for an item that is not in the catalogue."""
-        near = aged(histories, len(self.popular), lambda age: 1 / age, 20) @ self.similar
-        near = shares(near.to_dense(), histories, self.popular)
+        near = weighted(self.similar, histories, lambda age: 1 / age, 20)
+        near = shares(near, histories, self.popular)
         first = (self.counts.scores(histories) * near).sqrt()
         second = self.svd.scores(histories) / self.svd.popular.sqrt()
         total = shares(first, histories, self.popular) + shares(second, histories, self.popular)
@@ -128,7 +128,8 @@ class Folds:
         self.histories = histories
         self.folds = folds
         self.whole = fit(histories, num_items)                  # of all folds, for serving
-        self.popular = getattr(self.whole, "popular", counts(histories, num_items) + 1).float()
+        count = np.bincount(entries(histories)[1], minlength=num_items)
+        self.popular = getattr(self.whole, "popular", torch.tensor(count).float() + 1)     # (n,)
         self.parts = {}                                         # fold → fitted without it
 
     def fold(self, history):

@@ -27,24 +27,18 @@ def entries(lists, num_items=np.inf):
     check(known.all(), f"items of a history are numbers from 0 to {num_items - 1}")
     return rows, items
 
-def counts(histories, num_items):
-    """(n,) In how many histories each item is, float64."""
-    return torch.tensor(np.bincount(entries(histories)[1], minlength=num_items)).double()
-
 def sparse(index, values, shape):
     """A sparse tensor with values (m,) at index, m rows and m columns. Equal places add up."""
-    index = torch.as_tensor(np.stack(index))
-    return torch.sparse_coo_tensor(index, torch.as_tensor(values), shape,
-                                   check_invariants=False).coalesce()
+    return torch.sparse_coo_tensor(np.stack(index), values, shape, check_invariants=False).coalesce()
 
-def svd(matrix, rank, seed):
-    """The largest `rank` parts of the singular value decomposition (SVD), or all, if there are
-    fewer: matrix (n, m), sparse, ≈ U diag(s) Vᵀ → U (n, rank) and s (rank,)."""
+def svd(matrix, rank, seed, power=0.0):
+    """Singular value decomposition (SVD): a sparse matrix (n, m) ≈ U diag(s) Vᵀ with the `rank`
+    largest s, or with all, if there are fewer → U diag(s)^power (n, rank)."""
     rank = min(rank, *matrix.shape)
     with torch.random.fork_rng(devices=[]):                     # training draws as without it
         torch.manual_seed(seed)
         u, s, _ = torch.svd_lowrank(matrix, q=min(rank + 8, *matrix.shape), niter=4)
-    return u[:, :rank].numpy(), s[:rank].numpy()
+    return u[:, :rank].numpy() * s[:rank].numpy() ** power
 
 def tf_idf(texts):
     """Sparse (n, terms): how often a term, a word or a pair of words, is in a text, times
@@ -88,32 +82,34 @@ def item_vectors(histories, num_items):
     """(n, rank) vectors of items: U of X ≈ U diag(s) Vᵀ, where X[i, u] is 1 / count(i)^.25 if item
     i is in history u, else 0."""
     users, items = entries(histories)
-    values = counts(histories, num_items)[items] ** -0.25
-    x = sparse((items, users), values.float(), (num_items, len(histories)))
-    vectors, _ = svd(x, rank=max(8, num_items // 30), seed=0)   # rank: chosen on four data sets
-    return vectors
+    values = np.bincount(items)[items] ** -0.25
+    x = sparse((items, users), values.astype(np.float32), (num_items, len(histories)))
+    return svd(x, rank=max(8, num_items // 30), seed=0)         # rank: chosen on four data sets
+
+def unit(rows):
+    """Rows (n, d), divided by their lengths; those that are 0 stay 0."""
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(length > 1e-6, length, np.inf)
 
 def item_features(kind, texts, histories, seed, dim=64):
     """(n, d): "content" is an item's text (TIGER). The log can be added (LETTER): "mixed" has its
     neighbours there, "svd" its vector, which the teacher `SVD` knows as well.
     Pass training histories only: validation or test items would leak into every result."""
-    vectors, sizes = svd(tf_idf(texts), dim, seed)
-    text = unit(vectors * np.sqrt(sizes))                       # (n, dim)
+    text = unit(svd(tf_idf(texts), dim, seed, power=0.5))
     if kind == "content":
         return text
     if kind == "mixed":
-        vectors, sizes = svd(ppmi(histories, len(texts)), dim, seed)
-        log = unit(vectors * np.sqrt(sizes))
+        log = unit(svd(ppmi(histories, len(texts)), dim, seed, power=0.5))
     else:
         log = unit(item_vectors(histories, len(texts)))
     return np.hstack([text, 2 * log])                           # 2: it says more than a few words
 
-def unit(rows):
-    """Rows (n, d) of length 1; those that are 0 stay 0."""
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(length > 1e-6, length, np.inf)
-
 # --- Residual k-means -----------------------------------------------------------------------------
+def squared_distances(points, centroids):
+    """(n, k) of points (n, d) and centroids (k, d): |p − c|² = |p|² − 2 p·c + |c|²."""
+    cross = points @ centroids.T
+    return np.maximum((points ** 2).sum(1)[:, None] - 2 * cross + (centroids ** 2).sum(1), 0)
+
 def kmeans(points, k, rng, steps=20):
     """(k, d) centroids of points (n, d): k-means++ seeds, then Lloyd's steps."""
     centroids = np.empty((k, points.shape[1]))
@@ -123,15 +119,11 @@ def kmeans(points, k, rng, steps=20):
         centroids[j] = points[rng.choice(len(points), p=p)]         # likely far from all seeds
         cost = np.minimum(cost, ((points - centroids[j]) ** 2).sum(1))
     for _ in tqdm(range(steps), "k-means steps", disable=None, leave=False):
-        nearest = _squared_distances(points, centroids).argmin(1)                       # (n,)
+        nearest = squared_distances(points, centroids).argmin(1)                        # (n,)
         count = np.bincount(nearest, minlength=k)[:, None]                              # (k, 1)
         total = np.stack([np.bincount(nearest, column, k) for column in points.T], 1)   # (k, d)
         centroids = np.where(count > 0, total / np.maximum(count, 1), centroids)        # means
     return centroids
-
-def _squared_distances(points, centroids):
-    cross = points @ centroids.T                                # |p − c|² = |p|² − 2 p·c + |c|²
-    return np.maximum((points ** 2).sum(1)[:, None] - 2 * cross + (centroids ** 2).sum(1), 0)
 
 def assign_with_capacity(cost, parent, capacity):
     """Give each item its cheapest code, but at most `capacity` items to a cell (parent, code).
@@ -152,10 +144,13 @@ def assign_with_capacity(cost, parent, capacity):
 
 class SemanticIDs(torch.nn.Module):
     """The table item ↔ semantic ID, and the tree of its prefixes. A Module, so that .to() moves it.
-    Nodes: 0 is the root, 1 … M−1 the other prefixes, level by level, M + i is item i. The codes
-    (n, L) of three items, (0, 0), (0, 1), (1, 1), have M = 3 prefixes, (), (0), (1), and the tables
-        nodes (n, L + 1)        [[0, 1, 3], [0, 1, 4], [0, 2, 5]]: from the root to each item
-        next_node (M + 1, K)    [[1, 2], [3, 4], [−1, 5], [−1, −1]]: where each code leads, or −1
+    A node of the tree is a number: 0 is the root, 1 … M−1 are the other prefixes, level by level,
+    M + i is item i. The codes (n, L) of three items, (0, 0), (0, 1), (1, 1), have M = 3 prefixes:
+        0 = () ─┬─ code 0 ─ 1 = (0) ─┬─ code 0 ─ 3 = item 0
+                │                    └─ code 1 ─ 4 = item 1
+                └─ code 1 ─ 2 = (1) ─── code 1 ─ 5 = item 2
+    nodes (n, L + 1)        [[0, 1, 3], [0, 1, 4], [0, 2, 5]]: from the root to each item
+    next_node (M + 1, K)    [[1, 2], [3, 4], [−1, 5], [−1, −1]]: where each code leads, or −1
     Index −1 reads the last row of next_node, all −1: a walk that left the tree stays outside."""
     def __init__(self, codes, num_codes):
         codes = np.asarray(codes)
@@ -189,16 +184,15 @@ class SemanticIDs(torch.nn.Module):
         check(len(residual) * num_codes < 2 ** 28, f"{len(residual)} items · {num_codes} codes are "
               "too many for the memory; lower --codes")
         rng = np.random.default_rng(seed)
-        codes = []
-        parent = np.zeros(len(residual), np.int64)              # a number for the codes so far
+        codes = np.zeros((len(residual), 0), np.int64)          # those of the levels so far
         for level in range(num_levels):
+            _, parent = np.unique(codes, axis=0, return_inverse=True)       # a number for them
             centroids = kmeans(residual, num_codes, rng)
             capacity = num_codes ** (num_levels - 1 - level)    # IDs below level + 1 codes
-            code = assign_with_capacity(_squared_distances(residual, centroids), parent, capacity)
+            code = assign_with_capacity(squared_distances(residual, centroids), parent, capacity)
             residual = residual - centroids[code]
-            codes.append(code)
-            parent = np.unique(parent * num_codes + code, return_inverse=True)[1]
-        return cls(np.stack(codes, 1), num_codes)
+            codes = np.column_stack([codes, code])
+        return cls(codes, num_codes)
 
     def flows(self, values):
         """Exact flow F*(s) of every node: Σ of values (C, n), such as R, over the items below it;
@@ -218,12 +212,13 @@ class SemanticIDs(torch.nn.Module):
     def unseen(self, histories):
         """(B, M + n) bool: is any item below this node not in the history? Used by P, R and beams.
         Ours: in the paper, P is over all items, seen ones included."""
-        left = np.ones((len(histories), len(self.codes)), np.float32)       # 1: unseen
+        left = torch.ones(len(histories), len(self.codes), device=self.codes.device)
         left[entries(histories, len(self.codes))] = 0
-        return self.flows(torch.as_tensor(left, device=self.codes.device)) > 0
+        return self.flows(left) > 0                             # flow: number of unseen items below
 
     def legal_children(self, nodes, unseen):
-        """Where each code leads, −1 if to no unseen item: (B, W), (B, M + n) → nodes (B, W, K)."""
+        """Where each code leads from nodes (B, W): nodes (B, W, K), −1 where no unseen item is
+        below. unseen (B, M + n), of `unseen`."""
         child = self.next_node[nodes]                           # (B, W, K)
         legal = unseen.gather(1, child.clamp(min=0).flatten(1)).view_as(child)
-        return child.where(legal, -1)                           # where child is −1, it stays −1
+        return child.where(legal, -1)                           # child −1 reads node 0, stays −1
