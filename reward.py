@@ -2,8 +2,8 @@
 
 A recommender is made by a function fit(histories, num_items): training histories, lists of items,
 oldest first, no repeats. It has scores(histories) → (B, n) ≥ 0, rows of sum 1, 0 at items of the
-history. The one that R reads is called *teacher*, the paper's collaborative model (CM). Letters: B
-users or contexts, n items.
+history; InputError for an item that is not in the catalogue. The recommender that R reads is called
+*teacher*, the paper's collaborative model (CM). Letters: B users or contexts, n items.
 """
 import warnings
 import zlib
@@ -13,73 +13,69 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from data import check
+from data import InputError
 from tokenizer import entries, followers, item_features, item_vectors, sparse
 
 warnings.filterwarnings("ignore", message="Sparse CSR")         # torch calls its sparse CSR "beta"
 
 def weighted(table, histories, weight, length=10 ** 9):
-    """(B, columns of table): Σ_j weight(age(j)) · table[j] over the last `length` items j of each of
-    B histories; age 1: the newest. [5, 2] with weight 1/age: table[2] + table[5] / 2."""
+    """Σ_j weight(age(j)) · table[j] over the last `length` items j of each history, age 1: the
+    newest. The history [5, 2] with weight 1/age: table[2] + table[5] / 2. table (n, m) → (B, m)."""
     lists = [history[-length:] for history in histories]
     _, ages = entries([range(len(items), 0, -1) for items in lists])
-    weights = sparse(entries(lists, len(table)), weight(torch.tensor(ages).float()),
-                     (len(lists), len(table)))
+    weights = weight(torch.tensor(ages).float())
+    weights = sparse(entries(lists, len(table)), weights, (len(lists), len(table)))     # (B, n)
     return (weights @ table).to_dense()
 
 def shares(scores, histories, popular, s=0.001):
-    """Scores (B, n), which are overwritten → (1 − s) · scores + s · popular (n,). Both are set to 0
-    at items of the history first, and divided by their sum. Who has no score gets s = 1: popularity
-    alone. (Who has seen all items gets 0.) With s = .1, scores [6, 3, 1, 0], history [0], popular
-    [5, 2, 1, 1]: .9 · [0, .75, .25, 0] + .1 · [0, .5, .25, .25] = [0, .725, .25, .025]."""
+    """Scores (B, n), overwritten → (1 − s) · scores + s · popular (n,). First, both are set to 0 at
+    items of the history and divided by their sum. A user without a score gets popularity alone.
+    Scores [6, 3, 1, 0] of a user who took 0, popular [5, 2, 1, 1], s = .1:
+    .9 · [0, .75, .25, 0] + .1 · [0, .5, .25, .25] = [0, .725, .25, .025]"""
     functional.threshold_(scores, 1e-6, 0.0)                    # ≤ 1e-6: float rounding, so 0
     popular = popular.repeat(len(histories), 1)                 # (B, n)
     seen = entries(histories, popular.shape[1])
-    for table in (scores, popular):                             # in place: these are large
+    for table in (scores, popular):                             # in place, as they are large
         table[seen] = 0
-        table /= table.sum(1, keepdim=True).clamp(min=1e-12)
-    s = torch.where(scores.any(1, keepdim=True), s, 1.0)        # (B, 1)
+        table /= table.sum(1, keepdim=True).clamp(min=1e-12)    # a user who saw all items: all 0
+    s = torch.where(scores.any(1, keepdim=True), s, 1.0)        # (B, 1) of each user
     return (1 - s) * scores + s * popular
 
 class CollaborativeModel:
     """Counts of which item follows which: CM(U, v) ∝ Σ_j decay^(age(j) − 1) · near[j, v] over the
-    last `length` items j, age 1: the newest, plus a little popularity. near[j, v] = (forward(j, v)
-    + backward · forward(v, j)) / count(j)^power, where forward(j, v) adds up nearness^(d − 1) if v
-    stands d ≤ window places after j. In the log 0 1 2, near[0, 1] = 1 and near[0, 2] = .8: after 0,
-    the scores of 1 and 2 are 1 : .8. Chosen on validation items of MovieLens and Beauty.
-    """
+    last `length` items j, age 1: the newest, plus a little popularity. near[j, v]: how often v soon
+    follows j. In the log 0 1 2, near[0] is 0, 1, .8: after 0, the scores of 1 and 2 are 1 : .8."""
     @classmethod
     def fit(cls, histories, num_items, window=5, nearness=0.8, backward=0.25, power=0.5,
             length=10, decay=0.6, popularity=0.05):
-        """A fitted model; see the class."""
+        """A fitted model. Constants: chosen on validation items of MovieLens and Beauty."""
         cm = cls()
-        # near = (forward + backward · forwardᵀ) / count^power, a row of it for each item j
+        # near[j, v] = (forward[j, v] + backward · forward[v, j]) / count(j)^power, where
+        # forward[j, v] = Σ nearness^(d − 1), a term each time v stands d ≤ window places after j
         forward = followers(histories, num_items, window, nearness)     # sparse (n, n)
         both = (forward + backward * forward.T).coalesce()
-        count = np.bincount(entries(histories)[1], minlength=num_items)             # (n,)
-        cm.near = (both * torch.tensor(count).clamp(min=1).double()[:, None] ** -power).float()
-        cm.popular = torch.tensor(count).float() + 1            # (n,)
+        count = torch.tensor(np.bincount(entries(histories)[1], minlength=num_items)).double()
+        cm.near = (both * count.clamp(min=1)[:, None] ** -power).float()
+        cm.popular = (count + 1).float()                        # (n,)
         cm.length = length
         cm.decay = decay
         cm.popularity = popularity                              # its share
         return cm
 
     def scores(self, histories):
-        """CM(U, ·) (B, n) of B histories; InputError for an item that is not in the catalogue."""
-        def weight(age):
-            return self.decay ** (age - 1)
-        scores = weighted(self.near, histories, weight, self.length)
+        """CM(U, ·) (B, n) of B histories."""
+        scores = weighted(self.near, histories, lambda age: self.decay ** (age - 1), self.length)
         return shares(scores, histories, self.popular, self.popularity)
 
 class SVD:
     """Matrix factorisation, PureSVD (Cremonesi et al. 2010), with the vectors of `item_vectors`:
-    CM(U, i) ∝ max(0, Σ_j ⟨v_j, v_i⟩ / age(j)^.75) over all items j of U, age 1: the newest."""
+    CM(U, i) ∝ max(0, Σ_j ⟨v_j, v_i⟩ / age(j)^.75) over all items j of U."""
     def __init__(self, histories, num_items):
         self.vectors = torch.tensor(item_vectors(histories, num_items))             # (n, rank)
-        self.popular = self.vectors.norm(dim=1).clamp(min=1e-4)     # (n,) of popular items: long
+        self.popular = self.vectors.norm(dim=1).clamp(min=1e-4)     # (n,) popular items: long ones
 
     def scores(self, histories):
-        """CM(U, ·) (B, n) of B histories; InputError for an item that is not in the catalogue."""
+        """CM(U, ·) (B, n) of B histories."""
         users = weighted(self.vectors, histories, lambda age: age ** -0.75)         # (B, rank)
         return shares(users @ self.vectors.T, histories, self.popular)
 
@@ -93,23 +89,22 @@ def similar_items(features, most=200):
 class Blend:
     """Ours, for real logs: (√(counts · neighbours) + SVD / √(length of vector))², each of the two
     terms with sum 1; squared, since P learns few high scores more easily than many middling ones.
-    Neighbours: Σ_j similar[j, i] / age(j) over the last 20 items j, age 1: the newest."""
+    Neighbours: Σ_j similar[j, i] / age(j) over the last 20 items j, similar by `similar_items`."""
     def __init__(self, histories, num_items, similar):
-        """similar: a sparse (n, n) tensor, of `similar_items`."""
         self.counts = CollaborativeModel.fit(histories, num_items)
         self.svd = SVD(histories, num_items)
-        self.similar = similar
+        self.similar = similar                                  # sparse (n, n)
         self.popular = self.counts.popular
 
     def scores(self, histories):
-        """CM(U, ·) (B, n) of B histories; InputError for an item that is not in the catalogue."""
-        near = weighted(self.similar, histories, lambda age: 1 / age, 20)
-        near = shares(near, histories, self.popular)
-        first = (self.counts.scores(histories) * near).sqrt()
-        second = self.svd.scores(histories) / self.svd.popular.sqrt()
-        total = shares(first, histories, self.popular) + shares(second, histories, self.popular)
+        """CM(U, ·) (B, n) of B histories."""
+        share = partial(shares, histories=histories, popular=self.popular)
+        neighbours = share(weighted(self.similar, histories, lambda age: 1 / age, 20))
+        first = share((self.counts.scores(histories) * neighbours).sqrt())
+        second = share(self.svd.scores(histories) / self.svd.popular.sqrt())
+        total = first + second
         total /= total.amax(1, keepdim=True).clamp(min=1e-12)   # `shares` drops what is ≤ 1e-6
-        return shares(total.square(), histories, self.popular)
+        return share(total.square())
 
 def fit_of(name, data):
     """The function fit(histories, num_items) of the recommender with this name."""
@@ -119,21 +114,20 @@ def fit_of(name, data):
     return {"cm": CollaborativeModel.fit, "svd": SVD}[name]
 
 class Folds:
-    """For training: scores that do not know what the user logged later. Each user is in one of 20
-    folds, chosen by a checksum of the training history. The scores of a user come from a recommender
-    that was fitted on the other 19 folds. fit(histories, num_items) → a recommender, maybe of your
-    own."""
+    """For training: scores that do not know what the user logged later. Users are split into 20
+    folds by a checksum of their training history. A user's scores come from a recommender fitted on
+    the other 19 folds. fit(histories, num_items) → a recommender, maybe of your own."""
     def __init__(self, fit, histories, num_items, folds=20):
         self.fit = fit
         self.histories = histories
         self.folds = folds
-        self.whole = fit(histories, num_items)                  # of all folds, for serving
+        self.whole = fit(histories, num_items)                  # on all users: to serve them
         count = np.bincount(entries(histories)[1], minlength=num_items)
-        self.popular = getattr(self.whole, "popular", torch.tensor(count).float() + 1)     # (n,)
+        self.popular = getattr(self.whole, "popular", torch.tensor(count).float() + 1)      # (n,)
         self.parts = {}                                         # fold → fitted without it
 
     def fold(self, history):
-        """The number of its fold."""
+        """The number of a training history's fold."""
         return zlib.crc32(np.array(history, np.int64).tobytes()) % self.folds
 
     def without(self, fold):
@@ -143,9 +137,22 @@ class Folds:
             self.parts[fold] = self.fit(others, len(self.popular))
         return self.parts[fold]
 
+    def checked(self, cm, histories):
+        """The scores of a recommender, or InputError."""
+        scores = cm.scores(histories)
+        shape = (len(histories), len(self.popular))
+        right = torch.is_tensor(scores) and scores.shape == shape and scores.is_floating_point()
+        right = right and scores.min() >= 0 and (scores.sum(1) - 1).abs().max() < 1e-3
+        if not right or scores[entries(histories)].any():
+            name = type(cm).__name__
+            found = " ".join(str(scores).split())[:100]
+            raise InputError(f"{name}.scores has to return a tensor of floats {shape}, ≥ 0, 0 at "
+                             f"items of the history, each row of sum 1, not {found} …")
+        return scores.float()
+
     def scores(self, histories, following=None):
-        """(B, n). following, in training: B lists, history + following is the user's training
-        history. None: users to be served. InputError if your own scores are not as ours."""
+        """(B, n). In training, following has B lists: what each user logged after the history.
+        None: users to be served. InputError if your own scores are not as ours."""
         if following is None:
             return self.checked(self.whole, histories)
         folds = [self.fold([*past, *after]) for past, after in zip(histories, following)]
@@ -154,18 +161,6 @@ class Folds:
             rows = [row for row, other in enumerate(folds) if other == fold]
             scores[rows] = self.checked(self.without(fold), [histories[row] for row in rows])
         return scores
-
-    def checked(self, cm, histories):
-        """The scores of a recommender as float32, or InputError."""
-        scores = cm.scores(histories)
-        shape = (len(histories), len(self.popular))
-        right = torch.is_tensor(scores) and scores.shape == shape and scores.is_floating_point()
-        right = right and scores.min() >= 0 and (scores.sum(1) - 1).abs().max() < 1e-3
-        right = right and not scores[entries(histories)].any()
-        found = " ".join(str(scores).split())[:100]
-        check(right, f"{type(cm).__name__}.scores has to return a tensor of floats {shape}, ≥ 0, 0 "
-              f"at items of the history, each row of sum 1, not {found} …")
-        return scores.float()
 
 class Debiased:
     """A recommender whose scores are divided by popularity^δ, ours: what is shown more is logged
@@ -187,8 +182,7 @@ class Debiased:
         return items.masked_fill(value == -torch.inf, -1), value
 
 class Guided:
-    """A policy and the CM that guides its beam search: the best items by log P + γ · log CM, ours.
-    It serves the methods NAME+cm."""
+    """A policy whose beam search a CM guides, ours: the best items by log P + γ · log CM."""
     def __init__(self, policy, cm, gamma=2.0):
         self.policy = policy
         self.cm = cm
@@ -200,12 +194,11 @@ class Guided:
         return self.policy.recommend(histories, k, guide=self.cm.scores(histories) ** self.gamma)
 
 class Reward:
-    """R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/m of the m unseen items, the comprehensive
-    reward; R of an item of the history is 0. Each signal sums to 1 over the unseen items (r_a to
-    1/10 where v was only clicked), so the heuristic weights are shares of Z: where v is liked,
+    """The comprehensive reward R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/m of the m unseen
+    items; R of an item of the history is 0. Each signal sums to 1 over the unseen items (r_a to .1
+    where v was only clicked), so the heuristic weights are shares of Z: where v is liked,
     Z = w_a + w_ŷ + w_s + ε. The paper's raw signals are 10, a score, and up to L for each item:
-    over thousands of items the similarity would outweigh the one logged item.
-    """
+    over thousands of items the similarity would outweigh the one logged item."""
     def __init__(self, ids, teacher, weights, epsilon=1e-3):
         """ids: SemanticIDs; teacher: has scores(histories, following); weights w_a, w_ŷ, w_s."""
         self.ids = ids
@@ -221,19 +214,17 @@ class Reward:
     def similarity(self, positives, unseen):
         """r_s (B, n), rows sum to 1: codes that unseen IDs share with that of v, positive (B,)."""
         # r_s(v') = c(v') / Σ c; c(v') = Σ_l 1[t_l = t'_l], t of v and t' of v', each level alone
-        shared = torch.zeros_like(unseen, dtype=torch.uint8)    # c
-        for codes in self.ids.codes.T:                          # (n,) of all items, at one level
-            shared += codes[positives, None] == codes
-        shared *= unseen
-        return shared / shared.sum(1, keepdim=True)
+        c = sum((level[positives, None] == level).byte() for level in self.ids.codes.T)
+        c = c * unseen
+        return c / c.sum(1, keepdim=True)
 
     def __call__(self, scores, positives, liked, unseen):
         """R (B, n) of every item, > 0 at unseen (B, n; bool) ones; r_ŷ is scores (B, n);
         positives and liked (bool) are (B,)."""
-        # R = w_a · r_a + w_ŷ · r_ŷ + w_s · r_s + ε/m, 0 at seen items. Last term first
+        # R = ε/m + w_ŷ · r_ŷ + w_s · r_s + w_a · r_a, 0 at seen items. add: + alpha · it
         w_a, w_y, w_s = self.weights
         r = self.epsilon / unseen.sum(1, keepdim=True)          # (B, 1)
-        r = r.add(scores, alpha=w_y)                            # (B, n) r + w_ŷ · r_ŷ
-        r.add_(self.similarity(positives, unseen), alpha=w_s)   # in place: r is large
+        r = r.add(scores, alpha=w_y)                            # (B, n)
+        r.add_(self.similarity(positives, unseen), alpha=w_s)   # in place, as it is large
         r.add_(self.action(positives, liked), alpha=w_a)
         return r.mul_(unseen)

@@ -29,7 +29,8 @@ def entries(lists, num_items=np.inf):
 
 def sparse(index, values, shape):
     """A sparse tensor with values (m,) at index, m rows and m columns. Equal places add up."""
-    return torch.sparse_coo_tensor(np.stack(index), values, shape, check_invariants=False).coalesce()
+    index = np.stack(index)
+    return torch.sparse_coo_tensor(index, values, shape, check_invariants=False).coalesce()
 
 def svd(matrix, rank, seed, power=0.0):
     """Singular value decomposition (SVD): a sparse matrix (n, m) ≈ U diag(s) Vᵀ with the `rank`
@@ -93,7 +94,7 @@ def unit(rows):
 
 def item_features(kind, texts, histories, seed, dim=64):
     """(n, d): "content" is an item's text (TIGER). The log can be added (LETTER): "mixed" has its
-    neighbours there, "svd" its vector, which the teacher `SVD` knows as well.
+    neighbours there, "svd" its vector in a matrix factorisation (so the teacher SVD knows it, too).
     Pass training histories only: validation or test items would leak into every result."""
     text = unit(svd(tf_idf(texts), dim, seed, power=0.5))
     if kind == "content":
