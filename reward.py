@@ -164,14 +164,14 @@ class Folds:
 
 class Debiased:
     """A recommender whose scores are divided by popularity^δ, ours: what is shown more is logged
-    more. Its `popular` (n,) says how popular an item is: count + 1, or the length of its vector."""
+    more. The popularity of an item is its count + 1; in `SVD`, the length of its vector."""
     def __init__(self, cm, delta):
         self.cm = cm
-        self.weight = cm.popular ** delta                                           # (n,)
+        self.divisor = cm.popular ** delta                                          # (n,)
 
     def scores(self, histories, *following):
         """(B, n) ≥ 0, rows sum to 1."""
-        scores = self.cm.scores(histories, *following) / self.weight
+        scores = self.cm.scores(histories, *following) / self.divisor
         return scores / scores.sum(1, keepdim=True).clamp(min=1e-30)
 
     def recommend(self, histories, k=10):

@@ -49,6 +49,7 @@ def tf_idf(texts):
     for text in texts:
         words = re.findall(r"[^\s(),|]+", text.lower())
         pairs = [f"{first} {second}" for first, second in zip(words, words[1:])]
+        # A new term gets the next column
         columns.append([column_of.setdefault(term, len(column_of)) for term in words + pairs])
     rows, terms = entries(columns)
     count = np.bincount(terms)                                  # (terms,)
@@ -102,7 +103,7 @@ def item_features(kind, texts, histories, seed, dim=64):
     if kind == "mixed":
         log = unit(svd(ppmi(histories, len(texts)), dim, seed, power=0.5))
     else:
-        log = unit(item_vectors(histories, len(texts)))
+        log = unit(item_vectors(histories, len(texts)).astype(np.float64))
     return np.hstack([text, 2 * log])                           # 2: it says more than a few words
 
 # --- Residual k-means -----------------------------------------------------------------------------
@@ -116,8 +117,8 @@ def kmeans(points, k, rng, steps=20):
     centroids = np.empty((k, points.shape[1]))
     cost = np.full(len(points), np.inf)                         # squared distance to the nearest
     for j in tqdm(range(k), "k-means++ seeds", disable=None, leave=False):
-        p = cost / cost.sum() if j and cost.sum() > 0 else None     # None: any point
-        centroids[j] = points[rng.choice(len(points), p=p)]         # likely far from all seeds
+        p = cost / cost.sum() if j and cost.sum() > 0 else None     # likely far from all seeds;
+        centroids[j] = points[rng.choice(len(points), p=p)]         # None: any point
         cost = np.minimum(cost, ((points - centroids[j]) ** 2).sum(1))
     for _ in tqdm(range(steps), "k-means steps", disable=None, leave=False):
         nearest = squared_distances(points, centroids).argmin(1)                        # (n,)
@@ -205,21 +206,23 @@ class SemanticIDs(torch.nn.Module):
         return torch.cat([flow, items]).T                       # (C, M + n)
 
     def child_flows(self, values, items):
-        """F* of all children of s_0 … s_{L-1} on the paths of items (C, J) → (C, J, L, K)."""
+        """F* of all children of s_0 … s_{L-1} on the paths of items (C, J) → (C, J, L, K), 0 where
+        a code is illegal. In the example, [.5, .2, .3] and item 1: [.7, .3] and [.5, .2]."""
         child = self.next_node[self.nodes[items][..., :-1]]                          # (C, J, L, K)
-        flow = self.flows(values).gather(1, child.clamp(min=0).flatten(1)).reshape(child.shape)
-        return flow * (child >= 0)                              # 0 where a code is illegal
+        flow = self.flows(values).gather(1, child.clamp(min=0).flatten(1)).view_as(child)
+        return flow * (child >= 0)                              # child −1 reads node 0, becomes 0
 
     def unseen(self, histories):
         """(B, M + n) bool: is any item below this node not in the history? Used by P, R and beams.
-        Ours: in the paper, P is over all items, seen ones included."""
+        Ours: in the paper, P is over all items, seen ones included. In the example, if item 2 was
+        seen, nodes 2 and 5 are False."""
         left = torch.ones(len(histories), len(self.codes), device=self.codes.device)
         left[entries(histories, len(self.codes))] = 0
         return self.flows(left) > 0                             # flow: number of unseen items below
 
     def legal_children(self, nodes, unseen):
-        """Where each code leads from nodes (B, W): nodes (B, W, K), −1 where no unseen item is
-        below. unseen (B, M + n), of `unseen`."""
+        """Where each code leads from nodes (B, W): nodes (B, W, K), −1 if to no unseen item;
+        unseen (B, M + n). In the example, if item 0 was seen, from node 1 to [−1, 4]."""
         child = self.next_node[nodes]                           # (B, W, K)
         legal = unseen.gather(1, child.clamp(min=0).flatten(1)).view_as(child)
         return child.where(legal, -1)                           # child −1 reads node 0, stays −1
