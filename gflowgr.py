@@ -205,7 +205,7 @@ class Paths:
         (C, J) come from a sampler."""
         # One path more for L_GR, that of v, before those of items
         paths = torch.cat([batch.positives[:, None], items], 1) if recipe.gr else items
-        log_steps, log_probs, log_flow = policy(*batch.context, paths)  # Policy.forward, below
+        log_steps, log_probs, log_flow = policy(batch.context, paths)   # Policy.forward, below
         J = items.shape[1]
         self.items = items                                      # (C, J)
         self.log_v = log_steps[:, 0].sum(-1)                    # (C,) log P(v | U), if gr > 0
@@ -228,7 +228,7 @@ class Paths:
     def log_ref(self):
         """(C, J) log P by the reference."""
         with torch.no_grad():
-            return self.reference(*self.context, self.items)[0].sum(-1)
+            return self.reference(self.context, self.items)[0].sum(-1)
 
 def sdpo_of(p):
     """S-DPO of a Paths p; where path 0, the chosen item, is drawn again, it is not rejected."""
@@ -261,7 +261,7 @@ def loss_of(recipe, policy, reference, batch, progress):
     of a Batch. reference: the policy after SFT, frozen. progress: the share of training that is
     done, which the curriculum asks for."""
     if not recipe.loss:                                         # SFT
-        log_steps, *_ = policy(*batch.context, batch.positives[:, None])            # (C, 1, L)
+        log_steps, *_ = policy(batch.context, batch.positives[:, None])             # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
     policy.eval()                                               # no dropout while sampling
     # Items may come from anywhere (off-policy): at P = R/Z, TB is 0 on every path. But if users with
@@ -275,7 +275,7 @@ def loss_of(recipe, policy, reference, batch, progress):
         items = torch.cat([draw(batch.r, 1), items], 1)
     p = Paths(recipe, policy, reference, batch, items)
     L_GFN = recipe.loss(p)
-    check_loss(L_GFN, "a loss")                                 # a mistake in a loss shows
+    check_loss(L_GFN)                                           # a mistake in a loss shows
     L_GR = -p.log_v.mean() if recipe.gr else 0.0
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
@@ -405,10 +405,11 @@ class Policy(torch.nn.Module):
         device = self.semantic_ids.codes.device
         return pad(rows, -1).to(device) + self.user_token + 1, torch.tensor(ends, device=device)
 
-    def forward(self, tokens, ends, unseen, items):
-        """P on the paths of items (C, J), J of each context. tokens, ends, unseen: the context of a
-        Batch. Returns log P_F of each step (C, J, L), log P_F of all codes there (C, J, L, K), near
-        NEVER if illegal, and the learned log F of s_0 … s_{L-1} (C, J, L)."""
+    def forward(self, context, items):
+        """P on the paths of items (C, J), J of each context; context: of a Batch. Returns log P_F
+        of each step (C, J, L), log P_F of all codes there (C, J, L, K), near NEVER if illegal, and
+        the learned log F of s_0 … s_{L-1} (C, J, L)."""
+        tokens, ends, unseen = context
         ids = self.semantic_ids
         L = ids.num_levels
         # GPT-2's hidden states at s_0 … s_{L-1}: it has read U and the codes so far. They are the
@@ -428,8 +429,8 @@ class Policy(torch.nn.Module):
         """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L). On the
         path of a seen item, one step is near NEVER, and so is the sum."""
         tokens, ends = self.tokens(histories)                   # one context a row
-        unseen = self.semantic_ids.unseen(histories)
-        return self(tokens, ends, unseen, torch.as_tensor(items, device=tokens.device))[0]
+        context = tokens, ends, self.semantic_ids.unseen(histories)
+        return self(context, torch.as_tensor(items, device=tokens.device))[0]
 
     def recommend(self, histories, k=10, beams=None, guide=None, sample=0.0):
         """The k best items of B histories: items (B, k), best first, and scores (B, k), log P.
@@ -983,10 +984,10 @@ def check_items(items, recipe, batch):
     unseen = 0 <= items.min() and items.max() < n and batch.r.gather(1, items).min() > 0
     check(unseen, f"{asked} items from 0 to {n - 1} that are not in batch.histories")
 
-def check_loss(loss, name):
+def check_loss(loss):
     """Raise InputError if a loss is not one number with a gradient."""
     right = torch.is_tensor(loss) and loss.shape == () and loss.requires_grad
-    check(right, f"{name} has to return a tensor of one number that depends on P, not {loss!r}")
+    check(right, f"a loss has to return a tensor of one number that depends on P, not {loss!r}")
 
 def check_finite(loss, name, batch, when):
     """Raise FloatingPointError, which says when, if a loss is no number."""

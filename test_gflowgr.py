@@ -1447,7 +1447,7 @@ def packing(policy, histories):               # a step on rows of 8 branches; on
     context = (*policy.tokens(histories), policy.semantic_ids.unseen(histories))
     one_a_row = [x.repeat_interleave(8, 0) for x in context]
     def step(context, items):
-        policy(*context, items)[0].sum().backward()
+        policy(context, items)[0].sum().backward()
     return {"packed": partial(step, context, items),
             "one a row": partial(step, one_a_row, items.view(-1, 1))}
 
