@@ -115,7 +115,7 @@ def grpo(log_pf, log_ref, log_r, beta):
 Row = namedtuple("Row", "user start places")
 
 def training_rows(histories, window):
-    """Rows in which every item is a target once, and sees the items before it: from window/2 to
+    """Rows in which every item is a target once, and sees the items before it: window/2 to
     `window` of them, or all, if they are fewer."""
     for user, history in enumerate(histories):
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
