@@ -183,7 +183,7 @@ class Debiased:
 
 class Guided:
     """A policy whose beam search a CM guides, ours: the best items by log P + γ · log CM."""
-    def __init__(self, policy, cm, gamma=2.0):
+    def __init__(self, policy, cm, gamma):
         self.policy = policy
         self.cm = cm
         self.gamma = gamma
