@@ -19,6 +19,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -439,7 +440,8 @@ class Policy(torch.nn.Module):
         guide (B, n) ≥ 0 multiplies P: the score of an item is log P + log guide.
         sample > 0, a temperature, draws k items at random instead, see `drawn_search`.
         Raises InputError for an item that is not in the catalogue, or if nothing is asked for."""
-        check(len(histories) and k > 0, "recommend needs at least one history, and k from 1")
+        right = len(histories) and k > 0 and sample >= 0
+        check(right, "recommend needs at least one history, k from 1, sample from 0")
         check(not sample or guide is None, "recommend: sample or guide, not both")
         beams = max(beams or self.beams, k)
         if sample:
@@ -684,17 +686,21 @@ def load_model(folder):
     """The saved model of any method, with recommend(histories, k); InputError if there is none.
     A guided one is the policy in a folder beside it, and a CM that is fitted again."""
     path = Path(folder).resolve() / "run.json"
-    run = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"method": ""}
-    base, guided, _ = run["method"].partition("+cm")
-    if not guided:
+    if not path.exists() or path.with_name("semantic_ids.json").exists():
         return load_policy(folder)
+    run = json.loads(path.read_text(encoding="utf-8"))
     made = run["made_with"]
-    check(made["cm"] == "ours", f"{folder}: a CM of your own is never saved")
-    data = load_data(made["data"]["name"], made["data"]["quick"])
-    check(data.sizes == made["data"], f"the data were changed since {folder} was made")
+    base, guided, _ = run["method"].partition("+cm")
+    check(guided and made["cm"] == "ours", f"{folder}: {run['method']} has no model that is saved")
+    data = load_data(run["data"], made["data"]["quick"])
+    check(made["data"].items() <= data.sizes.items(), f"the data have changed since {folder}")
+    beside = path.parent.parent / f"{base}-{run['seed']}"
+    policy = load_policy(beside)
+    now = json.loads((beside / "run.json").read_text(encoding="utf-8"))["made_with"]
+    same = all(made[what] == value for what, value in now.items())
+    check(same, f"{beside} has changed since {folder}")
     recipe = Recipe(**run["recipe"])
     cm = fit_of(recipe.teacher, data)(data.train, len(data.titles))
-    policy = load_policy(path.parent.parent / f"{base}-{run['seed']}")
     return Guided(policy, Debiased(cm, recipe.debias), recipe.gamma)
 
 Policy.save_pretrained = save_policy                            # the names of transformers
@@ -782,21 +788,24 @@ def check_numbers(where, values):
 
 def recipe_of(name, settings):
     """The Recipe of a method, or InputError. A field has the last of these values: of Recipe, of
-    real logs, of the method in RECIPES, of the method on real logs, of --sft or --recipe, of the
-    name itself, NAME:field=value. NAME+cm uses debias and gamma alone."""
+    real logs, of the method in RECIPES if it is not Recipe's, of the method on real logs, of --sft
+    or --recipe, of the name itself, NAME:field=value. NAME+cm uses teacher, debias, gamma alone."""
     base, *changes = name.split(":")
     recipe = (UNTRAINED | RECIPES).get(base, Recipe())
     check(isinstance(recipe, Recipe), f"RECIPES[{base!r}] is a {type(recipe).__name__}, no Recipe")
     real = real_of(settings.data)
-    parser = HfArgumentParser(Recipe, allow_abbrev=False, add_help=False)
+    fields = {}
     if base == "sft":
         changes = settings.sft.split(":") + changes
     elif base not in UNTRAINED:
-        parser.set_defaults(**real.get("Recipe", {}))
+        fields |= real.get("Recipe", {})
         changes = settings.recipe.split(":") + changes
-    parser.set_defaults(**dict(vars(recipe).items() - vars(Recipe()).items()))
-    parser.set_defaults(**real.get(base, {}))
+    fields |= {what: value for what, value in vars(recipe).items() if value != FIELDS.get(what)}
+    fields |= real.get(base, {})
+    parser = HfArgumentParser(Recipe, allow_abbrev=False, add_help=False)
+    parser.set_defaults(loss=fields.pop("loss", None))
     parser.error = lambda message: check(False, f"{name}: {message}; fields are {[*FIELDS]}")
+    changes = [f"{what}={value}" for what, value in fields.items()] + changes   # the last one holds
     recipe = Recipe(**vars(parser.parse_args([f"--{change}" for change in changes if change])))
     check_numbers(f"{name}: ", recipe)
     check(recipe.sampler in SAMPLERS, f"{name}: sampler has to be one of {', '.join(SAMPLERS)}")
@@ -840,6 +849,8 @@ def check_settings(settings):
     whole = all(seed.isdecimal() and len(seed) < 19 for seed in seeds)
     check(whole, f"--seeds {settings.seeds} are not numbers like 42,43")
     methods = [*UNTRAINED, *RECIPES, *[f"{name}+cm" for name in RECIPES]]
+    odd = [name for name in RECIPES if not re.fullmatch(r"[\w.-]+", name)]
+    check(not odd, f"RECIPES: a name has letters, digits, dots, - and _ only; change {odd}")
     names = []
     for name in map(str.strip, settings.methods.split(",")):
         base = name.partition(":")[0]
@@ -872,11 +883,11 @@ class World:
         settings = self.settings
         n = len(self.data.titles)
         if settings.ids in ("content", "mixed", "svd"):
-            text = any(self.data.texts) or settings.ids != "content"
-            check(text, "--ids content needs text in items.csv")
             least = max(2, min(n / 24, 512), n ** (1 / settings.levels))
             K = settings.codes or 2 ** math.ceil(math.log2(least))
             features = item_features(settings.ids, self.data.texts, self.data.train, self.seed)
+            text = settings.ids != "content" or features.any()
+            check(text, "--ids content needs text in items.csv")
             ids = SemanticIDs.fit(features, K, settings.levels, self.seed)
         else:
             check("." in settings.ids, f"--ids {settings.ids} is not content, mixed, svd or a file")
@@ -899,11 +910,13 @@ class World:
         return Policy(self.ids, settings.window, settings.width, settings.layers, dropout,
                       settings.beams, catalogue).to(settings.device)
 
-    def cm_of(self, recipe):
-        """The teacher of a recipe, its scores divided by popularity^δ. It is fitted once."""
-        name = "own" if self.own else recipe.teacher
+    def cm_of(self, recipe, own=True):
+        """The teacher of a recipe, its scores divided by popularity^δ. It is fitted once. Yours, if
+        there is one, is the teacher of all; own=False: ours nevertheless."""
+        fit = self.own if own else None
+        name = "own" if fit else recipe.teacher
         if name not in self.cms:
-            fit = self.own or fit_of(name, self.data)
+            fit = fit or fit_of(name, self.data)
             self.cms[name] = Folds(fit, self.data.train, len(self.data.titles))
         return Debiased(self.cms[name], recipe.debias)
 
@@ -913,7 +926,8 @@ class World:
 
 def made_with(name, world):
     """All inputs of a run that --resume compares, but code, and what a CM of your own is like."""
-    made = {"data": world.data.sizes, "cm": "your own" if world.own else "ours"}
+    data = {what: value for what, value in world.data.sizes.items() if what != "name"}
+    made = {"data": data, "cm": "your own" if world.own else "ours"}
     if name.partition(":")[0] not in UNTRAINED:
         made["IDs"] = zlib.crc32(world.ids.codes.cpu().numpy())
     for what in "window width layers batch beams".split():
@@ -951,7 +965,8 @@ def run_method(name, world):
     model, curve = model_of(name, recipe, world)
     middle = time.time()
     metrics, by_user, ranked = evaluate(model.recommend, data)
-    entry = {"method": name, "seed": world.seed, "recipe": fields, "metrics": metrics,
+    entry = {"method": name, "seed": world.seed, "data": data.sizes["name"], "recipe": fields,
+             "metrics": metrics,
              "curve": curve, "by_user": by_user, "lists": ranked.tolist() if data.truth else [],
              "seconds": {"train": middle - started, "eval": time.time() - middle}}
     report.write(finished, {"made_with": made_with(name, world), **entry})
@@ -964,7 +979,7 @@ def model_of(name, recipe, world):
         popular = CollaborativeModel.fit(world.data.train, len(world.data.titles), popularity=1.0)
         return Debiased(popular, 0.0), []
     if base in UNTRAINED:
-        return world.cm_of(recipe), []
+        return world.cm_of(recipe, own=base == "cm"), []
     if base.endswith("+cm"):
         policy = world.policy(base.removesuffix("+cm"))
         return Guided(policy, world.cm_of(recipe), recipe.gamma), []
@@ -1003,7 +1018,7 @@ def even(batch, count, policy, progress):
 
 SAMPLERS["even"] = even
 
-def run_oracle(settings):
+def run_oracle(settings, cm=None):
     """Train from random weights on four contexts, where R/Z is known: does P reach it?"""
     _, seeds = check_settings(settings)
     changes = "gr=0:lam=1:sampler=even:trajectories=64:rate=.002:dropout=0:epochs=15"
@@ -1011,7 +1026,7 @@ def run_oracle(settings):
     recipe = recipe_of(settings.oracle, settings)
     check(recipe.loss, f"--oracle {settings.oracle}: it needs a method with a loss of paths")
     data = load_data(settings.data, settings.quick)
-    world = World(seeds[0], data, settings)
+    world = World(seeds[0], data, settings, cm)
     policy = world.policy()
     last = {row.user: row for row in world.rows if row.user < 4}        # the last row of each user
     rows = [row._replace(places=row.places[-1:]) for row in last.values()]  # its last item alone
@@ -1049,7 +1064,7 @@ def main(settings, cm=None):
         if settings.recommend:
             print_recommendations(settings)
         elif settings.oracle:
-            run_oracle(settings)
+            run_oracle(settings, cm)
         else:
             run(settings, cm)
         return 0

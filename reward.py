@@ -123,7 +123,9 @@ class Folds:
         self.folds = folds
         self.whole = fit(histories, num_items)                  # on all users: to serve them
         count = np.bincount(entries(histories)[1], minlength=num_items)
-        self.popular = getattr(self.whole, "popular", torch.tensor(count).float() + 1)      # (n,)
+        self.popular = torch.tensor(count + 1.0).float()                            # (n,)
+        if isinstance(self.whole, SVD):
+            self.popular = self.whole.popular                   # lengths of vectors
         self.parts = {}                                         # fold → fitted without it
 
     def fold(self, history):

@@ -43,7 +43,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from matplotlib.axes import Axes
 from pytest import approx
 
 import data as folder_of_data
@@ -1035,20 +1034,21 @@ def own(returned):                            # fit of a CM; returned: right sco
         right = torch.ones(len(histories), 48)
         right[tokenizer.entries(histories)] = 0
         return returned(right / right.sum(1, keepdim=True))
-    return lambda histories, num_items: SimpleNamespace(scores=scores)
+    return lambda histories, num_items: SimpleNamespace(scores=scores, popular="not used")
 
 def test_an_own_cm(tiny, tmp_path):
     mine = own(torch.Tensor.double)                             # as numpy has it
     methods = "--methods=cm:debias=9,sft+cm:debias=1:gamma=3"
     settings = gflowgr.parse([*tiny, f"--out={tmp_path}", methods])
-    folder = tmp_path / "sft+cm,debias=1,gamma=3-42"
     lists = gflowgr.run(settings, mine)["runs"][0]["lists"]
     data = load_data(settings.data)
     count = sum(data.train, []).count
     for history, row in zip(data.histories, lists):             # divided by counts: rarer first
-        unseen = {*range(48)} - {*history[:-1]}
-        assert [*map(count, row)] == sorted(map(count, unseen))[:10]
-    refused("never saved", "--recommend", "x", "--model", folder)
+        assert [*map(count, row)] == sorted(map(count, {*range(48)} - {*history[:-1]}))[:10]
+    saved = f"--model={tmp_path}/sft+cm,debias=1,gamma=3-42"
+    refused("has no model that is saved", "--recommend=x", saved)
+    svd, _ = gflowgr.model_of("svd", recipe_of("svd", settings), World(1, data, settings, mine))
+    close(svd.scores([[3, 5]]), reward.SVD(data.train, 48).scores([[3, 5]]))     # it stays ours
 
 def raises(*given):
     return given[0].nothing
@@ -1069,7 +1069,7 @@ LINE = f"test_gflowgr.py, line {raises.__code__.co_firstlineno + 1}, in raises: 
     ("sampler", lambda *given: policy_draws(*given)[:, 1:], ", 7)"),
     ("sampler", lambda *given: policy_draws(*given) + 48, "items from 0 to 47"),
     ("sampler", lambda batch, *_: batch.r.topk(8, largest=False)[1], "not in batch.histories"),
-    ("a,b", Recipe(), "--methods: there is no 'a'; there are pop, "),
+    ("a,b", Recipe(), "RECIPES: a name has letters, digits, dots, - and _ only; change ['a,b']"),
     ("recipe", raises, "RECIPES['recipe'] is a function, no Recipe"),
     ("recipe", Recipe(lambda p: (p.log_pf - p.log_z).mean()), "in <lambda>: RuntimeError The "),
     ("recipe", Recipe(lambda p: p.log_pf.mean() * math.nan), "recipe: loss nan at the first try"),
@@ -1170,7 +1170,7 @@ def test_a_run_leaves_the_table_and_the_picture(finished, monkeypatch, tmp_path)
     drawn = {}                                # name at the end of a line: its points
     def annotate(axis, name, place, *_, **__):
         drawn[name] = [[*place]] + axis.lines[-1].get_xydata().tolist()
-    monkeypatch.setattr(Axes, "annotate", annotate)
+    monkeypatch.setattr("matplotlib.axes.Axes.annotate", annotate)
     about = {what: finished.results[what] for what in ("data", "settings", "versions")}
     report.finish(tmp_path, finished.runs, about, finished.data)
     summary = finished.results["summary"]
@@ -1241,10 +1241,11 @@ def test_recommend_prints_ten_titles(name, finished, monkeypatch):
     refused(titles[3], *asked[:-1], titles[3][:-1] + "x")
     refused("none is left", *asked[:-2], *titles)
     if "+cm" in name:                         # it is served while its data last
-        text = Path("run.json").read_text()
-        Path("run.json").write_text(text.replace('"interactions": ', '"interactions": 1'))
-        refused("were changed since", *asked)
-        Path("run.json").write_text(text)
+        for path, what in ("run.json", '"interactions": '), ("../tb-1/run.json", '"tb: rate": '):
+            text = Path(path).read_text()
+            Path(path).write_text(text.replace(what, f"{what}1"))
+            refused("changed since", *asked)
+            Path(path).write_text(text)
 
 # --- Data -----------------------------------------------------------------------------------------
 ITEMS = "item_id,title\na,Alpha\nb,Beta\nc,Gamma\nd,Delta\n"
