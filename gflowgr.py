@@ -941,7 +941,7 @@ def try_out(names, world):
     """One step of each recipe with an untrained policy: a mistake in your own CM, sampler or loss
     shows now, not after hours."""
     for name in names:
-        recipe = replace(recipe_of(name, world.settings), gr=0.0)   # L_GR would hide a wrong loss
+        recipe = recipe_of(name, world.settings)
         if recipe.loss:
             policy = world.policy()
             batch = next(batches(world, policy, world.reward(recipe), np.random.default_rng(0)))

@@ -813,7 +813,7 @@ def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
 
 def test_a_list_ends_where_no_item_is_left():
     seen = list(range(24))
-    cm = CollaborativeModel.fit(TRAIN, 24)
+    cm = CollaborativeModel.fit(TRAIN, 24, popularity=0.0)
     for recommend in (made().recommend, partial(made().recommend, sample=1.0),
                       Debiased(cm, 1.0).recommend):
         items, scores = recommend([seen, seen[1:], [0, 0, 3]], 24)
@@ -825,8 +825,9 @@ def test_what_cannot_be_recommended_is_told():
     ask = made().recommend
     for wrong in (partial(CollaborativeModel.fit([[0, 1]], 24).scores, [[3, 24]]),
                   partial(ask, [[-1]]), partial(ask, []), partial(ask, [[3]], k=0),
-                  partial(ask, [[3]], guide=torch.rand(1, 24), sample=1.0)):
-        with pytest.raises(InputError, match="items of a history are numbers from 0 to 23|recomm"):
+                  partial(ask, [[3]], guide=torch.rand(1, 24), sample=1.0),
+                  partial(ask, [[3]], sample=-1.0), partial(SemanticIDs, [[4]], 4)):
+        with pytest.raises(InputError, match="history are numbers from 0 to 23|recomm|IDs: "):
             wrong()
 
 @pytest.mark.parametrize("sample, past", [(1.0, [2]), (1.0, [0, 3, 5]), (0.5, []), (2.0, [4])])
@@ -1059,12 +1060,11 @@ LINE = f"test_gflowgr.py, line {raises.__code__.co_firstlineno + 1}, in raises: 
 @pytest.mark.parametrize("what, wrong, said", [
     ("cm", own(lambda right: right * math.nan), NO_CM),
     ("cm", own(lambda right: right[:, 1:]), NO_CM),
-    ("cm", own(lambda right: right * 48), NO_CM),
+    ("cm", own(lambda right: right / 48), NO_CM),
     ("cm", own(lambda right: 2 * right - torch.eye(48)[0]), NO_CM),
     ("cm", own(lambda right: None), NO_CM),
     ("cm", own(lambda right: torch.full_like(right, 1 / 48)), NO_CM),
-    ("cm", own(raises), LINE),
-    ("sampler", raises, LINE),
+    ("cm", own(raises), LINE), ("sampler", raises, LINE),
     ("sampler", lambda *given: policy_draws(*given).tolist(), "not ('list',)"),
     ("sampler", lambda *given: policy_draws(*given)[:, 1:], ", 7)"),
     ("sampler", lambda *given: policy_draws(*given) + 48, "items from 0 to 47"),
@@ -1130,7 +1130,7 @@ def results_in(folder):
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "a/new/place"
-    names = [*METHODS[4:], *METHODS[:2], "sft-continued"]       # SFT, where they begin, is added
+    names = [*METHODS[:4:-1], *METHODS[:2], "sft-continued"]    # where they begin is added: sft, tb
     flags = [*tiny, f"--out={out}", "--seeds=1, 2", f"--methods={', '.join(names)}"]
     status, printed, err = cli(*flags)
     assert status == 0, err
@@ -1396,7 +1396,7 @@ def test_scripts_on_the_pages_in_short(page, pictures, by_itself, monkeypatch):
     ("--codes 65537 is out of range", "--codes=65537"),
     ("--oracle sft", "--oracle=sft"),
     ("there is no ''; there are pop, ", "--methods=tb,"),
-    ("tb:sampler=x: sampler has to be one of session, ", "--methods=tb:sampler=x"),
+    ("tb:sampler=x: sampler has to be one of session, ", "--data=nowhere --methods=tb:sampler=x"),
     ("fields are ['gr', 'lam', 'sampler', ", "--methods=tb:loss=x"),
     ("rate nan is out of range", "--methods=tb:rate=nan"),
     ("there is no 'cm+cm'", "--methods=cm+cm"),
