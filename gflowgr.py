@@ -265,8 +265,8 @@ def loss_of(recipe, policy, reference, batch, progress):
         log_steps, *_ = policy(batch.context, batch.positives[:, None])             # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
     policy.eval()                                               # no dropout while sampling
-    # Items may come from anywhere (off-policy): at P = R/Z, TB is 0 on every path. But if users with
-    # one history have other v, P is a compromise between their R/Z: best at items that come often
+    # Items may come from anywhere (off-policy): at P = R/Z, TB is 0 on every path. But if users
+    # with one history have other v, P is a compromise between their R/Z: best at items drawn often
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
     check_items(items, recipe, batch)                           # a mistake in a sampler shows
     policy.train()
@@ -827,7 +827,8 @@ def run(settings, cm=None):
     kept = {}
     for world in worlds:
         for name in names:                      # refuses a run that was made otherwise
-            run = report.earlier_run(world.folder(name) / "run.json", made_with(name, world))
+            path = world.folder(name) / "run.json"
+            run = path.exists() and report.earlier_run(path, made_with(name, world))
             if run and settings.resume:
                 print(f"{name}, seed {world.seed}: kept, as it was finished")
                 kept[name, world.seed] = run
@@ -966,8 +967,8 @@ def run_method(name, world):
     middle = time.time()
     metrics, by_user, ranked = evaluate(model.recommend, data)
     entry = {"method": name, "seed": world.seed, "data": data.sizes["name"], "recipe": fields,
-             "metrics": metrics,
-             "curve": curve, "by_user": by_user, "lists": ranked.tolist() if data.truth else [],
+             "metrics": metrics, "curve": curve, "by_user": by_user,
+             "lists": ranked.tolist() if data.truth else [],
              "seconds": {"train": middle - started, "eval": time.time() - middle}}
     report.write(finished, {"made_with": made_with(name, world), **entry})
     return entry
