@@ -318,8 +318,7 @@ def reads_one_history(batch, count, policy, progress):
     same = SimpleNamespace(**{**vars(batch), "histories": batch.histories[:1] * 3000})
     return curriculum_loops(same, count, policy, progress)
 Exercise(3, 30, gflowgr.curriculum, curriculum_loops, curriculum_cases,
-         [begins_with_high_scores, reads_one_history],
-         read=shares_at_each_place, tolerance=0.07,
+         [begins_with_high_scores, reads_one_history], read=shares_at_each_place, tolerance=0.07,
          note="batch: its scores, histories, following and positives, see Batch in gflowgr.py.\n"
          "policy is None. Each item's share at each place, in 3000 contexts, is compared.")
 # --- Session 3: Policy.recommend (60 minutes) -----------------------------------------------------
@@ -823,11 +822,12 @@ def test_a_list_ends_where_no_item_is_left():
 
 def test_what_cannot_be_recommended_is_told():
     ask = made().recommend
+    said = "items of a history are numbers from 0 to 23|recomm|IDs: "
     for wrong in (partial(CollaborativeModel.fit([[0, 1]], 24).scores, [[3, 24]]),
                   partial(ask, [[-1]]), partial(ask, []), partial(ask, [[3]], k=0),
                   partial(ask, [[3]], guide=torch.rand(1, 24), sample=1.0),
                   partial(ask, [[3]], sample=-1.0), partial(SemanticIDs, [[4]], 4)):
-        with pytest.raises(InputError, match="history are numbers from 0 to 23|recomm|IDs: "):
+        with pytest.raises(InputError, match=said):
             wrong()
 
 @pytest.mark.parametrize("sample, past", [(1.0, [2]), (1.0, [0, 3, 5]), (0.5, []), (2.0, [4])])
@@ -856,13 +856,13 @@ def contexts(past, following):                # what samplers read of a Batch
     return SimpleNamespace(r=r, scores=r / r.sum(1, keepdim=True), positives=positives,
                            histories=past, following=following)
 
-WEIGHTS = {                                   # of item v in context c; an item is drawn ∝ it
-    "session": lambda batch, c, v: v in batch.following[c][1:],
-    "uniform": lambda batch, c, v: v not in batch.histories[c] + batch.following[c],
-    "even": lambda batch, c, v: (v not in batch.histories[c]) * (batch.scores[c, v] + 1 / 24),
-    "reward_draws": lambda batch, c, v: batch.r[c, v]}
+def weight(name, batch, c, v):                # of item v in context c; an item is drawn ∝ it
+    return {"session": v in batch.following[c][1:],
+            "uniform": v not in batch.histories[c] + batch.following[c],
+            "even": (v not in batch.histories[c]) * (batch.scores[c, v] + 1 / 24),
+            "reward_draws": batch.r[c, v]}[name]
 
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", ["session", "uniform", "even", "reward_draws"])
 def test_samplers_draw_from_where_they_say(name):
     torch.manual_seed(0)
     batch = contexts(PAST, NEXT)
@@ -870,7 +870,7 @@ def test_samplers_draw_from_where_they_say(name):
     items = SAMPLERS[name](batch, 2000, None, 0.5)
     assert batch.r.equal(before)                                # the loss needs it, too
     for c, row in enumerate(items):
-        p = torch.tensor([float(WEIGHTS[name](batch, c, v)) for v in range(24)])
+        p = torch.tensor([float(weight(name, batch, c, v)) for v in range(24)])
         share = torch.bincount(row, minlength=24) / 2000
         assert (share - p / p.sum()).abs().max() < 0.04
         assert (share[p == 0] == 0).all()
@@ -1059,14 +1059,14 @@ LINE = f"test_gflowgr.py, line {raises.__code__.co_firstlineno + 1}, in raises: 
 
 @pytest.mark.parametrize("what, wrong, said", [
     ("cm", own(lambda right: right * math.nan), NO_CM),
-    ("cm", own(lambda right: right[:, 1:]), NO_CM),
-    ("cm", own(lambda right: right / 48), NO_CM),
+    ("cm", own(lambda right: right * 48), NO_CM), ("cm", own(lambda right: right / 48), NO_CM),
     ("cm", own(lambda right: 2 * right - torch.eye(48)[0]), NO_CM),
-    ("cm", own(lambda right: None), NO_CM),
+    ("cm", own(lambda right: right[:, 1:]), NO_CM), ("cm", own(lambda right: None), NO_CM),
     ("cm", own(lambda right: torch.full_like(right, 1 / 48)), NO_CM),
-    ("cm", own(raises), LINE), ("sampler", raises, LINE),
+    ("cm", own(raises), LINE), ("cm", raises, LINE), ("sampler", raises, LINE),
     ("sampler", lambda *given: policy_draws(*given).tolist(), "not ('list',)"),
     ("sampler", lambda *given: policy_draws(*given)[:, 1:], ", 7)"),
+    ("sampler", lambda *given: policy_draws(*given) - 48, "items from 0 to 47"),
     ("sampler", lambda *given: policy_draws(*given) + 48, "items from 0 to 47"),
     ("sampler", lambda batch, *_: batch.r.topk(8, largest=False)[1], "not in batch.histories"),
     ("a,b", Recipe(), "RECIPES: a name has letters, digits, dots, - and _ only; change ['a,b']"),
