@@ -180,7 +180,7 @@ class Recipe:
     `tb` has in the made-up world of the first command. U: a history, v: the item logged next."""
     loss: object = None             # L_GFN, a function of a Paths (below); None: SFT, L_GR alone
     gr: float = 1.0                 # weight of L_GR = −log P(v | U), the loss of SFT
-    lam: float = 3.0                # λ, weight of L_GFN
+    lam: float = 10.0               # λ, weight of L_GFN
     sampler: str = "policy_draws"   # which N unseen items L_GFN reads; here, N drawn from P
     trajectories: int = 8           # N: the paper's best is about 3
     chosen: Literal["", "logged", "reward"] = ""    # one item more for L_GFN, its path comes first:
@@ -192,8 +192,9 @@ class Recipe:
     w_y: float = 0.75               # r_ŷ: scores of the teacher
     w_s: float = 0.05               # r_s ∝ number of levels with the same code as v
     teacher: Literal["cm", "svd", "blend"] = "svd"      # a traditional recommender of reward.py
-    debias: float = 0.5             # δ, ours: the teacher's scores are divided by popularity^δ
-    gamma: float = 8.0              # γ of the methods NAME+cm: they list by P · teacher^γ
+    debias: float = 0.5             # δ, ours: the teacher's scores are divided by popularity^δ,
+    sharp: float = 3.0              # then raised to this power: P learns a few high ones better
+    gamma: float = 3.0              # γ of the methods NAME+cm: they list by P · teacher^γ
     beta: float = 0.1               # S-DPO, GRPO: how strongly P is held near that of SFT
     rate: float = 3e-3              # peak learning rate: small models like it high
     dropout: float = 0.0            # SFT needs some; R has many items, that is enough here
@@ -242,19 +243,19 @@ SDPO = dict(loss=sdpo_of, trajectories=7)
 RECIPES = {                         # data/log.md has the trials that chose these numbers
     "sft": Recipe(rate=1.5e-3, dropout=0.4, epochs=20),         # all methods below start from it
     "sft-continued": Recipe(rate=9e-4, dropout=0.4),            # SFT, for longer
-    "sdpo": Recipe(**SDPO, chosen="logged", lam=10.0, beta=1.0, rate=9e-4, dropout=0.2),
+    "sdpo": Recipe(**SDPO, chosen="logged", beta=1.0, rate=9e-4, dropout=0.2),
     "sdpo-reward": Recipe(**SDPO, chosen="reward", lam=30.0, rate=1e-3),
     "grpo": Recipe(lambda p: grpo(p.log_pf, p.log_ref, p.log_r, p.beta), trajectories=16,
-                   lam=10.0, beta=0.01),
+                   beta=0.01),
     # The paper's sampler, its N, learned Z. Ours: its τ_1, the path of v, trains L_GR alone; with
     # chosen=logged, it trains L_GFN as well, as others' notes on the paper have it
-    "tb-paper": Recipe(**TB, sampler="curriculum", trajectories=3, exact=False, lam=0.1,
+    "tb-paper": Recipe(**TB, sampler="curriculum", trajectories=3, exact=False, lam=0.3,
                        dropout=0.4),
     "tb": Recipe(**TB),
     "tb-huber": Recipe(lambda p: huber_balance(p.log_z, p.log_pf, p.log_r)),
     "db": Recipe(lambda p: detailed_balance(p.log_flow, p.log_steps), dropout=0.1),
-    "vargrad": Recipe(lambda p: vargrad(p.log_pf, p.log_r), dropout=0.1),   # needs no Z
-    "distill": Recipe(lambda p: distillation(p.child_flow, p.log_probs), dropout=0.2)}
+    "vargrad": Recipe(lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1),
+    "distill": Recipe(lambda p: distillation(p.child_flow, p.log_probs), lam=30.0, dropout=0.2)}
 
 # --- One step of training, and the loop -----------------------------------------------------------
 def loss_of(recipe, policy, reference, batch, progress):
@@ -701,7 +702,7 @@ def load_model(folder):
     check(same, f"{beside} has changed since {folder}")
     recipe = Recipe(**run["recipe"])
     cm = fit_of(recipe.teacher, data)(data.train, len(data.titles))
-    return Guided(policy, Debiased(cm, recipe.debias), recipe.gamma)
+    return Guided(policy, Debiased(cm, recipe.debias, recipe.sharp), recipe.gamma)
 
 Policy.save_pretrained = save_policy                            # the names of transformers
 Policy.from_pretrained = staticmethod(load_policy)
@@ -710,13 +711,14 @@ Policy.from_pretrained = staticmethod(load_policy)
 REAL = {            # What real logs have instead
     "Settings": dict(methods="pop,cm,blend,sft,tb-huber,sft+cm", ids="mixed", width=128, layers=3,
                      batch=64),
-    "Recipe": dict(teacher="blend", debias=0.0, sampler="reward_draws", trajectories=2, gamma=3.0,
-                   rate=1.5e-3, epochs=5),                      # in place of Recipe's defaults
+    "Recipe": dict(teacher="blend", debias=0.0, sharp=6.0, gamma=1.0, lam=3.0, rate=1.5e-3,
+                   epochs=5, sampler="reward_draws", trajectories=2),   # in place of its defaults
     "sft": dict(dropout=0.2, epochs=8),
     "sft-continued": dict(dropout=0.2, rate=4.5e-4),
     "sdpo-reward": dict(sampler="policy_draws"),
     "grpo": dict(sampler="policy_draws", trajectories=8),
-    "vargrad": dict(sampler="policy_draws", trajectories=8)}
+    "vargrad": dict(sampler="policy_draws", trajectories=8),
+    "distill": dict(lam=3.0)}
 
 @dataclass
 class Settings:
@@ -744,8 +746,9 @@ class Settings:
     recommend: list[str] = HfArg(default_factory=list, help="print ten titles for this history")
     model: str = HfArg(default="", help="the saved model for --recommend, like runs/toy/tb-42")
 
-UNTRAINED = {"pop": Recipe(debias=0.0), "cm": Recipe(teacher="cm", debias=0.0),
-             "svd": Recipe(debias=0.0), "blend": Recipe(teacher="blend", debias=0.0)}
+ALONE = partial(Recipe, debias=0.0, sharp=1.0)
+UNTRAINED = {"pop": ALONE(), "cm": ALONE(teacher="cm"), "svd": ALONE(),
+             "blend": ALONE(teacher="blend")}
 FIELDS = {name: value for name, value in vars(Recipe()).items() if name != "loss"}     # defaults
 
 def real_of(data):
@@ -773,8 +776,8 @@ def parse(argv):
         settings.recipe = f"epochs=1:{settings.recipe}"
     return settings
 
-MOST = dict(dropout=1, debias=10, trajectories=129, codes=65537, levels=17, window=1025, width=1025,
-            layers=17, beams=1025, batch=1025)                  # below; of all others 1e9
+MOST = dict(dropout=1, debias=10, sharp=20, trajectories=129, codes=65537, levels=17, window=1025,
+            width=1025, layers=17, beams=1025, batch=1025)      # below; of all others 1e9
 
 def check_numbers(where, values):
     """Raise InputError if a number of a Settings or Recipe is out of its range."""
@@ -789,10 +792,14 @@ def check_numbers(where, values):
 def recipe_of(name, settings):
     """The Recipe of a method, or InputError. A field has the last of these values: of Recipe, of
     real logs, of the method in RECIPES if it is not Recipe's, of the method on real logs, of --sft
-    or --recipe, of the name itself, NAME:field=value. NAME+cm uses teacher, debias, gamma alone."""
+    or --recipe, of the name itself, NAME:field=value."""
     base, *changes = name.split(":")
     recipe = (UNTRAINED | RECIPES).get(base, Recipe())
     check(isinstance(recipe, Recipe), f"RECIPES[{base!r}] is a {type(recipe).__name__}, no Recipe")
+    if base in UNTRAINED or "+cm" in base:
+        used = ["debias"] if base in UNTRAINED else ["teacher", "debias", "sharp", "gamma"]
+        odd = [change for change in changes if change.partition("=")[0] not in used]
+        check(not odd, f"{name}: of {base}, one can change {used}, not {odd}")
     real = real_of(settings.data)
     fields = {}
     if base == "sft":
@@ -912,14 +919,14 @@ class World:
                       settings.beams, catalogue).to(settings.device)
 
     def cm_of(self, recipe, own=True):
-        """The teacher of a recipe, its scores divided by popularity^δ. It is fitted once. Yours, if
+        """The teacher of a recipe, divided by popularity^δ and sharpened. It is fitted once. Yours, if
         there is one, is the teacher of all; own=False: ours nevertheless."""
         fit = self.own if own else None
         name = "own" if fit else recipe.teacher
         if name not in self.cms:
             fit = fit or fit_of(name, self.data)
             self.cms[name] = Folds(fit, self.data.train, len(self.data.titles))
-        return Debiased(self.cms[name], recipe.debias)
+        return Debiased(self.cms[name], recipe.debias, recipe.sharp)
 
     def reward(self, recipe):
         """The comprehensive reward of a recipe."""

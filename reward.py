@@ -87,8 +87,7 @@ def similar_items(features, most=200):
     return sparse(entries(near.tolist()), values.flatten(), (n, n))
 
 class Blend:
-    """Ours, for real logs: (√(counts · neighbours) + SVD / √(length of vector))², each of the two
-    terms with sum 1; squared, since P learns few high scores more easily than many middling ones.
+    """Ours, for real logs: √(counts · neighbours) + SVD / √(length of vector), both with sum 1.
     Neighbours: Σ_j similar[j, i] / age(j) over the last 20 items j, similar by `similar_items`."""
     def __init__(self, histories, num_items, similar):
         self.counts = CollaborativeModel.fit(histories, num_items)
@@ -102,9 +101,7 @@ class Blend:
         neighbours = share(weighted(self.similar, histories, lambda age: 1 / age, 20))
         first = share((self.counts.scores(histories) * neighbours).sqrt())
         second = share(self.svd.scores(histories) / self.svd.popular.sqrt())
-        total = first + second
-        total /= total.amax(1, keepdim=True).clamp(min=1e-12)   # `shares` drops what is ≤ 1e-6
-        return share(total.square())
+        return share(first + second)
 
 def fit_of(name, data):
     """The function fit(histories, num_items) of the recommender with this name."""
@@ -165,15 +162,17 @@ class Folds:
         return scores
 
 class Debiased:
-    """A recommender whose scores are divided by popularity^δ, ours: what is shown more is logged
-    more. The popularity of an item is its count + 1; in `SVD`, the length of its vector."""
-    def __init__(self, cm, delta):
+    """A recommender whose scores are (score / popularity^δ)^sharp, ours: what is shown more is
+    logged more; P learns few high scores more easily than many middling ones. The popularity of an
+    item is its count + 1; in `SVD`, the length of its vector."""
+    def __init__(self, cm, delta, sharp=1.0):
         self.cm = cm
         self.divisor = cm.popular ** delta                                          # (n,)
+        self.sharp = sharp
 
     def scores(self, histories, *following):
         """(B, n) ≥ 0, rows sum to 1."""
-        scores = self.cm.scores(histories, *following) / self.divisor
+        scores = (self.cm.scores(histories, *following) / self.divisor) ** self.sharp
         return scores / scores.sum(1, keepdim=True).clamp(min=1e-30)
 
     def recommend(self, histories, k=10):
