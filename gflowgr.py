@@ -919,7 +919,7 @@ class World:
                       settings.beams, catalogue).to(settings.device)
 
     def cm_of(self, recipe, own=True):
-        """The teacher of a recipe, divided by popularity^δ and sharpened. It is fitted once. Yours, if
+        """The teacher of a recipe, its scores as debias and sharp say. It is fitted once. Yours, if
         there is one, is the teacher of all; own=False: ours nevertheless."""
         fit = self.own if own else None
         name = "own" if fit else recipe.teacher
