@@ -136,13 +136,15 @@ class Batch:
         self.histories = []         # C lists, U: the user's items before v
         self.following = []         # C lists: v and the user's later training items
         read = []                   # B lists: the items of a row
-        ends = []                   # B lists: the place in the row where each U ends; 0 is <user>
+        row_of = []                 # C numbers: the row where U stands
+        ends = []                   # C numbers: the place in it where U ends; 0 is <user>
         liked = []
-        for user, start, places in rows:
+        for row, (user, start, places) in enumerate(rows):
             history = data.train[user]
             read.append(history[start:places[-1]])
-            ends.append([place - start for place in places])
             for place in places:
+                row_of.append(row)
+                ends.append(place - start)
                 self.users.append(user)
                 self.histories.append(history[:place])
                 self.following.append(history[place:])
@@ -153,8 +155,8 @@ class Batch:
         self.liked = torch.tensor(liked, device=device)         # (C,) bool: not only clicked
         ids = policy.semantic_ids
         self.unseen = ids.unseen(self.histories)    # (C, M + n) bool, of each node
-        # What the policy reads of the C contexts; ends (B, T) are padded with −1
-        self.context = tokens, pad(ends, -1).to(device), self.unseen
+        # What the policy reads of the C contexts
+        self.context = tokens, *torch.tensor([row_of, ends], device=device), self.unseen
         if reward:
             # The teacher's, who must not know v: it was fitted without the users of these logs
             scores = reward.teacher.scores(self.histories, self.following)
@@ -193,8 +195,8 @@ class Recipe:
     w_s: float = 0.05               # r_s ∝ number of levels with the same code as v
     teacher: Literal["cm", "svd", "blend"] = "svd"      # a traditional recommender of reward.py
     debias: float = 0.5             # δ, ours: the teacher's scores are divided by popularity^δ,
-    sharp: float = 3.0              # then raised to this power: P learns a few high ones better
-    gamma: float = 3.0              # γ of the methods NAME+cm: they list by P · teacher^γ
+    sharp: float = 3.0              # then raised to this power: P learns a few high ones better;
+                                    # it is 9 in NAME+cm, which lists by P times these scores
     beta: float = 0.1               # S-DPO, GRPO: how strongly P is held near that of SFT
     rate: float = 3e-3              # peak learning rate: small models like it high
     dropout: float = 0.0            # SFT needs some; R has many items, that is enough here
@@ -401,9 +403,9 @@ class Policy(torch.nn.Module):
             torch.nn.init.zeros_(parameter)                     # log Z ≈ 0: R's weights sum to 1
 
     def tokens(self, histories):
-        """Tokens (B, H): <user>, the last `window` items, padding; ends (B, 1): the last item."""
+        """Tokens (B, H): <user>, the last `window` items, padding; ends (B,): the last item."""
         rows = [[-1, *history[-self.window:]] for history in histories]     # −1 becomes <user>
-        ends = [[len(row) - 1] for row in rows]
+        ends = [len(row) - 1 for row in rows]
         device = self.semantic_ids.codes.device
         return pad(rows, -1).to(device) + self.user_token + 1, torch.tensor(ends, device=device)
 
@@ -411,12 +413,12 @@ class Policy(torch.nn.Module):
         """P on the paths of items (C, J), J of each context; context: of a Batch. Returns log P_F
         of each step (C, J, L), log P_F of all codes there (C, J, L, K), near NEVER if illegal, and
         the learned log F of s_0 … s_{L-1} (C, J, L)."""
-        tokens, ends, unseen = context
+        tokens, rows, ends, unseen = context
         ids = self.semantic_ids
         L = ids.num_levels
         # GPT-2's hidden states at s_0 … s_{L-1}: it has read U and the codes so far. They are the
         # same as if each path was read alone; how all are read at once comes after the lecture
-        prefixes = read_packed(self, tokens, ends, items)                           # (C, J, L, d)
+        prefixes = read_packed(self, tokens, rows, ends, items)                     # (C, J, L, d)
         # A level's output weights are its codes' embeddings
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("cjld,lkd->cjlk", prefixes, heads).float()            # (C, J, L, K)
@@ -430,8 +432,9 @@ class Policy(torch.nn.Module):
     def path_log_probs(self, histories, items):
         """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L). On the
         path of a seen item, one step is near NEVER, and so is the sum."""
-        tokens, ends = self.tokens(histories)                   # one context a row
-        context = tokens, ends, self.semantic_ids.unseen(histories)
+        tokens, ends = self.tokens(histories)
+        rows = torch.arange(len(ends), device=ends.device)      # one context a row
+        context = tokens, rows, ends, self.semantic_ids.unseen(histories)
         return self(context, torch.as_tensor(items, device=tokens.device))[0]
 
     def recommend(self, histories, k=10, beams=None, guide=None, sample=0.0):
@@ -467,54 +470,45 @@ def beam_search(policy, histories, k, beams):
 
 # === The lecture ends here. Below: how it is fast, other searches, evaluation, the experiment =====
 
-# --- Fast: all paths of a row at once, and beams that read a code once ----------------------------
-def tree_mask(ends, H, L):
-    """After H tokens of history, a row holds E branches, the first L−1 codes of a path each (the
-    last is only predicted): S = H + E·(L−1) places. Which sees which? Floats (B, S, S), 0 where
-    place i sees j, else NEVER. A place of the history sees itself and all before it. A code of
-    branch e in row b sees the history up to place ends[b, e], and its own branch up to itself.
-    <user> a b, with the codes 1 2 after a, and 3 4 after b:
-    >>> for place, row in zip("uab1234", tree_mask(torch.tensor([[1, 2]]), H=3, L=3)[0]):
-    ...     print(place, *["x" if x == 0 else "." for x in row])
-    u x . . . . . .
-    a x x . . . . .
-    b x x x . . . .
+# --- Fast: all paths of a context at once, and beams that read a code once ------------------------
+def tree_mask(ends, H, J, L):
+    """After H tokens of a history come J branches, the first L−1 codes of a path each (the last one
+    is only predicted). Which places does a code see? Floats (C, J·(L−1), H + J·(L−1)), 0 where it
+    sees, else NEVER. In context c, it sees the history up to place ends[c], and its own branch up
+    to itself. <user> a b, with the branches 1 2 and 3 4 after a:
+    >>> print(" ", *"uab1234")
+      u a b 1 2 3 4
+    >>> for code, row in zip("1234", tree_mask(torch.tensor([1]), H=3, J=2, L=3)[0]):
+    ...     print(code, *["x" if x == 0 else "." for x in row])
     1 x x . x . . .
     2 x x . x x . .
-    3 x x x . . x .
-    4 x x x . . x x
+    3 x x . . . x .
+    4 x x . . . x x
     """
-    branch = torch.arange(ends.shape[1], device=ends.device).repeat_interleave(L - 1)
-    branch = functional.pad(branch, (H, 0), value=-1)           # (S,) −1: the history
-    own = (branch[:, None] == branch).tril()                    # (S, S) same branch, not later
-    last = functional.pad(ends.repeat_interleave(L - 1, 1), (H, 0), value=-1)       # (B, S)
-    place = torch.arange(len(branch), device=ends.device)
-    return torch.where(own | (place <= last[..., None]), 0.0, NEVER)                # (B, S, S)
+    branch = torch.arange(J, device=ends.device).repeat_interleave(L - 1)
+    own = (branch[:, None] == branch).tril()                    # same branch, not later
+    past = torch.arange(H, device=ends.device) <= ends[:, None, None]               # (C, 1, H)
+    seen = torch.cat([past.expand(-1, len(own), -1), own.expand(len(ends), -1, -1)], 2)
+    return torch.where(seen, 0.0, NEVER)
 
-def read_packed(policy, tokens, ends, items):
-    """Hidden states (C, J, L, d) of the prefixes s_0 … s_{L-1} on all paths: J branches after each
-    of C histories, packed into B rows. See Policy.forward; there, C entries of ends are not −1."""
+def read_packed(policy, tokens, rows, ends, items):
+    """Hidden states (C, J, L, d) of the prefixes s_0 … s_{L-1} on the paths of items (C, J). GPT-2
+    reads each history once: its keys and values stay in a cache, which all paths share."""
     ids = policy.semantic_ids
-    L = ids.num_levels
-    H = tokens.shape[1]
     J = items.shape[1]
-    # Every entry of ends (B, T) gets J branches, E = T·J in a row; those of padding hold item 0
-    valid = ends >= 0                                           # (B, T) C of them, in their order
-    packed = items.new_zeros(*ends.shape, J)                                        # (B, T, J)
-    packed[valid] = items
-    branch_ends = ends.clamp(min=0).repeat_interleave(J, 1)                         # (B, E)
-    levels = torch.arange(L, device=ends.device)
-    code_tokens = ids.codes[packed.flatten(1)] + ids.num_codes * levels     # (B, E, L) l·K + c
-    mask = tree_mask(branch_ends, H, L)
-    # A place's position is the number of places that it sees, less 1
-    hidden = policy.lm.transformer(
-        torch.cat([tokens, code_tokens[..., :-1].flatten(1)], 1), attention_mask=mask[:, None],
-        position_ids=(mask == 0).sum(-1) - 1, use_cache=False).last_hidden_state    # (B, S, d)
-    # The hidden state of a prefix: of s_0 where the history ends, of s_1 … at its last code
-    root = hidden.take_along_dim(branch_ends[..., None], 1)                         # (B, E, d)
-    later = hidden[:, H:].unflatten(1, (branch_ends.shape[1], L - 1))               # (B, E, L-1, d)
-    prefixes = torch.cat([root[:, :, None], later], 2)                              # (B, E, L, d)
-    return prefixes.unflatten(1, (-1, J))[valid]                # (C, J, L, d) without padding
+    cache = DynamicCache()
+    hidden = policy.lm.transformer(tokens, cache).last_hidden_state                 # (B, H, d)
+    root = hidden[rows, ends][:, None, None].expand(-1, J, 1, -1)   # s_0: where a history ends
+    if ids.num_levels == 1:
+        return root
+    cache.batch_select_indices(rows)                            # that of each context's row
+    codes = ids.codes[items] + ids.num_codes * torch.arange(ids.num_levels, device=ends.device)
+    mask = tree_mask(ends, tokens.shape[1], J, ids.num_levels)
+    later = policy.lm.transformer(
+        codes[..., :-1].flatten(1), cache, attention_mask=mask[:, None],
+        # A code's position is the number of places that it sees, less 1
+        position_ids=(mask == 0).sum(-1) - 1).last_hidden_state          # (C, J·(L-1), d)
+    return torch.cat([root, later.unflatten(1, (J, -1))], 2)
 
 class Beams:
     """W beams of each of B users: the prefixes that are left, of equal length. GPT-2 reads a code
@@ -524,7 +518,8 @@ class Beams:
         self.lm = policy.lm.transformer
         self.unseen = self.ids.unseen(histories)    # (B, M + n) bool, of each node
         self.level = 0                                          # number of codes so far
-        tokens, self.ends = policy.tokens(histories)            # (B, H), (B, 1)
+        tokens, ends = policy.tokens(histories)
+        self.ends = ends[:, None]                               # (B, 1)
         self.node = torch.zeros_like(self.ends)                 # (B, W = 1) the beams: at the root
         self.cache = DynamicCache()
         hidden = self.lm(tokens, self.cache).last_hidden_state
@@ -702,7 +697,7 @@ def load_model(folder):
     check(same, f"{beside} has changed since {folder}")
     recipe = Recipe(**run["recipe"])
     cm = fit_of(recipe.teacher, data)(data.train, len(data.titles))
-    return Guided(policy, Debiased(cm, recipe.debias, recipe.sharp), recipe.gamma)
+    return Guided(policy, Debiased(cm, recipe.debias, recipe.sharp))
 
 Policy.save_pretrained = save_policy                            # the names of transformers
 Policy.from_pretrained = staticmethod(load_policy)
@@ -711,8 +706,8 @@ Policy.from_pretrained = staticmethod(load_policy)
 REAL = {            # What real logs have instead
     "Settings": dict(methods="pop,cm,blend,sft,tb-huber,sft+cm", ids="mixed", width=128, layers=3,
                      batch=64),
-    "Recipe": dict(teacher="blend", debias=0.0, sharp=6.0, gamma=1.0, lam=3.0, rate=1.5e-3,
-                   epochs=5, sampler="reward_draws", trajectories=2),   # in place of its defaults
+    "Recipe": dict(teacher="blend", debias=0.0, sharp=6.0, lam=3.0, rate=1.5e-3, epochs=5,
+                   sampler="reward_draws", trajectories=2),     # in place of its defaults
     "sft": dict(dropout=0.2, epochs=8),
     "sft-continued": dict(dropout=0.2, rate=4.5e-4),
     "sdpo-reward": dict(sampler="policy_draws"),
@@ -794,10 +789,10 @@ def recipe_of(name, settings):
     real logs, of the method in RECIPES if it is not Recipe's, of the method on real logs, of --sft
     or --recipe, of the name itself, NAME:field=value."""
     base, *changes = name.split(":")
-    recipe = (UNTRAINED | RECIPES).get(base, Recipe())
+    recipe = (UNTRAINED | RECIPES).get(base, Recipe(sharp=9.0))         # NAME+cm
     check(isinstance(recipe, Recipe), f"RECIPES[{base!r}] is a {type(recipe).__name__}, no Recipe")
     if base in UNTRAINED or "+cm" in base:
-        used = ["debias"] if base in UNTRAINED else ["teacher", "debias", "sharp", "gamma"]
+        used = ["debias"] if base in UNTRAINED else ["teacher", "debias", "sharp"]
         odd = [change for change in changes if change.partition("=")[0] not in used]
         check(not odd, f"{name}: of {base}, one can change {used}, not {odd}")
     real = real_of(settings.data)
@@ -990,7 +985,7 @@ def model_of(name, recipe, world):
         return world.cm_of(recipe, own=base == "cm"), []
     if base.endswith("+cm"):
         policy = world.policy(base.removesuffix("+cm"))
-        return Guided(policy, world.cm_of(recipe), recipe.gamma), []
+        return Guided(policy, world.cm_of(recipe)), []
     policy = world.policy("" if base == "sft" else "sft", recipe.dropout)
     curve = train(name, recipe, policy, world)
     save_policy(policy, world.folder(name))
