@@ -128,6 +128,10 @@ def pad(lists, value):
     rows = [torch.tensor(items) for items in lists]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
+# What a policy reads of C contexts. tokens (B, H): B rows, padded. rows (C,): the row where each
+# history U stands; ends (C,): the place in it where U ends, 0 is <user>. unseen (C, M + n)
+Context = namedtuple("Context", "tokens rows ends unseen")
+
 class Batch:
     """The C contexts (U, v) of B rows, row by row: the history U before each target v."""
     def __init__(self, rows, data, policy, reward=None):
@@ -136,8 +140,8 @@ class Batch:
         self.histories = []         # C lists, U: the user's items before v
         self.following = []         # C lists: v and the user's later training items
         read = []                   # B lists: the items of a row
-        row_of = []                 # C numbers: the row where U stands
-        ends = []                   # C numbers: the place in it where U ends; 0 is <user>
+        row_of = []                 # C numbers
+        ends = []                   # C numbers
         liked = []
         for row, (user, start, places) in enumerate(rows):
             history = data.train[user]
@@ -155,8 +159,8 @@ class Batch:
         self.liked = torch.tensor(liked, device=device)         # (C,) bool: not only clicked
         ids = policy.semantic_ids
         self.unseen = ids.unseen(self.histories)    # (C, M + n) bool, of each node
-        # What the policy reads of the C contexts
-        self.context = tokens, *torch.tensor([row_of, ends], device=device), self.unseen
+        row_of, ends = torch.tensor([row_of, ends], device=device)
+        self.context = Context(tokens, row_of, ends, self.unseen)
         if reward:
             # The teacher's, who must not know v: it was fitted without the users of these logs
             scores = reward.teacher.scores(self.histories, self.following)
@@ -209,7 +213,7 @@ class Paths:
         (C, J) come from a sampler."""
         # One path more for L_GR, that of v, before those of items
         paths = torch.cat([batch.positives[:, None], items], 1) if recipe.gr else items
-        log_steps, log_probs, log_flow = policy(batch.context, paths)   # Policy.forward, below
+        log_steps, log_probs, learned_flow = policy(batch.context, paths)   # Policy.forward, below
         J = items.shape[1]
         self.items = items                                      # (C, J)
         self.log_v = log_steps[:, 0].sum(-1)                    # (C,) log P(v | U), if gr > 0
@@ -217,22 +221,35 @@ class Paths:
         self.log_probs = log_probs[:, -J:]                      # (C, J, L, K) of all codes there
         self.log_pf = self.log_steps.sum(-1)                    # (C, J) log P of whole paths
         self.log_r = batch.r.gather(1, items).log()             # (C, J) log R
-        # (C, J, L, K) F* of each child of s_0 … s_{L-1}
-        self.child_flow = policy.semantic_ids.child_flows(batch.r, items)
-        log_flow = log_flow[:, -J:]                             # (C, J, L) learned, s_0 … s_{L-1}
-        if recipe.exact:                                        # F*(s): the sum of its children's
-            log_flow = self.child_flow.sum(-1).log()
-        self.log_flow = torch.cat([log_flow, self.log_r[..., None]], -1)    # (C, J, L+1) F(s_L) = R
-        self.log_z = self.log_flow[:, 0, 0]                     # (C,) log Z(U) = log F(s_0)
+        self.learned_flow = learned_flow[:, -J:]                # (C, J, L) log F of s_0 … s_{L-1}
         self.beta = recipe.beta
-        self.context = batch.context
+        self.exact = recipe.exact
         self.reference = reference
+        self.batch = batch
+        self.ids = policy.semantic_ids
 
-    @cached_property                                            # computed if a loss reads it
+    # The others are computed if a loss reads them
+    @cached_property
+    def child_flow(self):
+        """(C, J, L, K) F* of each child of s_0 … s_{L-1}: it needs R of all items."""
+        return self.ids.child_flows(self.batch.r, self.items)
+
+    @cached_property
+    def log_flow(self):
+        """(C, J, L+1) log F of s_0 … s_L; F* of a prefix: the sum of its children's; F(s_L) = R."""
+        log_flow = self.child_flow.sum(-1).log() if self.exact else self.learned_flow
+        return torch.cat([log_flow, self.log_r[..., None]], -1)
+
+    @cached_property
+    def log_z(self):
+        """(C,) log Z(U) = log F(s_0)."""
+        return self.log_flow[:, 0, 0]
+
+    @cached_property
     def log_ref(self):
         """(C, J) log P by the reference."""
         with torch.no_grad():
-            return self.reference(self.context, self.items)[0].sum(-1)
+            return self.reference(self.batch.context, self.items)[0].sum(-1)
 
 def sdpo_of(p):
     """S-DPO of a Paths p; where path 0, the chosen item, is drawn again, it is not rejected."""
@@ -410,21 +427,20 @@ class Policy(torch.nn.Module):
         return pad(rows, -1).to(device) + self.user_token + 1, torch.tensor(ends, device=device)
 
     def forward(self, context, items):
-        """P on the paths of items (C, J), J of each context; context: of a Batch. Returns log P_F
+        """P on the paths of items (C, J), J of each context; context: a Context. Returns log P_F
         of each step (C, J, L), log P_F of all codes there (C, J, L, K), near NEVER if illegal, and
         the learned log F of s_0 … s_{L-1} (C, J, L)."""
-        tokens, rows, ends, unseen = context
         ids = self.semantic_ids
         L = ids.num_levels
         # GPT-2's hidden states at s_0 … s_{L-1}: it has read U and the codes so far. They are the
         # same as if each path was read alone; how all are read at once comes after the lecture
-        prefixes = read_packed(self, tokens, rows, ends, items)                     # (C, J, L, d)
+        prefixes = read_packed(self, context, items)                                # (C, J, L, d)
         # A level's output weights are its codes' embeddings
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("cjld,lkd->cjlk", prefixes, heads).float()            # (C, J, L, K)
         # Legal codes lead to an unseen item. child: the node where a code leads, −1 if illegal
         states = ids.nodes[items][..., :-1]                     # (C, J, L) nodes s_0 … s_{L-1}
-        child = ids.legal_children(states.flatten(1), unseen).view_as(logits)       # (C, J, L, K)
+        child = ids.legal_children(states.flatten(1), context.unseen).view_as(logits)
         log_probs = logits.masked_fill(child < 0, NEVER).log_softmax(-1)
         log_steps = log_probs.gather(-1, ids.codes[items][..., None])[..., 0]       # (C, J, L)
         return log_steps, log_probs, self.flow_head(prefixes)[..., 0]
@@ -434,7 +450,7 @@ class Policy(torch.nn.Module):
         path of a seen item, one step is near NEVER, and so is the sum."""
         tokens, ends = self.tokens(histories)
         rows = torch.arange(len(ends), device=ends.device)      # one context a row
-        context = tokens, rows, ends, self.semantic_ids.unseen(histories)
+        context = Context(tokens, rows, ends, self.semantic_ids.unseen(histories))
         return self(context, torch.as_tensor(items, device=tokens.device))[0]
 
     def recommend(self, histories, k=10, beams=None, guide=None, sample=0.0):
@@ -491,9 +507,10 @@ def tree_mask(ends, H, J, L):
     seen = torch.cat([past.expand(-1, len(own), -1), own.expand(len(ends), -1, -1)], 2)
     return torch.where(seen, 0.0, NEVER)
 
-def read_packed(policy, tokens, rows, ends, items):
+def read_packed(policy, context, items):
     """Hidden states (C, J, L, d) of the prefixes s_0 … s_{L-1} on the paths of items (C, J). GPT-2
     reads each history once: its keys and values stay in a cache, which all paths share."""
+    tokens, rows, ends, _ = context
     ids = policy.semantic_ids
     J = items.shape[1]
     cache = DynamicCache()
@@ -1014,17 +1031,10 @@ def check_finite(loss, name, batch, when):
         raise FloatingPointError(f"{name}: loss {loss} at {when}; users (rows of data) {users}")
 
 # --- The oracle: does P reach R/Z? ----------------------------------------------------------------
-def even(batch, count, policy, progress):
-    """A sampler: unseen items, drawn ∝ R/Z + 1/n, so that none is forgotten."""
-    target = batch.r / batch.r.sum(1, keepdim=True)             # > 0 at unseen items alone
-    return draw((target + 1 / target.shape[1]) * (target > 0), count)
-
-SAMPLERS["even"] = even
-
 def run_oracle(settings, cm=None):
     """Train from random weights on four contexts, where R/Z is known: does P reach it?"""
     _, seeds = check_settings(settings)
-    changes = "gr=0:lam=1:sampler=even:trajectories=64:rate=.002:dropout=0:epochs=15"
+    changes = "gr=0:lam=1:sampler=policy_draws:trajectories=64:rate=.002:dropout=0:epochs=15"
     settings = replace(settings, recipe=f"{changes}:{settings.recipe}")
     recipe = recipe_of(settings.oracle, settings)
     check(recipe.loss, f"--oracle {settings.oracle}: it needs a method with a loss of paths")
@@ -1047,8 +1057,8 @@ def run_oracle(settings, cm=None):
     print("mean L1 distance of P from R/Z (2 at most): {:.4f} before, {:.4f} after; {}".format(
         curve[0]["score"], curve[-1]["score"], path))
     learned = distribution(policy, batch.histories)[0]
-    panels = {"R/Z": target[0], f"P, learned by {settings.oracle}": learned}
-    report.figures.plot_flows(path, world.ids.codes.cpu(), data.titles, batch.histories[0], panels)
+    report.figures.plot_flows(path, world.ids.codes.cpu(), data.titles, batch.histories[0],
+                              {"R/Z": target[0], "P": learned})
 
 # --- Command line ---------------------------------------------------------------------------------
 def print_recommendations(settings):

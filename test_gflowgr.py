@@ -853,10 +853,9 @@ def contexts(past, following):                # what samplers read of a Batch
 def weight(name, batch, c, v):                # of item v in context c; an item is drawn ∝ it
     return {"session": v in batch.following[c][1:],
             "uniform": v not in batch.histories[c] + batch.following[c],
-            "even": (v not in batch.histories[c]) * (batch.scores[c, v] + 1 / 24),
             "reward_draws": batch.r[c, v]}[name]
 
-@pytest.mark.parametrize("name", ["session", "uniform", "even", "reward_draws"])
+@pytest.mark.parametrize("name", ["session", "uniform", "reward_draws"])
 def test_samplers_draw_from_where_they_say(name):
     torch.manual_seed(0)
     batch = contexts(PAST, NEXT)
@@ -1077,7 +1076,7 @@ def test_wrong_own_code(what, wrong, said, told, tiny, monkeypatch):
     told(said, *tiny, f"--methods=sft,{method}", cm=wrong if what == "cm" else None)
 
 # --- The oracle, metrics, gains -------------------------------------------------------------------
-@pytest.mark.parametrize("method", ["tb", "tb:exact=0:trajectories=60"])    # log Z: exact, learned
+@pytest.mark.parametrize("method", ["tb", "tb:exact=0:trajectories=20"])    # log Z: exact, learned
 def test_trajectory_balance_reaches_the_reward(method, tmp_path, monkeypatch):
     TOY["write"](tmp_path, 30, 4, 3, 3)
     drawn = []
@@ -1441,9 +1440,10 @@ def decoding(policy, histories):              # generate is held to the legal co
 def packing(policy, histories):               # a step on rows of 8 branches; on 8 times the rows
     items = torch.randint(720, (len(histories), 8))
     tokens, ends = policy.tokens(histories)
-    context = tokens, torch.arange(len(ends)), ends, policy.semantic_ids.unseen(histories)
-    tokens, _, ends, unseen = [x.repeat_interleave(8, 0) for x in context]
-    one_a_row = tokens, torch.arange(len(ends)), ends, unseen
+    rows = torch.arange(len(ends))
+    context = gflowgr.Context(tokens, rows, ends, policy.semantic_ids.unseen(histories))
+    one_a_row = gflowgr.Context(*[x.repeat_interleave(8, 0) for x in context])
+    one_a_row = one_a_row._replace(rows=torch.arange(8 * len(ends)))
     def step(context, items):
         policy(context, items)[0].sum().backward()
     return {"packed": partial(step, context, items),
