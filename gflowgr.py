@@ -804,7 +804,8 @@ def check_numbers(where, values):
 def recipe_of(name, settings):
     """The Recipe of a method, or InputError. A field has the last of these values: of Recipe, of
     real logs, of the method in RECIPES if it is not Recipe's, of the method on real logs, of --sft
-    or --recipe, of the name itself, NAME:field=value."""
+    or --recipe, of the name itself, NAME:field=value. In tb-paper:epochs=4 on a real log, `lam` is
+    that of tb-paper, `teacher` that of real logs."""
     base, *changes = name.split(":")
     recipe = (UNTRAINED | RECIPES).get(base, Recipe(sharp=9.0))         # NAME+cm
     check(isinstance(recipe, Recipe), f"RECIPES[{base!r}] is a {type(recipe).__name__}, no Recipe")
@@ -893,7 +894,8 @@ class World:
         self.own = cm                                           # its fit(histories, num_items)
         self.cms = {}                                           # name → fitted recommender
         self.rows = list(training_rows(data.train, settings.window))
-        self.size = min(settings.batch, math.ceil(len(self.rows) / 20))     # of a batch, in rows
+        # Of a batch, in rows; a small log gets small ones, so that an epoch has 20 steps
+        self.size = min(settings.batch, math.ceil(len(self.rows) / 20))
         self.measure = partial(validate, data=data)             # policy → what an epoch prints
         self.measured = "validation NDCG@10"
 

@@ -81,9 +81,9 @@ class SVD:
 
 def similar_items(features, most=200):
     """Sparse (n, n): max(0, cosine of features (n, d))³ of each item and its `most` nearest."""
-    unit = functional.normalize(torch.tensor(features).float())
-    n = len(unit)
-    values, near = (unit @ unit.T).clamp(min=0).pow(3).topk(min(most, n))           # (n, most)
+    vectors = functional.normalize(torch.tensor(features).float())
+    n = len(vectors)
+    values, near = (vectors @ vectors.T).clamp(min=0).pow(3).topk(min(most, n))     # (n, most)
     return sparse(entries(near.tolist()), values.flatten(), (n, n))
 
 class Blend:

@@ -32,7 +32,7 @@ def sparse(index, values, shape):
     index = np.stack(index)
     return torch.sparse_coo_tensor(index, values, shape, check_invariants=False).coalesce()
 
-def svd(matrix, rank, seed, power=0.0):
+def leading_vectors(matrix, rank, seed, power=0.0):
     """Singular value decomposition (SVD): a sparse matrix (n, m) ≈ U diag(s) Vᵀ with the `rank`
     largest s, or with all, if there are fewer → U diag(s)^power (n, rank)."""
     rank = min(rank, *matrix.shape)
@@ -86,7 +86,8 @@ def item_vectors(histories, num_items):
     users, items = entries(histories)
     values = np.bincount(items)[items] ** -0.25
     x = sparse((items, users), values.astype(np.float32), (num_items, len(histories)))
-    return svd(x, rank=max(8, num_items // 30), seed=0)         # rank: chosen on four data sets
+    rank = max(8, num_items // 30)                              # chosen on four data sets
+    return leading_vectors(x, rank, seed=0)
 
 def unit(rows):
     """Rows (n, d), divided by their lengths; those that are 0 stay 0."""
@@ -97,11 +98,11 @@ def item_features(kind, texts, histories, seed, dim=64):
     """(n, d): "content" is an item's text (TIGER). The log can be added (LETTER): "mixed" has its
     neighbours there, "svd" its vector in a matrix factorisation (so the teacher SVD knows it, too).
     Pass training histories only: validation or test items would leak into every result."""
-    text = unit(svd(tf_idf(texts), dim, seed, power=0.5))
+    text = unit(leading_vectors(tf_idf(texts), dim, seed, power=0.5))
     if kind == "content":
         return text
     if kind == "mixed":
-        log = unit(svd(ppmi(histories, len(texts)), dim, seed, power=0.5))
+        log = unit(leading_vectors(ppmi(histories, len(texts)), dim, seed, power=0.5))
     else:
         log = unit(item_vectors(histories, len(texts)).astype(np.float64))
     return np.hstack([text, 2 * log])                           # 2: it says more than a few words
