@@ -263,7 +263,7 @@ RECIPES = {                         # data/log.md has the trials that chose thes
     "sft": Recipe(rate=1.5e-3, dropout=0.4, epochs=20),         # all methods below start from it
     "sft-continued": Recipe(rate=9e-4, dropout=0.4),            # SFT, for longer
     "sdpo": Recipe(**SDPO, chosen="logged", beta=1.0, rate=9e-4, dropout=0.2),
-    "sdpo-reward": Recipe(**SDPO, chosen="reward", lam=30.0, rate=1e-3),
+    "sdpo-reward": Recipe(**SDPO, chosen="reward", lam=100.0, rate=1e-3),
     "grpo": Recipe(lambda p: grpo(p.log_pf, p.log_ref, p.log_r, p.beta), trajectories=16,
                    beta=0.01),
     # The paper's sampler, its N, learned Z. Ours: its τ_1, the path of v, trains L_GR alone; with
