@@ -123,11 +123,6 @@ def training_rows(histories, window):
         for first, stop in zip(cuts, cuts[1:]):
             yield Row(user, max(0, stop - 1 - window), range(first, stop))
 
-def pad(lists, value):
-    """Lists of integers as one tensor, filled up with `value` on the right."""
-    rows = [torch.tensor(items) for items in lists]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-
 # What a policy reads of C contexts. tokens (B, H): B rows, padded. rows (C,): the row where each
 # history U stands; ends (C,): the place in it where U ends, 0 is <user>. unseen (C, M + n)
 Context = namedtuple("Context", "tokens rows ends unseen")
@@ -421,10 +416,11 @@ class Policy(torch.nn.Module):
 
     def tokens(self, histories):
         """Tokens (B, H): <user>, the last `window` items, padding; ends (B,): the last item."""
-        rows = [[-1, *history[-self.window:]] for history in histories]     # −1 becomes <user>
+        rows = [torch.tensor([-1, *history[-self.window:]]) for history in histories]   # −1: <user>
         ends = [len(row) - 1 for row in rows]
         device = self.semantic_ids.codes.device
-        return pad(rows, -1).to(device) + self.user_token + 1, torch.tensor(ends, device=device)
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+        return tokens.to(device) + self.user_token + 1, torch.tensor(ends, device=device)
 
     def forward(self, context, items):
         """P on the paths of items (C, J), J of each context; context: a Context. Returns log P_F
