@@ -708,6 +708,7 @@ def load_model(folder):
     now = json.loads((beside / "run.json").read_text(encoding="utf-8"))["made_with"]
     same = all(made[what] == value for what, value in now.items())
     check(same, f"{beside} has changed since {folder}")
+    check(run["recipe"].keys() == FIELDS.keys(), f"Recipe has changed since {folder}")
     recipe = Recipe(**run["recipe"])
     cm = fit_of(recipe.teacher, data)(data.train, len(data.titles))
     return Guided(policy, Debiased(cm, recipe.debias, recipe.sharp))

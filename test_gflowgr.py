@@ -1234,7 +1234,8 @@ def test_recommend_prints_ten_titles(name, finished, monkeypatch):
     refused(titles[3], *asked[:-1], titles[3][:-1] + "x")
     refused("none is left", *asked[:-2], *titles)
     if "+cm" in name:                         # it is served while its data last
-        for path, what in ("run.json", '"interactions": '), ("../tb-1/run.json", '"tb: rate": '):
+        for path, what in (("run.json", '"interactions": '), ("run.json", '"recipe": {"'),
+                           ("../tb-1/run.json", '"tb: rate": ')):
             text = Path(path).read_text()
             Path(path).write_text(text.replace(what, f"{what}1"))
             refused("changed since", *asked)
