@@ -153,16 +153,15 @@ class Batch:
         self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
         self.liked = torch.tensor(liked, device=device)         # (C,) bool: not only clicked
         ids = policy.semantic_ids
-        self.unseen = ids.unseen(self.histories)    # (C, M + n) bool, of each node
+        unseen = ids.unseen(self.histories)                     # (C, M + n) bool, of each node
         row_of, ends = torch.tensor([row_of, ends], device=device)
-        self.context = Context(tokens, row_of, ends, self.unseen)
+        self.context = Context(tokens, row_of, ends, unseen)
         if reward:
             # The teacher's, who must not know v: it was fitted without the users of these logs
             scores = reward.teacher.scores(self.histories, self.following)
             self.scores = scores.to(device)                     # (C, n) of sum 1
-            unseen = self.unseen[:, ids.num_prefixes:]          # (C, n) nodes of items come last
-            # (C, n) R of all items, > 0 at unseen ones, 0 at seen ones
-            self.r = reward(self.scores, self.positives, self.liked, unseen)
+            # (C, n) R of all items, > 0 at unseen ones, 0 at seen ones; their nodes come last
+            self.r = reward(self.scores, self.positives, self.liked, unseen[:, ids.num_prefixes:])
 
 def batches(world, policy, reward, rng):
     """One epoch of Batches in random order; rows of similar length together, for less padding."""
