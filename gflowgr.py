@@ -5,15 +5,11 @@ by code. Supervised fine-tuning (SFT) on the log teaches what was shown, not wha
 like: exposure bias. GFlowGR reads an ID as a path down a tree and trains a GFlowNet on it, with a
 loss called trajectory balance (TB): the probability of an item shall be proportional to its reward
 R. R mixes the logged action, the score of a collaborative model (CM) and the similarity of IDs.
-The lecture ends at a line that says so, below the beam search.
+The lecture comes first; it ends with the beam search.
 
-A context (U, v): a user's history, the item logged next. s_0 … s_L are the prefixes of an ID, a
-path; P_F(s_{l+1} | s_l) is the policy's P of the next code; the flow F(s) is the sum of R over all
-items below s, Z(U) = F(s_0). F* is F if it is computed from R, not learned.
-Letters in shapes: C contexts, J paths of each context, L levels of an ID, K codes at each level,
-n items, M prefixes; B users, or rows of a batch; H tokens of a history, d width of the model, W
-beams of a user. A node of the tree is a number: 0 is the root, then come the other prefixes, last
-the n items; −1 is no node. `unseen` (C or B, M + n) is true at nodes with an unseen item below.
+A context (U, v) is a user's history, and the item that was logged next. An ID has L codes, each
+from 0 to K − 1. Its prefixes s_0 … s_L are a path: s_0 is empty, s_L is the item.
+Letters in shapes: C contexts, J paths of each context, n items, B users (or rows of a batch).
 """
 import copy
 import json
@@ -45,14 +41,15 @@ from data import InputError, check, find_item, load_data, read_ids, report
 from reward import CollaborativeModel, Debiased, Folds, Guided, Reward, fit_of
 from tokenizer import SemanticIDs, entries, item_features
 
-NEVER = -1e9                            # log P of what is illegal; not −inf, since 0 · −inf is nan
+NEVER = -1e9                            # log P of an illegal code; with −inf, losses would be nan
 
 # --- Losses: pure functions of tensors, natural logs ----------------------------------------------
 def trajectory_balance(log_z, log_pf, log_r):
     """TB (Malkin et al. 2022): log Z(U) (C,), log P and log R of J whole paths (C, J) → scalar.
-    log P of a path is the sum over its steps, Σ_l log P_F(s_{l+1} | s_l). Z(U) is the sum of R over
-    all items (ours: over unseen items; P is 0 at seen ones). A general graph would also subtract
-    log P_B, the probability of the way back from an item to s_0; in a tree, P_B = 1.
+    log P of a path is the sum over its steps, Σ_l log P_F(s_{l+1} | s_l), where P_F is the policy's
+    probability of the next code. Z(U) is the sum of R over all items (ours: over unseen ones, not
+    in U; P is 0 at seen ones). A general graph would also subtract log P_B, the probability of the
+    way back from an item to s_0; in a tree, P_B = 1.
     >>> log_pf, log_r = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
     >>> round(trajectory_balance(torch.zeros(1), log_pf, log_r).item(), 4)   # (0 + (log 1/2)²) / 2
     0.2402
@@ -72,141 +69,91 @@ def vargrad(log_pf, log_r):
     return (log_pf - log_r).var(1, correction=0).mean()
 
 def detailed_balance(log_flow, log_steps):
-    """Detailed balance (DB, Bengio et al. 2023) → scalar. log_flow (C, J, L+1): log F of the
-    prefixes s_0 … s_L of each path, F(s_L) = R; log_steps (C, J, L): log P_F of each of its steps.
+    """Detailed balance (DB, Bengio et al. 2023) → scalar. The flow F(s) of a prefix is the sum of R
+    over the items below it; F(s_0) = Z(U), F(s_L) = R. log_flow (C, J, L+1): log F of the prefixes
+    s_0 … s_L of each path; log_steps (C, J, L): log P_F of each of its steps.
     Mean over all paths of Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))²."""
     return (log_flow[..., :-1] + log_steps - log_flow[..., 1:]).square().sum(-1).mean()
-
-def distillation(child_flow, log_probs):
-    """Ours, a KL at each step: flows F*, sums of R, below all codes (C, J, L, K), log P_F of all
-    codes (C, J, L, K) → scalar. TB and DB see only the codes that a path takes. This loss compares
-    P_F of all codes with q, their shares of the flow. It is 0 at P = R/Z, whatever the paths are.
-    (If they are drawn ∝ R, it is KL(R/Z ‖ P) of whole items.)
-    Mean over paths of Σ_l Σ_c q(c) · (log q(c) − log P_F(c | s_l)), q(c) = F*(c) / F*(s_l)."""
-    target = child_flow / child_flow.sum(-1, keepdim=True)      # q; 0 for an illegal child
-    return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
-
-def sdpo(log_pf, log_ref, beta):
-    """S-DPO (Chen et al. 2024) → scalar: the chosen item p, path 0, above the rejected items d, the
-    other paths. log P (C, J) by the policy, log P_ref (C, J) by a frozen reference.
-    Mean over contexts of −log σ(−log Σ_d exp(β[Δ_d − Δ_p])), Δ = log P − log P_ref."""
-    delta = log_pf - log_ref
-    margin = beta * (delta[:, 1:] - delta[:, :1])
-    return -functional.logsigmoid(-margin.logsumexp(1)).mean()
-
-def grpo(log_pf, log_ref, log_r, beta):
-    """GRPO (Shao et al. 2024), reinforcement learning: log P, log P_ref, log R of paths (C, J) →
-    scalar. It raises P where R is above the mean of the J paths, which P itself drew. (They are
-    drawn at this very step, ours: no item twice; so GRPO's ratio P / P_old is 1 and left out.)
-    A = (R − mean R) / std R over a context's J paths; std with J − 1, at least 1e-8.
-    Mean over paths of β · (x − log x − 1) − A · log P, x = P_ref / P: a KL, and the gain of R."""
-    r = log_r.exp()
-    advantage = (r - r.mean(1, keepdim=True)) / r.std(1, keepdim=True).clamp(min=1e-8)
-    log_x = log_ref - log_pf
-    return (beta * (log_x.exp() - log_x - 1) - advantage * log_pf).mean()
-
-# --- What is learned from: contexts, in batches ---------------------------------------------------
-# Each item v of a training history is a target once: its context is (U, v), U the items before it.
-# GPT-2 reads some contexts of a user in one go, as a row. Rows of a user who took the items
-# a b c d e f g h i j, of which GPT-2 may read 4 (the window):
-#     Row(user, start=0, places=0…4)   reads <user> a b c d   targets a b c d e, at places 0 to 4
-#     Row(user, start=2, places=5…6)   reads <user> c d e f   targets f g; before g are 4 items
-#     Row(user, start=4, places=7…8)   reads <user> e f g h   targets h i
-#     Row(user, start=5, places=9…9)   reads <user> f g h i   target j
-Row = namedtuple("Row", "user start places")
-
-def training_rows(histories, window):
-    """Rows in which every item is a target once, and sees the items before it: window/2 to
-    `window` of them, or all, if they are fewer."""
-    for user, history in enumerate(histories):
-        cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
-        for first, stop in zip(cuts, cuts[1:]):
-            yield Row(user, max(0, stop - 1 - window), range(first, stop))
-
-# What a policy reads of C contexts. tokens (B, H): B rows, padded. rows (C,): the row where each
-# history U stands; ends (C,): the place in it where U ends, 0 is <user>. unseen (C, M + n)
-Context = namedtuple("Context", "tokens rows ends unseen")
-
-class Batch:
-    """The C contexts (U, v) of B rows, row by row: the history U before each target v."""
-    def __init__(self, rows, data, policy, reward=None):
-        """policy has the tokens and the IDs. reward: a Reward; None, for SFT: no scores, no r."""
-        self.users = []             # C numbers
-        self.histories = []         # C lists, U: the user's items before v
-        self.following = []         # C lists: v and the user's later training items
-        read = []                   # B lists: the items of a row
-        row_of = []                 # C numbers
-        ends = []                   # C numbers
-        liked = []
-        for row, (user, start, places) in enumerate(rows):
-            history = data.train[user]
-            read.append(history[start:places[-1]])
-            for place in places:
-                row_of.append(row)
-                ends.append(place - start)
-                self.users.append(user)
-                self.histories.append(history[:place])
-                self.following.append(history[place:])
-                liked.append(data.liked[user][place])
-        tokens, _ = policy.tokens(read)                         # (B, H), with <user>, padded
-        device = tokens.device
-        self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
-        self.liked = torch.tensor(liked, device=device)         # (C,) bool: not only clicked
-        ids = policy.semantic_ids
-        unseen = ids.unseen(self.histories)                     # (C, M + n) bool, of each node
-        row_of, ends = torch.tensor([row_of, ends], device=device)
-        self.context = Context(tokens, row_of, ends, unseen)
-        if reward:
-            # The teacher's, who must not know v: it was fitted without the users of these logs
-            scores = reward.teacher.scores(self.histories, self.following)
-            self.scores = scores.to(device)                     # (C, n) of sum 1
-            # (C, n) R of all items, > 0 at unseen ones, 0 at seen ones; their nodes come last
-            self.r = reward(self.scores, self.positives, self.liked, unseen[:, ids.num_prefixes:])
-
-def batches(world, policy, reward, rng):
-    """One epoch of Batches in random order; rows of similar length together, for less padding."""
-    rows = [world.rows[r] for r in rng.permutation(len(world.rows))]
-    size = world.size
-    # By length, but only within 32 batches: the order of an epoch has to stay random
-    lengths = [row.places.stop - row.start for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: (i // (32 * size), lengths[i]))
-    for start in rng.permutation(range(0, len(rows), size)):
-        yield Batch([rows[i] for i in order[start:start + size]], world.data, policy, reward)
 
 # --- What a method is -----------------------------------------------------------------------------
 @dataclass
 class Recipe:
     """How a method is trained; `--methods tb:epochs=4` changes a field. These defaults are what
-    `tb` has in the made-up world of the first command. U: a history, v: the item logged next."""
+    `tb` has in the made-up world of the first command. L = gr · L_GR + λ · L_GFN"""
     loss: object = None             # L_GFN, a function of a Paths (below); None: SFT, L_GR alone
     gr: float = 1.0                 # weight of L_GR = −log P(v | U), the loss of SFT
     lam: float = 10.0               # λ, weight of L_GFN
     sampler: str = "policy_draws"   # which N unseen items L_GFN reads; here, N drawn from P
     trajectories: int = 8           # N: the paper's best is about 3
-    chosen: Literal["", "logged", "reward"] = ""    # one item more for L_GFN, its path comes first:
-                                    # v (the paper's τ_1), or an item drawn ∝ R; "": none
-    exact: bool = True              # ours: F and Z are F*, as R of all items is known; False:
+    chosen: Literal["", "logged", "reward"] = ""    # one item more: v itself, or drawn ∝ R
+    exact: bool = True              # ours: Z and flows are sums of R, known for all items; False:
                                     # learned, by a linear head on the policy's hidden states
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/m at each of m unseen items. Each r has the sum 1
     w_a: float = 0.2                # r_a: 1 at v (.1 if a real log says that v was not liked)
     w_y: float = 0.75               # r_ŷ: scores of the teacher
     w_s: float = 0.05               # r_s ∝ number of levels with the same code as v
     teacher: Literal["cm", "svd", "blend"] = "svd"      # a traditional recommender of reward.py
-    debias: float = 0.5             # δ, ours: the teacher's scores are divided by popularity^δ,
-    sharp: float = 3.0              # then raised to this power: P learns a few high ones better;
-                                    # it is 9 in NAME+cm, which lists by P times these scores
+    debias: float = 0.5             # δ, ours: the teacher's scores are divided by popularity^δ
+    sharp: float = 3.0              # and raised to this power: P learns a few high ones better
     beta: float = 0.1               # S-DPO, GRPO: how strongly P is held near that of SFT
     rate: float = 3e-3              # peak learning rate: small models like it high
     dropout: float = 0.0            # SFT needs some; R has many items, that is enough here
     epochs: int = 8                 # passes over the training log
 
+TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))        # p: a Paths
+RECIPES = {                         # data/log.md has the trials that chose these numbers
+    "sft": Recipe(rate=1.5e-3, dropout=0.4, epochs=20),         # the others go on from its weights
+    # The paper's sampler, its N, learned Z. Ours: the path of v trains L_GR alone. With
+    # chosen=logged, it trains L_GFN as well, as others' notes on the paper have it
+    "tb-paper": Recipe(**TB, sampler="curriculum", trajectories=3, exact=False, lam=0.3,
+                       dropout=0.4),
+    "tb": Recipe(**TB),
+    "tb-huber": Recipe(lambda p: huber_balance(p.log_z, p.log_pf, p.log_r)),
+    "db": Recipe(lambda p: detailed_balance(p.log_flow, p.log_steps), dropout=0.1),
+    "vargrad": Recipe(lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1)}
+
+# --- What a loss learns from: contexts and paths --------------------------------------------------
+class Batch:
+    """C contexts (U, v) of the training log. Each item v of a user's log is a target once."""
+    def __init__(self, rows, data, policy, reward=None):
+        """rows: each has a user and some places in the log, of targets v; see `Row`, below.
+        policy: its IDs and tokens; reward: a Reward; None, for SFT: no scores, no r."""
+        self.users = []             # C numbers
+        self.histories = []         # C lists, U: the user's items before v
+        self.following = []         # C lists: v and the user's later training items
+        liked = []
+        for user, _, places in rows:
+            log = data.train[user]                              # oldest first
+            for place in places:
+                self.users.append(user)
+                self.histories.append(log[:place])
+                self.following.append(log[place:])
+                liked.append(data.liked[user][place])
+        ids = policy.semantic_ids
+        device = ids.codes.device
+        self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
+        self.liked = torch.tensor(liked, device=device)         # (C,) bool: v was not only clicked
+        unseen = ids.unseen(self.histories)     # (C, prefixes + n) bool: is any item below unseen?
+        self.context = Context(*pack(rows, data.train, policy), unseen)     # what a policy reads
+        if reward:
+            # The teacher must not know v, so it was fitted without the users of these logs; U and
+            # what follows tell which users these are
+            scores = reward.teacher.scores(self.histories, self.following)
+            self.scores = scores.to(device)                     # (C, n) of sum 1
+            # (C, n) R of all items, > 0 at unseen ones, 0 at seen ones; their nodes come last
+            self.r = reward(self.scores, self.positives, self.liked, unseen[:, ids.num_prefixes:])
+
 class Paths:
     """What a loss can read: J unseen items of each of C contexts, and their paths."""
     def __init__(self, recipe, policy, reference, batch, items):
-        """policy: is trained; reference: as it was after SFT, frozen; batch: a Batch. The items
-        (C, J) come from a sampler."""
-        # One path more for L_GR, that of v, before those of items
-        paths = torch.cat([batch.positives[:, None], items], 1) if recipe.gr else items
+        """policy: is trained; reference: as it was after SFT, frozen; items (C, N): of a sampler."""
+        positives = batch.positives[:, None]                    # (C, 1) v
+        if recipe.chosen == "logged":
+            items = torch.cat([positives, items], 1)            # (C, J = 1 + N)
+        if recipe.chosen == "reward":
+            items = torch.cat([draw(batch.r, 1), items], 1)
+        # L_GR asks for the path of v; it comes before the J paths that L_GFN reads
+        paths = torch.cat([positives, items], 1) if recipe.gr else items
         log_steps, log_probs, learned_flow = policy(batch.context, paths)   # Policy.forward, below
         J = items.shape[1]
         self.items = items                                      # (C, J)
@@ -216,8 +163,7 @@ class Paths:
         self.log_pf = self.log_steps.sum(-1)                    # (C, J) log P of whole paths
         self.log_r = batch.r.gather(1, items).log()             # (C, J) log R
         self.learned_flow = learned_flow[:, -J:]                # (C, J, L) log F of s_0 … s_{L-1}
-        self.beta = recipe.beta
-        self.exact = recipe.exact
+        self.recipe = recipe
         self.reference = reference
         self.batch = batch
         self.ids = policy.semantic_ids
@@ -225,18 +171,18 @@ class Paths:
     # The others are computed if a loss reads them
     @cached_property
     def child_flow(self):
-        """(C, J, L, K) F* of each child of s_0 … s_{L-1}: it needs R of all items."""
+        """(C, J, L, K) exact F of all children of s_0 … s_{L-1}: sums of R over the items below."""
         return self.ids.child_flows(self.batch.r, self.items)
 
     @cached_property
     def log_flow(self):
-        """(C, J, L+1) log F of s_0 … s_L; F* of a prefix: the sum of its children's; F(s_L) = R."""
-        log_flow = self.child_flow.sum(-1).log() if self.exact else self.learned_flow
+        """(C, J, L+1) log F of s_0 … s_L. If exact, F of a prefix is the sum over its children."""
+        log_flow = self.child_flow.sum(-1).log() if self.recipe.exact else self.learned_flow
         return torch.cat([log_flow, self.log_r[..., None]], -1)
 
     @cached_property
     def log_z(self):
-        """(C,) log Z(U) = log F(s_0)."""
+        """(C,) log Z(U) = log F(s_0): if exact, the log of the sum of R."""
         return self.log_flow[:, 0, 0]
 
     @cached_property
@@ -244,31 +190,6 @@ class Paths:
         """(C, J) log P by the reference."""
         with torch.no_grad():
             return self.reference(self.batch.context, self.items)[0].sum(-1)
-
-def sdpo_of(p):
-    """S-DPO of a Paths p; where path 0, the chosen item, is drawn again, it is not rejected."""
-    again = p.items == p.items[:, :1]                           # (C, J)
-    again[:, 0] = False
-    return sdpo(p.log_pf.masked_fill(again, NEVER), p.log_ref, p.beta)
-
-TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))        # p: a Paths
-SDPO = dict(loss=sdpo_of, trajectories=7)
-RECIPES = {                         # data/log.md has the trials that chose these numbers
-    "sft": Recipe(rate=1.5e-3, dropout=0.4, epochs=20),         # all methods below start from it
-    "sft-continued": Recipe(rate=9e-4, dropout=0.4),            # SFT, for longer
-    "sdpo": Recipe(**SDPO, chosen="logged", beta=1.0, rate=9e-4, dropout=0.2),
-    "sdpo-reward": Recipe(**SDPO, chosen="reward", lam=100.0, rate=1e-3),
-    "grpo": Recipe(lambda p: grpo(p.log_pf, p.log_ref, p.log_r, p.beta), trajectories=16,
-                   beta=0.01),
-    # The paper's sampler, its N, learned Z. Ours: its τ_1, the path of v, trains L_GR alone; with
-    # chosen=logged, it trains L_GFN as well, as others' notes on the paper have it
-    "tb-paper": Recipe(**TB, sampler="curriculum", trajectories=3, exact=False, lam=0.3,
-                       dropout=0.4),
-    "tb": Recipe(**TB),
-    "tb-huber": Recipe(lambda p: huber_balance(p.log_z, p.log_pf, p.log_r)),
-    "db": Recipe(lambda p: detailed_balance(p.log_flow, p.log_steps), dropout=0.1),
-    "vargrad": Recipe(lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1),
-    "distill": Recipe(lambda p: distillation(p.child_flow, p.log_probs), lam=30.0, dropout=0.2)}
 
 # --- One step of training, and the loop -----------------------------------------------------------
 def loss_of(recipe, policy, reference, batch, progress):
@@ -278,32 +199,26 @@ def loss_of(recipe, policy, reference, batch, progress):
     if not recipe.loss:                                         # SFT
         log_steps, *_ = policy(batch.context, batch.positives[:, None])             # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
+    # Items may come from anywhere (off-policy): at P = R/Z, TB is 0 on every path. But users with
+    # one history have other v, so other R. P is then a compromise, best at items drawn often
     policy.eval()                                               # no dropout while sampling
-    # Items may come from anywhere (off-policy): at P = R/Z, TB is 0 on every path. But if users
-    # with one history have other v, P is a compromise between their R/Z: best at items drawn often
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
-    check_items(items, recipe, batch)                           # a mistake in a sampler shows
     policy.train()
-    if recipe.chosen == "logged":
-        items = torch.cat([batch.positives[:, None], items], 1)                     # (C, J = 1 + N)
-    if recipe.chosen == "reward":
-        items = torch.cat([draw(batch.r, 1), items], 1)
     p = Paths(recipe, policy, reference, batch, items)
     L_GFN = recipe.loss(p)
-    check_loss(L_GFN)                                           # a mistake in a loss shows
     L_GR = -p.log_v.mean() if recipe.gr else 0.0
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
 def train(name, recipe, policy, world):
     """The one training loop → the curve, a list of {"epoch", "loss", "score"}, epoch 0: before.
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. world has
-    what all methods share: rows of the log, size of a batch, the reward that a recipe asks for, and
+    what all methods share: `rows` of the log, `size` of a batch, the Reward of a recipe, and
     `measure`, whose score is printed after each epoch: NDCG@10 on validation items, `measured`."""
-    reward = world.reward(recipe) if recipe.loss else None
+    reward = world.reward(recipe) if recipe.loss else None      # SFT reads no R
     reference = copy.deepcopy(policy).eval()                    # frozen
     per_epoch = math.ceil(len(world.rows) / world.size)
     steps = recipe.epochs * per_epoch
-    groups = [{"params": policy.lm.parameters()},
+    groups = [{"params": policy.lm.parameters()},               # GPT-2
               {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # learned flows
     optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10 + 1), steps)
@@ -316,7 +231,9 @@ def train(name, recipe, policy, world):
         epoch_batches = batches(world, policy, reward, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
             loss = loss_of(recipe, policy, reference, batch, len(losses) / steps)
-            check_finite(loss, name, batch, f"step {len(losses)}; is the rate too high?")
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"{name}: loss {loss} at step {len(losses)}; is the rate "
+                                         f"too high? users {sorted(set(batch.users))}")
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -331,18 +248,18 @@ def train(name, recipe, policy, world):
 
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
 # Functions (batch, N, policy, progress) → unseen items (C, N); progress: the share of training that
-# is done. weight[entries(lists)] are the places in weight (C, n) of the items in C lists
+# is done. Of weights (C, n) and C lists of items, weight[entries(lists)] are those of the items
 def draw(weight, count):
     """N = count items per context (C, N), with replacement, ∝ weight (C, n)."""
-    # torch is slow at drawing one item, so draw two at least, and keep `count`
+    # max: torch is slow at drawing one
     return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
 
 def session(batch, count, policy, progress):
-    """The paper's first: other items of the user's log. Ours: those after v; if there are none, v
-    itself."""
+    """The paper's first: other items of the user's log. Those before v are seen, so R = 0; ours:
+    those after v."""
     weight = torch.zeros_like(batch.r)
     weight[entries(batch.following)] = 1
-    weight.scatter_(1, batch.positives[:, None], 1e-6)          # v, drawn only if all others are 0
+    weight.scatter_(1, batch.positives[:, None], 1e-6)          # v itself, if nothing follows
     return draw(weight, count)
 
 def unlogged(batch, weight):
@@ -357,9 +274,8 @@ def uniform(batch, count, policy, progress):
 
 def curriculum(batch, count, policy, progress):
     """The paper's default: items with low scores early in training, items with high ones late.
-    1. Draw a pool of 2N−1 items (the paper's size) with replacement, none of the user's log
-       (batch.histories + batch.following), item i ∝ batch.scores[i]/2 + 1/(2n). How to draw is
-       ours: half by score, half at random.
+    1. Draw a pool of 2N−1 items (the paper's size) with replacement, none of the user's log,
+       ∝ score/2 + 1/(2n). How to draw is ours: half by score, half at random.
     2. Sort the pool from low to high score.
     3. Keep places start … start + N − 1, counted from 0; start = round(progress · (N−1))."""
     weight = unlogged(batch, 0.5 * batch.scores + 0.5 / batch.scores.shape[1])
@@ -372,15 +288,15 @@ def policy_beam(batch, count, policy, progress):
     """The paper's fourth: the N best items by P itself, without v (the paper: N−1)."""
     items, _ = policy.recommend(batch.histories, count + 1, beams=count + 1)    # best first
     positives = batch.positives[:, None]
-    order = (items == positives).int().argsort(dim=1, stable=True)      # v goes last
-    items = items.gather(1, order)[:, :count]
-    return items.where(items >= 0, positives)                   # fewer than N unseen: v instead
+    order = (items == positives).int().argsort(dim=1, stable=True)      # v goes last, is cut off;
+    items = items.gather(1, order)[:, :count]                           # else the worst item is
+    return items.where(items >= 0, positives)                   # −1: fewer than N unseen; v instead
 
 def policy_draws(batch, count, policy, progress):
     """Ours: N different items drawn from P itself."""
-    # Drawn without replacement, at temperature 1
+    # With sample=1, recommend draws items with probability P, in place of searching the best
     items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)
-    return items.where(items >= 0, batch.positives[:, None])    # fewer than N unseen: v instead
+    return items.where(items >= 0, batch.positives[:, None])
 
 def reward_draws(batch, count, policy, progress):
     """Ours: items drawn ∝ R, as P shall become. The logged item is often among them."""
@@ -393,14 +309,15 @@ SAMPLERS = {sampler.__name__: sampler for sampler in (
 class Policy(torch.nn.Module):
     """A small GPT-2 that reads a history and writes a semantic ID, plus the table of IDs.
     Tokens: code c of level l is l·K + c; L·K is <user>, which begins each row, and pads it. An item
-    i of a history is one token, L·K + 1 + i (ours: its L codes would take L tokens)."""
+    i of a history is one token, L·K + 1 + i (ours: its L codes would take L tokens).
+    Letters in shapes: H tokens of a history, d width of the model, W beams of a user."""
     def __init__(self, semantic_ids, window=20, width=128, layers=3, dropout=0.2, beams=20,
                  catalogue=None, lm=None):
         super().__init__()
         self.semantic_ids = semantic_ids
         self.window = window                                    # items of a history that are read
         self.beams = beams                                      # beam width of recommend
-        self.catalogue = catalogue or {}                        # item_ids and titles, for saving
+        self.catalogue = catalogue or {}                        # item_ids and titles, saved with it
         self.user_token = semantic_ids.num_levels * semantic_ids.num_codes
         self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch, not pretrained
             vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
@@ -415,27 +332,29 @@ class Policy(torch.nn.Module):
 
     def tokens(self, histories):
         """Tokens (B, H): <user>, the last `window` items, padding; ends (B,): the last item."""
-        rows = [torch.tensor([-1, *history[-self.window:]]) for history in histories]   # −1: <user>
+        # As if <user> was item −1: its token is user_token, that of item i is user_token + 1 + i
+        rows = [torch.tensor([-1, *history[-self.window:]]) for history in histories]
         ends = [len(row) - 1 for row in rows]
         device = self.semantic_ids.codes.device
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
         return tokens.to(device) + self.user_token + 1, torch.tensor(ends, device=device)
 
     def forward(self, context, items):
-        """P on the paths of items (C, J), J of each context; context: a Context. Returns log P_F
-        of each step (C, J, L), log P_F of all codes there (C, J, L, K), near NEVER if illegal, and
-        the learned log F of s_0 … s_{L-1} (C, J, L)."""
+        """P on the paths of items (C, J), J of each context; context: a Context, C histories U with
+        their unseen items. Returns log P_F of each step (C, J, L), log P_F of all codes there
+        (C, J, L, K), near NEVER if illegal, and the learned log F of s_0 … s_{L-1} (C, J, L)."""
         ids = self.semantic_ids
         L = ids.num_levels
         # GPT-2's hidden states at s_0 … s_{L-1}: it has read U and the codes so far. They are the
         # same as if each path was read alone; how all are read at once comes after the lecture
         prefixes = read_packed(self, context, items)                                # (C, J, L, d)
-        # A level's output weights are its codes' embeddings
+        # A level's output weights are the embeddings of its codes, which are the first L·K tokens
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("cjld,lkd->cjlk", prefixes, heads).float()            # (C, J, L, K)
-        # Legal codes lead to an unseen item. child: the node where a code leads, −1 if illegal
-        states = ids.nodes[items][..., :-1]                     # (C, J, L) nodes s_0 … s_{L-1}
-        child = ids.legal_children(states.flatten(1), context.unseen).view_as(logits)
+        # Legal codes lead to an unseen item. In the tree of IDs, each prefix has a number, its node
+        nodes = ids.nodes[items][..., :-1]                      # (C, J, L) those of s_0 … s_{L-1}
+        # child: the node where each code leads, −1 if it is illegal
+        child = ids.legal_children(nodes.flatten(1), context.unseen).view_as(logits)
         log_probs = logits.masked_fill(child < 0, NEVER).log_softmax(-1)
         log_steps = log_probs.gather(-1, ids.codes[items][..., None])[..., 0]       # (C, J, L)
         return log_steps, log_probs, self.flow_head(prefixes)[..., 0]
@@ -468,20 +387,109 @@ class Policy(torch.nn.Module):
 # --- Recommending: beam search down the tree ------------------------------------------------------
 @torch.no_grad()
 def beam_search(policy, histories, k, beams):
-    """The paper's: the best prefixes go on to the next level. As Policy.recommend."""
-    tree = Beams(policy, histories)     # one beam of each user, at the root; Beams: see below
-    log_p = torch.zeros(tree.node.shape, device=tree.node.device)   # (B, W) Σ log P_F so far
+    """The paper's: the best prefixes go on to the next level. As Policy.recommend. A beam is a
+    prefix that is left; `tree` has those of all users, and GPT-2's view of them (Beams, below)."""
+    tree = Beams(policy, histories)     # at first one beam a user, W = 1: the empty prefix s_0
+    log_p = torch.zeros(len(histories), 1, device=tree.node.device)     # (B, W) log P of a beam
     for _ in range(tree.ids.num_levels):
-        child, logits = tree.children()     # nodes, and logits of the next codes (B, W, K)
+        # Logits of all next codes, NEVER if illegal; child: the nodes where they lead (B, W, K)
+        child, logits = tree.children()
         # log P of a child = log P of its prefix + log P_F of its code, over legal codes alone
         log_p = (log_p[..., None] + logits.log_softmax(-1)).flatten(1)              # (B, W·K)
         log_p, best = log_p.topk(min(beams, log_p.shape[1]), 1)                     # (B, new W)
-        tree.keep(child, best)              # the best children are the new beams
-    return tree.items(log_p, k)             # after L codes, a beam is an item
+        tree.keep(child, best)              # these children are the new beams: GPT-2 reads them
+    return tree.items(log_p, k)             # after L codes, a beam is an item; (B, k)
 
-# === The lecture ends here. Below: how it is fast, other searches, evaluation, the experiment =====
+# === The lecture ends here. Below: rivals, how it is fast, other searches, the experiment =========
 
-# --- Fast: all paths of a context at once, and beams that read a code once ------------------------
+# --- Rivals: what else could learn from the log or from R -----------------------------------------
+def distillation(child_flow, log_probs):
+    """Ours, a KL at each step: flows F*, sums of R, below all codes (C, J, L, K), log P_F of all
+    codes (C, J, L, K) → scalar. TB and DB see only the codes that a path takes. This loss compares
+    P_F of all codes with q, their shares of the flow. It is 0 at P = R/Z, whatever the paths are.
+    (If they are drawn ∝ R, it is KL(R/Z ‖ P) of whole items.)
+    Mean over paths of Σ_l Σ_c q(c) · (log q(c) − log P_F(c | s_l)), q(c) = F*(c) / F*(s_l)."""
+    target = child_flow / child_flow.sum(-1, keepdim=True)      # q; 0 for an illegal child
+    return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
+
+def sdpo(log_pf, log_ref, beta):
+    """S-DPO (Chen et al. 2024) → scalar: the chosen item p, path 0, above the rejected items d, the
+    other paths. log P (C, J) by the policy, log P_ref (C, J) by a frozen reference.
+    Mean over contexts of −log σ(−log Σ_d exp(β[Δ_d − Δ_p])), Δ = log P − log P_ref."""
+    delta = log_pf - log_ref
+    margin = beta * (delta[:, 1:] - delta[:, :1])
+    return -functional.logsigmoid(-margin.logsumexp(1)).mean()
+
+def grpo(log_pf, log_ref, log_r, beta):
+    """GRPO (Shao et al. 2024), reinforcement learning: log P, log P_ref, log R of paths (C, J) →
+    scalar. It raises P where R is above the mean of the J paths, which P itself drew. (They are
+    drawn at this very step, ours: no item twice; so GRPO's ratio P / P_old is 1 and left out.)
+    A = (R − mean R) / std R over a context's J paths; std with J − 1, at least 1e-8.
+    Mean over paths of β · (x − log x − 1) − A · log P, x = P_ref / P: a KL, and the gain of R."""
+    r = log_r.exp()
+    advantage = (r - r.mean(1, keepdim=True)) / r.std(1, keepdim=True).clamp(min=1e-8)
+    log_x = log_ref - log_pf
+    return (beta * (log_x.exp() - log_x - 1) - advantage * log_pf).mean()
+
+def sdpo_of(p):
+    """S-DPO of a Paths p; where path 0, the chosen item, is drawn again, it is not rejected."""
+    again = p.items == p.items[:, :1]                           # (C, J)
+    again[:, 0] = False
+    return sdpo(p.log_pf.masked_fill(again, NEVER), p.log_ref, p.recipe.beta)
+
+SDPO = dict(loss=sdpo_of, trajectories=7)
+RECIPES |= {
+    "sft-continued": Recipe(rate=9e-4, dropout=0.4),            # SFT, for longer
+    "sdpo": Recipe(**SDPO, chosen="logged", beta=1.0, rate=9e-4, dropout=0.2),
+    "sdpo-reward": Recipe(**SDPO, chosen="reward", lam=100.0, rate=1e-3),
+    "grpo": Recipe(lambda p: grpo(p.log_pf, p.log_ref, p.log_r, p.recipe.beta), trajectories=16,
+                   beta=0.01),
+    "distill": Recipe(lambda p: distillation(p.child_flow, p.log_probs), lam=30.0, dropout=0.2)}
+
+# --- Fast: GPT-2 reads a history once, for all contexts in it and all their paths -----------------
+# Each item v of a training history is a target once: its context is (U, v), U the items before it.
+# GPT-2 reads some contexts of a user in one go, as a row. Rows of a user who took the items
+# a b c d e f g h i j, of which GPT-2 may read 4 (the window):
+#     Row(user, start=0, places=0…4)   reads <user> a b c d   targets a b c d e, at places 0 to 4
+#     Row(user, start=2, places=5…6)   reads <user> c d e f   targets f g; before g are 4 items
+#     Row(user, start=4, places=7…8)   reads <user> e f g h   targets h i
+#     Row(user, start=5, places=9…9)   reads <user> f g h i   target j
+Row = namedtuple("Row", "user start places")
+
+def training_rows(histories, window):
+    """Rows in which every item is a target once, and sees the items before it: window/2 to
+    `window` of them, or all, if they are fewer."""
+    for user, history in enumerate(histories):
+        cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
+        for first, stop in zip(cuts, cuts[1:]):
+            yield Row(user, max(0, stop - 1 - window), range(first, stop))
+
+# What a policy reads of C contexts. tokens (B, H): B rows, padded. rows (C,): the row where each
+# history U stands; ends (C,): the place in it where U ends, 0 is <user>. unseen: see Batch
+Context = namedtuple("Context", "tokens rows ends unseen")
+
+def pack(rows, train, policy):
+    """The tokens, rows and ends of a Context: the contexts of B rows, row by row."""
+    tokens, _ = policy.tokens([train[user][start:places[-1]] for user, start, places in rows])
+    row_of = []
+    ends = []
+    for row, (_, start, places) in enumerate(rows):
+        for place in places:
+            row_of.append(row)
+            ends.append(place - start)
+    row_of, ends = torch.tensor([row_of, ends], device=tokens.device)
+    return tokens, row_of, ends
+
+def batches(world, policy, reward, rng):
+    """One epoch of Batches in random order; rows of similar length together, for less padding."""
+    rows = [world.rows[r] for r in rng.permutation(len(world.rows))]
+    size = world.size
+    # By length, but only within 32 batches: the order of an epoch has to stay random
+    lengths = [row.places.stop - row.start for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (i // (32 * size), lengths[i]))
+    for start in rng.permutation(range(0, len(rows), size)):
+        yield Batch([rows[i] for i in order[start:start + size]], world.data, policy, reward)
+
 def tree_mask(ends, H, J, L):
     """After H tokens of a history come J branches, the first L−1 codes of a path each (the last one
     is only predicted). Which places does a code see? Floats (C, J·(L−1), H + J·(L−1)), 0 where it
@@ -963,8 +971,18 @@ def try_out(names, world):
         if recipe.loss:
             policy = world.policy()
             batch = next(batches(world, policy, world.reward(recipe), np.random.default_rng(0)))
-            loss = loss_of(recipe, policy, policy, batch, 0.0)
-            check_finite(loss, name, batch, "the first try, before training")
+            items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, 0.0)
+            C, n = batch.r.shape
+            wanted = (torch.int64, C, recipe.trajectories)
+            found = (getattr(items, "dtype", type(items).__name__), *getattr(items, "shape", ()))
+            asked = f"sampler {recipe.sampler}(batch, count, policy, progress) has to return"
+            check(found == wanted, f"{asked} a tensor of items (C, N), here {wanted}, not {found}")
+            unseen = 0 <= items.min() and items.max() < n and batch.r.gather(1, items).min() > 0
+            check(unseen, f"{asked} items from 0 to {n - 1} that are not in batch.histories")
+            loss = recipe.loss(Paths(recipe, policy, policy, batch, items))
+            right = torch.is_tensor(loss) and loss.shape == () and loss.requires_grad
+            check(right and torch.isfinite(loss), f"{name}: a loss has to return a tensor of one "
+                  f"finite number that depends on P, not {loss!r}")
             loss.backward()
         elif world.own:
             world.cm_of(recipe).scores(world.data.train[:2])
@@ -1005,28 +1023,6 @@ def model_of(name, recipe, world):
     curve = train(name, recipe, policy, world)
     save_policy(policy, world.folder(name))
     return world.policy(name), curve                            # tested as it was saved
-
-# --- Checks of what your own functions return -----------------------------------------------------
-def check_items(items, recipe, batch):
-    """Raise InputError if a sampler does not return N unseen items a context."""
-    C, n = batch.r.shape
-    wanted = (torch.int64, C, recipe.trajectories)
-    found = (getattr(items, "dtype", type(items).__name__), *getattr(items, "shape", ()))
-    asked = f"sampler {recipe.sampler}(batch, count, policy, progress) has to return"
-    check(found == wanted, f"{asked} a tensor of items (C, N), here {wanted}, not {found}")
-    unseen = 0 <= items.min() and items.max() < n and batch.r.gather(1, items).min() > 0
-    check(unseen, f"{asked} items from 0 to {n - 1} that are not in batch.histories")
-
-def check_loss(loss):
-    """Raise InputError if a loss is not one number with a gradient."""
-    right = torch.is_tensor(loss) and loss.shape == () and loss.requires_grad
-    check(right, f"a loss has to return a tensor of one number that depends on P, not {loss!r}")
-
-def check_finite(loss, name, batch, when):
-    """Raise FloatingPointError, which says when, if a loss is no number."""
-    if not torch.isfinite(loss):
-        users = sorted(set(batch.users))
-        raise FloatingPointError(f"{name}: loss {loss} at {when}; users (rows of data) {users}")
 
 # --- The oracle: does P reach R/Z? ----------------------------------------------------------------
 def run_oracle(settings, cm=None):
