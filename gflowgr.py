@@ -116,8 +116,9 @@ RECIPES = {                         # data/log.md has the trials that chose thes
 class Batch:
     """C contexts (U, v) of the training log. Each item v of a user's log is a target once."""
     def __init__(self, rows, data, policy, reward=None):
-        """rows: each has a user and some places in the log, of targets v; see `Row`, below.
-        policy: its IDs and tokens; reward: a Reward; None, for SFT: no scores, no r."""
+        """rows: each has a user and some places in the log, of targets v; see `Row`, below. data:
+        training items of users, oldest first, and which were liked. policy: it has the IDs.
+        reward: a Reward; None, for SFT: no scores, no r."""
         self.users = []             # C numbers
         self.histories = []         # C lists, U: the user's items before v
         self.following = []         # C lists: v and the user's later training items
@@ -146,7 +147,7 @@ class Batch:
 class Paths:
     """What a loss can read: J unseen items of each of C contexts, and their paths."""
     def __init__(self, recipe, policy, reference, batch, items):
-        """policy: is trained; reference: as it was after SFT, frozen; items (C, N): of a sampler."""
+        """policy: is trained; reference: as it was after SFT, frozen; items (C, N): a sampler's."""
         positives = batch.positives[:, None]                    # (C, 1) v
         if recipe.chosen == "logged":
             items = torch.cat([positives, items], 1)            # (C, J = 1 + N)
@@ -214,7 +215,7 @@ def train(name, recipe, policy, world):
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. world has
     what all methods share: `rows` of the log, `size` of a batch, the Reward of a recipe, and
     `measure`, whose score is printed after each epoch: NDCG@10 on validation items, `measured`."""
-    reward = world.reward(recipe) if recipe.loss else None      # SFT reads no R
+    reward = world.reward(recipe) if recipe.loss else None      # computes R; SFT needs none
     reference = copy.deepcopy(policy).eval()                    # frozen
     per_epoch = math.ceil(len(world.rows) / world.size)
     steps = recipe.epochs * per_epoch
@@ -637,7 +638,8 @@ def rank_all(recommend, histories):
     order = torch.tensor([len(history) for history in histories]).argsort(stable=True)
     ranked = torch.full((len(histories), 10), -1)
     for users in order.split(256):
-        ranked[users] = recommend([histories[user] for user in users])[0].cpu()
+        items, _ = recommend([histories[user] for user in users])                   # (256, 10)
+        ranked[users] = items.cpu()
     return ranked
 
 def validate(policy, data):
@@ -664,7 +666,7 @@ def evaluate(recommend, data):
 
 @torch.no_grad()
 def distribution(policy, histories):
-    """P(v | U) of every item (B, n), 256 paths at a time: attention is quadratic in a row."""
+    """P(v | U) of every item (B, n), 256 at a time: attention is quadratic in the paths."""
     policy.eval()
     parts = torch.arange(len(policy.semantic_ids.codes)).expand(len(histories), -1).split(256, 1)
     steps = [policy.path_log_probs(histories, items) for items in parts]            # (B, 256, L)
@@ -676,7 +678,7 @@ transformers.utils.logging.disable_progress_bar()               # a small model 
 def save_policy(policy, folder):
     """Write a plain GPT-2 (config.json, model.safetensors), then semantic_ids.json."""
     path = Path(folder) / "semantic_ids.json"
-    path.unlink(missing_ok=True)                                # written last: marks a whole model
+    path.unlink(missing_ok=True)                                # written last: the model is whole
     policy.lm.save_pretrained(folder)
     shutil.copymode(path.with_name("config.json"), path.with_name("model.safetensors"))
     ids = policy.semantic_ids

@@ -22,17 +22,17 @@ def weighted(table, histories, weight, length=10 ** 9):
     """Σ_j weight(age(j)) · table[j] over the last `length` items j of each history, age 1: the
     newest. The history [5, 2] with weight 1/age: table[2] + table[5] / 2. table (n, m) → (B, m)."""
     lists = [history[-length:] for history in histories]
-    _, ages = entries([range(len(items), 0, -1) for items in lists])
+    _, ages = entries([range(len(items), 0, -1) for items in lists])    # of all items, in one array
     weights = weight(torch.tensor(ages).float())
-    weights = sparse(entries(lists, len(table)), weights, (len(lists), len(table)))     # (B, n)
-    return (weights @ table).to_dense()
+    places = entries(lists, len(table))                         # row b, column j of each item
+    return (sparse(places, weights, (len(lists), len(table))) @ table).to_dense()
 
 def shares(scores, histories, popular, s=0.001):
     """Scores (B, n), overwritten → (1 − s) · scores + s · popular (n,). First, both are set to 0 at
     items of the history and divided by their sum. A user without a score gets popularity alone.
     Scores [6, 3, 1, 0] of a user who took 0, popular [5, 2, 1, 1], s = .1:
     .9 · [0, .75, .25, 0] + .1 · [0, .5, .25, .25] = [0, .725, .25, .025]"""
-    functional.threshold_(scores, 1e-6, 0.0)                    # ≤ 1e-6: float rounding, so 0
+    functional.threshold_(scores, 1e-6, 0.0)                    # 0 if below; 1e-6: float rounding
     popular = popular.repeat(len(histories), 1)                 # (B, n)
     seen = entries(histories, popular.shape[1])
     for table in (scores, popular):                             # in place, as they are large
@@ -77,7 +77,7 @@ class SVD:
     def scores(self, histories):
         """CM(U, ·) (B, n) of B histories."""
         users = weighted(self.vectors, histories, lambda age: age ** -0.75)         # (B, rank)
-        return shares(users @ self.vectors.T, histories, self.popular)
+        return shares(users @ self.vectors.T, histories, self.popular)      # below 0 becomes 0
 
 def similar_items(features, most=200):
     """Sparse (n, n): max(0, cosine of features (n, d))³ of each item and its `most` nearest."""
@@ -112,8 +112,8 @@ def fit_of(name, data):
 
 class Folds:
     """For training: scores that do not know what the user logged later. Users are split into 20
-    folds by a checksum of their training history. A user's scores come from a recommender fitted on
-    the other 19 folds. fit(histories, num_items) → a recommender, maybe of your own."""
+    folds by a checksum of their training history, so that a history tells its fold. A user's scores
+    come from a recommender fitted on the other 19 folds. fit: its function, maybe your own."""
     def __init__(self, fit, histories, num_items, folds=20):
         self.fit = fit
         self.histories = histories
@@ -154,6 +154,7 @@ class Folds:
         None: users to be served. InputError if your own scores are not as ours."""
         if following is None:
             return self.checked(self.whole, histories)
+        # The history and what followed are the whole training history
         folds = [self.fold([*past, *after]) for past, after in zip(histories, following)]
         scores = torch.empty(len(histories), len(self.popular))
         for fold in set(folds):
@@ -162,9 +163,9 @@ class Folds:
         return scores
 
 class Debiased:
-    """A recommender whose scores are (score / popularity^δ)^sharp, ours: what is shown more is
-    logged more; P learns few high scores more easily than many middling ones. The popularity of an
-    item is its count + 1; in `SVD`, the length of its vector."""
+    """A recommender whose scores are (score / popularity^δ)^sharp, ours. δ: what is shown more is
+    logged more. sharp: P learns few high scores more easily than many middling ones. An item's
+    popularity is its count + 1; in `SVD`, the length of its vector."""
     def __init__(self, cm, delta, sharp=1.0):
         self.cm = cm
         self.divisor = cm.popular ** delta                                          # (n,)
@@ -213,7 +214,7 @@ class Reward:
 
     def similarity(self, positives, unseen):
         """r_s (B, n), rows sum to 1: codes that unseen IDs share with that of v, positive (B,)."""
-        # r_s(v') = c(v') / Σ c; c(v') = Σ_l 1[t_l = t'_l], t of v and t' of v', each level alone
+        # r_s(v') = c(v') / Σ c over unseen items; c(v'): in how many levels v' has the code of v
         c = sum((level[positives, None] == level).byte() for level in self.ids.codes.T)
         c = c * unseen
         return c / c.sum(1, keepdim=True)
@@ -221,7 +222,7 @@ class Reward:
     def __call__(self, scores, positives, liked, unseen):
         """R (B, n) of every item, > 0 at unseen (B, n; bool) ones; r_ŷ is scores (B, n);
         positives and liked (bool) are (B,)."""
-        # R = ε/m + w_ŷ · r_ŷ + w_s · r_s + w_a · r_a, 0 at seen items. add: + alpha · it
+        # R = ε/m + w_ŷ · r_ŷ + w_s · r_s + w_a · r_a, 0 at seen items. x.add(y, alpha=w): x + w·y
         w_a, w_y, w_s = self.weights
         r = self.epsilon / unseen.sum(1, keepdim=True)          # (B, 1)
         r = r.add(scores, alpha=w_y)                            # (B, n)

@@ -19,7 +19,7 @@ from data import check
 
 # --- Features of items: vectors of their text and of the log --------------------------------------
 def entries(lists, num_items=np.inf):
-    """Rows and columns to index a (B, n) matrix: [[5, 2], [7]] → arrays [0, 0, 1], [5, 2, 7].
+    """Rows and columns that index a (B, n) matrix: [[5, 2], [7]] → arrays [0, 0, 1], [5, 2, 7].
     InputError for an item that is not in the catalogue."""
     rows = np.repeat(np.arange(len(lists)), list(map(len, lists)))
     items = np.fromiter(chain.from_iterable(lists), np.int64, len(rows))
@@ -28,7 +28,7 @@ def entries(lists, num_items=np.inf):
     return rows, items
 
 def sparse(index, values, shape):
-    """A sparse tensor with values (m,) at index, m rows and m columns. Equal places add up."""
+    """A sparse tensor with m values; index: their rows (m,), columns (m,). Equal places add up."""
     index = np.stack(index)
     return torch.sparse_coo_tensor(index, values, shape, check_invariants=False).coalesce()
 
@@ -75,15 +75,15 @@ def ppmi(histories, num_items):
     after = followers(histories, num_items, window=5, decay=0.8)
     near = (after + after.T).coalesce()                         # p(a, b) = near[a, b] / near.sum()
     a, b = near.indices()
-    count = torch.sparse.sum(near, 1).to_dense()                # (n,) p(a) = count / near.sum()
-    smooth = count ** 0.75           # p(b) = smooth / smooth.sum(); the power tames rare pairs
+    count = torch.sparse.sum(near, 1).to_dense()                # (n,) p(a) = count[a] / near.sum()
+    smooth = count ** 0.75           # p(b) = smooth[b] / smooth.sum(): b is rare less often
     ratio = near.values() * smooth.sum() / (count[a] * smooth[b])
     return sparse((a, b), ratio.log().clamp(min=0), near.shape).float()
 
 def item_vectors(histories, num_items):
     """(n, rank) vectors of items: U of X ≈ U diag(s) Vᵀ, where X[i, u] is 1 / count(i)^.25 if item
     i is in history u, else 0."""
-    users, items = entries(histories)
+    users, items = entries(histories)                           # of each interaction
     values = np.bincount(items)[items] ** -0.25
     x = sparse((items, users), values.astype(np.float32), (num_items, len(histories)))
     rank = max(8, num_items // 30)                              # chosen on four data sets
@@ -129,7 +129,8 @@ def kmeans(points, k, rng, steps=20):
     return centroids
 
 def assign_with_capacity(cost, parent, capacity):
-    """Give each item its cheapest code, but at most `capacity` items to a cell (parent, code).
+    """Give each item its cheapest code, but at most `capacity` items to a cell (parent, code): no
+    more than there are IDs below these codes, so that all IDs differ.
     Every item asks for the cheapest code that has not refused it. A cell keeps its `capacity`
     cheapest items and refuses the others for good. Repeat until no item is refused.
     cost (n, K), unchanged; parent (n,), a number for the item's codes so far → codes (n,)."""
@@ -166,11 +167,11 @@ class SemanticIDs(torch.nn.Module):
         nodes = []                                              # of all items, level by level
         count = 0                                               # nodes so far
         for level in range(self.num_levels):
-            prefixes, place = np.unique(codes[:, :level], axis=0, return_inverse=True)
-            nodes.append(count + place)                         # place: which of the prefixes
+            prefixes, which = np.unique(codes[:, :level], axis=0, return_inverse=True)
+            nodes.append(count + which)                         # which (n,): of these prefixes
             count += len(prefixes)
         self.num_prefixes = count                               # M
-        nodes = np.stack([*nodes, count + np.arange(len(codes))], 1)                # (n, L + 1)
+        nodes = np.stack([*nodes, count + np.arange(len(codes))], 1)    # (n, L + 1), items last
         check(count * num_codes < 2 ** 28, f"a tree of {count} prefixes · {num_codes} codes is too "
               "large for the memory; use fewer codes")
         next_node = np.full((count + 1, num_codes), -1, np.int64)
@@ -209,9 +210,9 @@ class SemanticIDs(torch.nn.Module):
     def child_flows(self, values, items):
         """F* of all children of s_0 … s_{L-1} on the paths of items (C, J) → (C, J, L, K), 0 where
         a code is illegal. In the example, [.5, .2, .3] and item 1: [.7, .3] and [.5, .2]."""
-        child = self.next_node[self.nodes[items][..., :-1]]                          # (C, J, L, K)
+        child = self.next_node[self.nodes[items][..., :-1]]     # (C, J, L, K) nodes, −1 if illegal
         flow = self.flows(values).gather(1, child.clamp(min=0).flatten(1)).view_as(child)
-        return flow * (child >= 0)                              # child −1 reads node 0, becomes 0
+        return flow * (child >= 0)                              # −1 has read node 0: 0 instead
 
     def unseen(self, histories):
         """(B, M + n) bool: is any item below this node not in the history? Used by P, R and beams.
