@@ -100,48 +100,41 @@ class Recipe:
     dropout: float = 0.0            # SFT needs some; R has many items, that is enough here
     epochs: int = 8                 # passes over the training log
 
-TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))        # p: a Paths
-RECIPES = {                         # data/log.md has the trials that chose these numbers
-    "sft": Recipe(rate=1.5e-3, dropout=0.4, epochs=20),         # the others go on from its weights
-    # The paper's sampler, its N, learned Z. Ours: the path of v trains L_GR alone. With
-    # chosen=logged, it trains L_GFN as well, as others' notes on the paper have it
-    "tb-paper": Recipe(**TB, sampler="curriculum", trajectories=3, exact=False, lam=0.3,
-                       dropout=0.4),
-    "tb": Recipe(**TB),
-    "tb-huber": Recipe(lambda p: huber_balance(p.log_z, p.log_pf, p.log_r)),
-    "db": Recipe(lambda p: detailed_balance(p.log_flow, p.log_steps), dropout=0.1),
-    "vargrad": Recipe(lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1)}
-
 # --- What a loss learns from: contexts and paths --------------------------------------------------
+# What a policy reads of C contexts. tokens, rows, ends: their histories, often several in one row
+# of tokens (for speed: `pack`, after the lecture). unseen: which items are not in the history
+Context = namedtuple("Context", "tokens rows ends unseen")
+
 class Batch:
     """C contexts (U, v) of the training log. Each item v of a user's log is a target once."""
     def __init__(self, rows, data, policy, reward=None):
-        """rows: each has a user and some places in the log, of targets v; see `Row`, below. data:
+        """rows: each has a user, and places in the user's log: those of some targets v. data: the
         training items of users, oldest first, and which were liked. policy: it has the IDs.
         reward: a Reward; None, for SFT: no scores, no r."""
         self.users = []             # C numbers
         self.histories = []         # C lists, U: the user's items before v
         self.following = []         # C lists: v and the user's later training items
         liked = []
-        for user, _, places in rows:
-            log = data.train[user]                              # oldest first
-            for place in places:
-                self.users.append(user)
+        for row in rows:
+            log = data.train[row.user]
+            for place in row.places:
+                self.users.append(row.user)
                 self.histories.append(log[:place])
                 self.following.append(log[place:])
-                liked.append(data.liked[user][place])
+                liked.append(data.liked[row.user][place])
         ids = policy.semantic_ids
         device = ids.codes.device
         self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
         self.liked = torch.tensor(liked, device=device)         # (C,) bool: v was not only clicked
-        unseen = ids.unseen(self.histories)     # (C, prefixes + n) bool: is any item below unseen?
-        self.context = Context(*pack(rows, data.train, policy), unseen)     # what a policy reads
+        unseen = ids.unseen(self.histories)     # (C, M + n) bool: of each of M prefixes, is an item
+                                                # below it unseen? And of each of n items, is it?
+        self.context = Context(*pack(rows, data.train, policy), unseen)
         if reward:
-            # The teacher must not know v, so it was fitted without the users of these logs; U and
-            # what follows tell which users these are
+            # Scores that do not know v, by a recommender that was fitted without this user. The
+            # whole log, U and what follows, tells who that is
             scores = reward.teacher.scores(self.histories, self.following)
             self.scores = scores.to(device)                     # (C, n) of sum 1
-            # (C, n) R of all items, > 0 at unseen ones, 0 at seen ones; their nodes come last
+            # (C, n) R of all items, > 0 at unseen ones, 0 at seen ones
             self.r = reward(self.scores, self.positives, self.liked, unseen[:, ids.num_prefixes:])
 
 class Paths:
@@ -153,7 +146,7 @@ class Paths:
             items = torch.cat([positives, items], 1)            # (C, J = 1 + N)
         if recipe.chosen == "reward":
             items = torch.cat([draw(batch.r, 1), items], 1)
-        # L_GR asks for the path of v; it comes before the J paths that L_GFN reads
+        # L_GR asks for the path of v, at index 0; the J paths that L_GFN reads come last
         paths = torch.cat([positives, items], 1) if recipe.gr else items
         log_steps, log_probs, learned_flow = policy(batch.context, paths)   # Policy.forward, below
         J = items.shape[1]
@@ -192,6 +185,19 @@ class Paths:
         with torch.no_grad():
             return self.reference(self.batch.context, self.items)[0].sum(-1)
 
+TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))        # p: a Paths
+RECIPES = {                         # data/log.md has the trials that chose these numbers
+    "sft": Recipe(rate=1.5e-3, dropout=0.4, epochs=20),         # the others go on from its weights
+    # The paper's sampler (items of low score first, of high score later), its N, learned Z. Ours:
+    # the path of v trains L_GR alone. With chosen=logged, it trains L_GFN as well, as others'
+    # notes on the paper have it
+    "tb-paper": Recipe(**TB, sampler="curriculum", trajectories=3, exact=False, lam=0.3,
+                       dropout=0.4),
+    "tb": Recipe(**TB),
+    "tb-huber": Recipe(lambda p: huber_balance(p.log_z, p.log_pf, p.log_r)),
+    "db": Recipe(lambda p: detailed_balance(p.log_flow, p.log_steps), dropout=0.1),
+    "vargrad": Recipe(lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1)}
+
 # --- One step of training, and the loop -----------------------------------------------------------
 def loss_of(recipe, policy, reference, batch, progress):
     """L = gr · L_GR(U, v) + λ · L_GFN, the paper's (there, gr = 1): means over the contexts (U, v)
@@ -200,10 +206,11 @@ def loss_of(recipe, policy, reference, batch, progress):
     if not recipe.loss:                                         # SFT
         log_steps, *_ = policy(batch.context, batch.positives[:, None])             # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
-    # Items may come from anywhere (off-policy): at P = R/Z, TB is 0 on every path. But users with
-    # one history have other v, so other R. P is then a compromise, best at items drawn often
+    # The N items of each context, (C, N), for instance drawn from P. They may come from anywhere
+    # (off-policy): at P = R/Z, TB is 0 on every path. But R depends on v, which P does not know. So
+    # P becomes a compromise between the R of all possible v, best at items that are drawn often
     policy.eval()                                               # no dropout while sampling
-    items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)  # (C, N)
+    items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
     p = Paths(recipe, policy, reference, batch, items)
     L_GFN = recipe.loss(p)
@@ -249,7 +256,7 @@ def train(name, recipe, policy, world):
 
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
 # Functions (batch, N, policy, progress) → unseen items (C, N); progress: the share of training that
-# is done. Of weights (C, n) and C lists of items, weight[entries(lists)] are those of the items
+# is done. entries(lists): where the items of C lists stand in a table (C, n)
 def draw(weight, count):
     """N = count items per context (C, N), with replacement, ∝ weight (C, n)."""
     # max: torch is slow at drawing one
@@ -295,7 +302,7 @@ def policy_beam(batch, count, policy, progress):
 
 def policy_draws(batch, count, policy, progress):
     """Ours: N different items drawn from P itself."""
-    # With sample=1, recommend draws items with probability P, in place of searching the best
+    # sample=1: recommend draws with probability P, in place of searching. How: after the lecture
     items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)
     return items.where(items >= 0, batch.positives[:, None])
 
@@ -354,8 +361,7 @@ class Policy(torch.nn.Module):
         logits = torch.einsum("cjld,lkd->cjlk", prefixes, heads).float()            # (C, J, L, K)
         # Legal codes lead to an unseen item. In the tree of IDs, each prefix has a number, its node
         nodes = ids.nodes[items][..., :-1]                      # (C, J, L) those of s_0 … s_{L-1}
-        # child: the node where each code leads, −1 if it is illegal
-        child = ids.legal_children(nodes.flatten(1), context.unseen).view_as(logits)
+        child = ids.legal_children(nodes, context.unseen)       # (C, J, L, K) nodes, −1 if illegal
         log_probs = logits.masked_fill(child < 0, NEVER).log_softmax(-1)
         log_steps = log_probs.gather(-1, ids.codes[items][..., None])[..., 0]       # (C, J, L)
         return log_steps, log_probs, self.flow_head(prefixes)[..., 0]
@@ -405,11 +411,11 @@ def beam_search(policy, histories, k, beams):
 
 # --- Rivals: what else could learn from the log or from R -----------------------------------------
 def distillation(child_flow, log_probs):
-    """Ours, a KL at each step: flows F*, sums of R, below all codes (C, J, L, K), log P_F of all
-    codes (C, J, L, K) → scalar. TB and DB see only the codes that a path takes. This loss compares
-    P_F of all codes with q, their shares of the flow. It is 0 at P = R/Z, whatever the paths are.
-    (If they are drawn ∝ R, it is KL(R/Z ‖ P) of whole items.)
-    Mean over paths of Σ_l Σ_c q(c) · (log q(c) − log P_F(c | s_l)), q(c) = F*(c) / F*(s_l)."""
+    """Ours, a KL at each step: exact flows F of all codes (C, J, L, K), sums of R below them, and
+    log P_F of all codes (C, J, L, K) → scalar. TB and DB see only the codes that a path takes; this
+    loss compares P_F of all codes with q, their shares of the flow. It is 0 at P = R/Z, whatever
+    the paths are. (If they are drawn ∝ R, it is KL(R/Z ‖ P) of whole items.)
+    Mean over paths of Σ_l Σ_c q(c) · (log q(c) − log P_F(c | s_l)), q(c) = F(c) / F(s_l)."""
     target = child_flow / child_flow.sum(-1, keepdim=True)      # q; 0 for an illegal child
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
 
@@ -465,19 +471,16 @@ def training_rows(histories, window):
         for first, stop in zip(cuts, cuts[1:]):
             yield Row(user, max(0, stop - 1 - window), range(first, stop))
 
-# What a policy reads of C contexts. tokens (B, H): B rows, padded. rows (C,): the row where each
-# history U stands; ends (C,): the place in it where U ends, 0 is <user>. unseen: see Batch
-Context = namedtuple("Context", "tokens rows ends unseen")
-
 def pack(rows, train, policy):
-    """The tokens, rows and ends of a Context: the contexts of B rows, row by row."""
+    """The tokens, rows and ends of a Context. tokens (B, H): B rows, padded. Of each of C contexts,
+    row by row: rows (C,), in which row its history stands, and ends (C,), where it ends there."""
     tokens, _ = policy.tokens([train[user][start:places[-1]] for user, start, places in rows])
     row_of = []
     ends = []
     for row, (_, start, places) in enumerate(rows):
         for place in places:
             row_of.append(row)
-            ends.append(place - start)
+            ends.append(place - start)                          # 0: at <user>, so U is empty
     row_of, ends = torch.tensor([row_of, ends], device=tokens.device)
     return tokens, row_of, ends
 
@@ -523,6 +526,7 @@ def read_packed(policy, context, items):
     if ids.num_levels == 1:
         return root
     cache.batch_select_indices(rows)                            # that of each context's row
+    # Code c of level l is token l·K + c
     codes = ids.codes[items] + ids.num_codes * torch.arange(ids.num_levels, device=ends.device)
     mask = tree_mask(ends, tokens.shape[1], J, ids.num_levels)
     later = policy.lm.transformer(
@@ -549,7 +553,7 @@ class Beams:
         self.mask = torch.where(place > self.ends[..., None], NEVER, 0.0)           # (B, W, keys)
 
     def children(self):
-        """Of all beams: the nodes of all next codes, −1 if illegal, and their logits (B, W, K)."""
+        """Of all beams: the nodes of all next codes, −1 if illegal; their logits (B, W, K)."""
         K = self.ids.num_codes
         head = self.lm.wte.weight[self.level * K:(self.level + 1) * K]              # (K, d)
         child = self.ids.legal_children(self.node, self.unseen)                     # (B, W, K)
@@ -566,8 +570,9 @@ class Beams:
             old = self.mask.take_along_dim((best // K)[..., None], 1)               # (B, W, keys)
             itself = torch.full((W, W), NEVER, device=old.device).fill_diagonal_(0)
             self.mask = torch.cat([old, itself.expand(len(old), W, W)], 2)
+            tokens = self.level * K + best % K                  # code c of level l: l·K + c
             self.hidden = self.lm(
-                self.level * K + best % K, self.cache, attention_mask=self.mask[:, None],
+                tokens, self.cache, attention_mask=self.mask[:, None],
                 position_ids=(self.ends + 1 + self.level).expand_as(best)).last_hidden_state
         self.level += 1
 
@@ -726,7 +731,7 @@ Policy.save_pretrained = save_policy                            # the names of t
 Policy.from_pretrained = staticmethod(load_policy)
 
 # --- Settings: flags, names of methods ------------------------------------------------------------
-REAL = {            # What real logs have instead
+REAL = {            # What real logs have instead of the defaults: all methods, then some of them
     "Settings": dict(methods="pop,cm,blend,sft,tb-huber,sft+cm", ids="mixed", width=128, layers=3,
                      batch=64),
     "Recipe": dict(teacher="blend", debias=0.0, sharp=6.0, lam=3.0, rate=1.5e-3, epochs=5,
@@ -846,7 +851,7 @@ def run(settings, cm=None):
     names, seeds = check_settings(settings)
     for name in names:                          # a wrong change is told before the data are read
         recipe_of(name, settings)
-    data = load_data(settings.data, settings.quick)
+    data = load_data(settings.data, settings.quick)             # a Dataset
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
     worlds = [World(seed, data, settings, cm) for seed in seeds]

@@ -96,7 +96,7 @@ def unit(rows):
 
 def item_features(kind, texts, histories, seed, dim=64):
     """(n, d): "content" is an item's text (TIGER). The log can be added (LETTER): "mixed" has its
-    neighbours there, "svd" its vector in a matrix factorisation (so the teacher SVD knows it, too).
+    neighbours there, "svd" its vector in a matrix factorisation.
     Pass training histories only: validation or test items would leak into every result."""
     text = unit(leading_vectors(tf_idf(texts), dim, seed, power=0.5))
     if kind == "content":
@@ -190,7 +190,7 @@ class SemanticIDs(torch.nn.Module):
         rng = np.random.default_rng(seed)
         codes = np.zeros((len(residual), 0), np.int64)          # those of the levels so far
         for level in range(num_levels):
-            _, parent = np.unique(codes, axis=0, return_inverse=True)       # a number for them
+            _, parent = np.unique(codes, axis=0, return_inverse=True)       # (n,) a number of them
             centroids = kmeans(residual, num_codes, rng)
             capacity = num_codes ** (num_levels - 1 - level)    # IDs below level + 1 codes
             code = assign_with_capacity(squared_distances(residual, centroids), parent, capacity)
@@ -199,7 +199,7 @@ class SemanticIDs(torch.nn.Module):
         return cls(codes, num_codes)
 
     def flows(self, values):
-        """Exact flow F*(s) of every node: Σ of values (C, n), such as R, over the items below it;
+        """Exact flow F(s) of every node: Σ of values (C, n), such as R, over the items below it;
         Z at node 0. In the tree of the example, [.5, .2, .3] → [1, .7, .3, .5, .2, .3]."""
         flow = values.new_zeros(self.num_prefixes, len(values))
         items = values.T.contiguous()                           # (n, C): rows are faster to add
@@ -208,7 +208,7 @@ class SemanticIDs(torch.nn.Module):
         return torch.cat([flow, items]).T                       # (C, M + n)
 
     def child_flows(self, values, items):
-        """F* of all children of s_0 … s_{L-1} on the paths of items (C, J) → (C, J, L, K), 0 where
+        """F of all children of s_0 … s_{L-1} on the paths of items (C, J) → (C, J, L, K), 0 where
         a code is illegal. In the example, [.5, .2, .3] and item 1: [.7, .3] and [.5, .2]."""
         child = self.next_node[self.nodes[items][..., :-1]]     # (C, J, L, K) nodes, −1 if illegal
         flow = self.flows(values).gather(1, child.clamp(min=0).flatten(1)).view_as(child)
@@ -223,8 +223,8 @@ class SemanticIDs(torch.nn.Module):
         return self.flows(left) > 0                             # flow: number of unseen items below
 
     def legal_children(self, nodes, unseen):
-        """Where each code leads from nodes (B, W): nodes (B, W, K), −1 if to no unseen item;
+        """Where each code leads from nodes (B, …): nodes (B, …, K), −1 if to no unseen item;
         unseen (B, M + n). In the example, if item 0 was seen, from node 1 to [−1, 4]."""
-        child = self.next_node[nodes]                           # (B, W, K)
+        child = self.next_node[nodes]                           # (B, …, K)
         legal = unseen.gather(1, child.clamp(min=0).flatten(1)).view_as(child)
         return child.where(legal, -1)                           # child −1 reads node 0, stays −1
