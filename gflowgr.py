@@ -5,7 +5,14 @@ by code. Supervised fine-tuning (SFT) on the log teaches what was shown, not wha
 like: exposure bias. GFlowGR reads an ID as a path down a tree and trains a GFlowNet on it, with a
 loss called trajectory balance (TB): the probability of an item shall be proportional to its reward
 R. R mixes the logged action, the score of a collaborative model (CM) and the similarity of IDs.
-The lecture comes first; it ends with the beam search.
+The lecture comes first; it ends with the beam search. A step of training (`loss_of`), in short:
+
+    for each logged item v and the history U before it:
+        R     = .2 logged(v) + .75 scores(U) + .05 similar(v), of all items; Z = the sum of R
+        items = 8 draws from P(· | U)
+        L_GR  = −log P(v | U), the loss of SFT
+        L_GFN = mean over the items of (log Z + log P − log R)², for instance: TB
+    loss = mean of L_GR + λ · L_GFN
 
 A context (U, v) is a user's history, and the item that was logged next. An ID has L codes, each
 from 0 to K − 1. Its prefixes s_0 … s_L are a path: s_0 is empty, s_L is the item.
@@ -88,10 +95,10 @@ class Recipe:
     chosen: Literal["", "logged", "reward"] = ""    # one item more: v itself, or drawn ∝ R
     exact: bool = True              # ours: Z and flows are sums of R, known for all items; False:
                                     # learned, by a linear head on the policy's hidden states
-    # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/m at each of m unseen items. Each r has the sum 1
+    # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/m at each of m unseen items
     w_a: float = 0.2                # r_a: 1 at v (.1 if a real log says that v was not liked)
-    w_y: float = 0.75               # r_ŷ: scores of the teacher
-    w_s: float = 0.05               # r_s ∝ number of levels with the same code as v
+    w_y: float = 0.75               # r_ŷ: scores of the teacher, of sum 1
+    w_s: float = 0.05               # r_s ∝ number of levels with the same code as v, of sum 1
     teacher: Literal["cm", "svd", "blend"] = "svd"      # a traditional recommender of reward.py
     debias: float = 0.5             # δ, ours: the teacher's scores are divided by popularity^δ
     sharp: float = 3.0              # and raised to this power: P learns a few high ones better

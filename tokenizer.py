@@ -76,7 +76,7 @@ def ppmi(histories, num_items):
     near = (after + after.T).coalesce()                         # p(a, b) = near[a, b] / near.sum()
     a, b = near.indices()
     count = torch.sparse.sum(near, 1).to_dense()                # (n,) p(a) = count[a] / near.sum()
-    smooth = count ** 0.75           # p(b) = smooth[b] / smooth.sum(): b is rare less often
+    smooth = count ** 0.75           # p(b) = smooth[b] / smooth.sum(): rare b get a larger p
     ratio = near.values() * smooth.sum() / (count[a] * smooth[b])
     return sparse((a, b), ratio.log().clamp(min=0), near.shape).float()
 
