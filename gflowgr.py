@@ -192,18 +192,19 @@ class Paths:
         with torch.no_grad():
             return self.reference(self.batch.context, self.items)[0].sum(-1)
 
-TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))        # p: a Paths
-RECIPES = {                         # data/log.md has the trials that chose these numbers
-    "sft": Recipe(rate=1.5e-3, dropout=0.4, epochs=20),         # the others go on from its weights
+# In what a method differs from Recipe's defaults; p: a Paths. The trials that chose the numbers are
+# in data/log.md
+TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))
+RECIPES = {
+    "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
     # The paper's sampler (items of low score first, of high score later), its N, learned Z. Ours:
     # the path of v trains L_GR alone. With chosen=logged, it trains L_GFN as well, as others'
     # notes on the paper have it
-    "tb-paper": Recipe(**TB, sampler="curriculum", trajectories=3, exact=False, lam=0.3,
-                       dropout=0.4),
-    "tb": Recipe(**TB),
-    "tb-huber": Recipe(lambda p: huber_balance(p.log_z, p.log_pf, p.log_r)),
-    "db": Recipe(lambda p: detailed_balance(p.log_flow, p.log_steps), dropout=0.1),
-    "vargrad": Recipe(lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1)}
+    "tb-paper": dict(TB, sampler="curriculum", trajectories=3, exact=False, lam=0.3, dropout=0.4),
+    "tb": TB,
+    "tb-huber": dict(loss=lambda p: huber_balance(p.log_z, p.log_pf, p.log_r)),
+    "db": dict(loss=lambda p: detailed_balance(p.log_flow, p.log_steps), dropout=0.1),
+    "vargrad": dict(loss=lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1)}
 
 # --- One step of training, and the loop -----------------------------------------------------------
 def loss_of(recipe, policy, reference, batch, progress):
@@ -453,12 +454,12 @@ def sdpo_of(p):
 
 SDPO = dict(loss=sdpo_of, trajectories=7)
 RECIPES |= {
-    "sft-continued": Recipe(rate=9e-4, dropout=0.4),            # SFT, for longer
-    "sdpo": Recipe(**SDPO, chosen="logged", beta=1.0, rate=9e-4, dropout=0.2),
-    "sdpo-reward": Recipe(**SDPO, chosen="reward", lam=100.0, rate=1e-3),
-    "grpo": Recipe(lambda p: grpo(p.log_pf, p.log_ref, p.log_r, p.recipe.beta), trajectories=16,
-                   beta=0.01),
-    "distill": Recipe(lambda p: distillation(p.child_flow, p.log_probs), lam=30.0, dropout=0.2)}
+    "sft-continued": dict(rate=9e-4, dropout=0.4),              # SFT, for longer
+    "sdpo": dict(SDPO, chosen="logged", beta=1.0, rate=9e-4, dropout=0.2),
+    "sdpo-reward": dict(SDPO, chosen="reward", lam=100.0, rate=1e-3),
+    "grpo": dict(loss=lambda p: grpo(p.log_pf, p.log_ref, p.log_r, p.recipe.beta), trajectories=16,
+                 beta=0.01),
+    "distill": dict(loss=lambda p: distillation(p.child_flow, p.log_probs), lam=30.0, dropout=0.2)}
 
 # --- Fast: GPT-2 reads a history once, for all contexts in it and all their paths -----------------
 # Each item v of a training history is a target once: its context is (U, v), U the items before it.
@@ -776,9 +777,9 @@ class Settings:
     recommend: list[str] = HfArg(default_factory=list, help="print ten titles for this history")
     model: str = HfArg(default="", help="the saved model for --recommend, like runs/toy/tb-42")
 
-ALONE = partial(Recipe, debias=0.0, sharp=1.0)
-UNTRAINED = {"pop": ALONE(), "cm": ALONE(teacher="cm"), "svd": ALONE(),
-             "blend": ALONE(teacher="blend")}
+ALONE = dict(debias=0.0, sharp=1.0)
+UNTRAINED = {"pop": ALONE, "cm": dict(ALONE, teacher="cm"), "svd": ALONE,
+             "blend": dict(ALONE, teacher="blend")}
 FIELDS = {name: value for name, value in vars(Recipe()).items() if name != "loss"}     # defaults
 
 def real_of(data):
@@ -821,25 +822,23 @@ def check_numbers(where, values):
 
 def recipe_of(name, settings):
     """The Recipe of a method, or InputError. A field has the last of these values: of Recipe, of
-    real logs, of the method in RECIPES if it is not Recipe's, of the method on real logs, of --sft
-    or --recipe, of the name itself, NAME:field=value. In tb-paper:epochs=4 on a real log, `lam` is
+    all methods on real logs, of the method in RECIPES, of the method on real logs, of --sft or
+    --recipe, of the name itself, NAME:field=value. In tb-paper:epochs=4 on a real log, `lam` is
     that of tb-paper, `teacher` that of real logs."""
     base, *changes = name.split(":")
-    recipe = (UNTRAINED | RECIPES).get(base, Recipe(sharp=9.0))         # NAME+cm
-    check(isinstance(recipe, Recipe), f"RECIPES[{base!r}] is a {type(recipe).__name__}, no Recipe")
+    real = real_of(settings.data)
+    fields = (UNTRAINED | RECIPES).get(base, dict(sharp=9.0))           # NAME+cm
+    check(isinstance(fields, dict), f"RECIPES[{base!r}] is a {type(fields).__name__}, no dict")
     if base in UNTRAINED or "+cm" in base:
         used = ["debias"] if base in UNTRAINED else ["teacher", "debias", "sharp"]
         odd = [change for change in changes if change.partition("=")[0] not in used]
         check(not odd, f"{name}: of {base}, one can change {used}, not {odd}")
-    real = real_of(settings.data)
-    fields = {}
     if base == "sft":
         changes = settings.sft.split(":") + changes
     elif base not in UNTRAINED:
-        fields |= real.get("Recipe", {})
+        fields = real.get("Recipe", {}) | fields
         changes = settings.recipe.split(":") + changes
-    fields |= {what: value for what, value in vars(recipe).items() if value != FIELDS.get(what)}
-    fields |= real.get(base, {})
+    fields = fields | real.get(base, {})
     parser = HfArgumentParser(Recipe, allow_abbrev=False, add_help=False)
     parser.set_defaults(loss=fields.pop("loss", None))
     parser.error = lambda message: check(False, f"{name}: {message}; fields are {[*FIELDS]}")

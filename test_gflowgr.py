@@ -957,7 +957,6 @@ def test_what_a_loss_is_given_and_what_is_made_of_it(name, K, L, tiny, monkeypat
     first = {"logged": batch.positives[:, None], "reward": chosen, "": drawn[:, :0]}
     items = torch.cat([first[recipe.chosen], drawn], 1)
     p = gflowgr.Paths(recipe, policy, frozen, batch, drawn)
-    close(p.items, items)
     for c, past in enumerate(batch.histories):
         wanted = paths_by_hand(recipe, world, (policy, frozen), past, batch.following[c],
                                items[c].tolist())
@@ -966,11 +965,10 @@ def test_what_a_loss_is_given_and_what_is_made_of_it(name, K, L, tiny, monkeypat
     log_v = policy.path_log_probs(batch.histories, batch.positives[:, None]).sum((1, 2))
     close(p.log_v if recipe.gr else log_v, log_v)
     close(found, recipe.lam * recipe.loss(p) - recipe.gr * log_v.mean())
-    assert p.recipe == recipe
-    assert not p.log_ref.requires_grad
-    close({name: recipe.loss(p) for name, recipe in RECIPES.items() if recipe.loss},
+    assert p.recipe == recipe and p.items.tolist() == items.tolist() and not p.log_ref.requires_grad
+    close({name: fields["loss"](p) for name, fields in RECIPES.items() if "loss" in fields},
           losses_by_hand(p))
-    close(gflowgr.loss_of(RECIPES["sft"], policy, None, batch, 0.5), -log_v.mean())
+    close(gflowgr.loss_of(Recipe(), policy, None, batch, 0.5), -log_v.mean())       # SFT
 
 # --- Training, changes in recipes -----------------------------------------------------------------
 def trained(flags, name="sft", shift=0):      # from random weights → curve, all that was used
@@ -1001,13 +999,14 @@ def test_rates_clipping_and_progress(tiny, monkeypatch):
     assert max(rates) == approx([0.005, 0.05])                  # ten-fold: the learned flows
 
 def test_a_loss_that_is_nan_stops_its_run(tiny, monkeypatch):
-    monkeypatch.setitem(RECIPES, "mine", Recipe(lambda p: p.log_pf.mean() * math.nan))
+    monkeypatch.setitem(RECIPES, "mine", dict(loss=lambda p: p.log_pf.mean() * math.nan))
     with pytest.raises(FloatingPointError, match=r"mine: loss nan at step 0; .* users \[\d+, "):
         trained(tiny, "mine")
 
 def test_changes_come_in_the_order_real_recipe_name(monkeypatch):
     world = gflowgr.parse([f"--data={ROOT / 'data/toy'}"])      # its truth.csv says: made up
-    assert recipe_of("tb", world) == recipe_of("tb", gflowgr.parse([])) == RECIPES["tb"]
+    assert recipe_of("tb", world) == recipe_of("tb", gflowgr.parse([])) == Recipe(**RECIPES["tb"])
+    monkeypatch.setitem(RECIPES, "mine", dict(lam=10.0))
     monkeypatch.setattr(gflowgr, "REAL", {
         "Settings": dict(width=96), "sft": dict(epochs=3), "tb": dict(lam=5.0),
         "Recipe": dict(epochs=4, lam=4.0, sharp=4.0, w_s=0.0, dropout=0.3)})
@@ -1017,10 +1016,11 @@ def test_changes_come_in_the_order_real_recipe_name(monkeypatch):
     for name, own, changes in (
             ("tb:exact=no", RECIPES["tb"], dict(common, lam=5, exact=False, dropout=0.3)),
             ("db:w_a=7", RECIPES["db"], dict(common, lam=4, w_a=7)),        # its own dropout stays
-            ("tb+cm:debias=.5", Recipe(), dict(common, lam=4, sharp=9, debias=0.5, dropout=0.3)),
+            ("mine", {}, dict(common, lam=10, dropout=0.3)),        # its lam, though that of Recipe
+            ("tb+cm:debias=.5", {}, dict(common, lam=4, sharp=9, debias=0.5, dropout=0.3)),
             ("cm:debias=1", gflowgr.UNTRAINED["cm"], dict(debias=1)),
             ("sft:epochs=8", RECIPES["sft"], dict(epochs=8, rate=0.5, dropout=0.5))):
-        assert recipe_of(name, settings) == replace(own, **changes), name
+        assert recipe_of(name, settings) == Recipe(**{**own, **changes}), name
     assert gflowgr.parse(["--quick", "--recipe=epochs=3"]).recipe == "epochs=1:epochs=3"
 
 # --- Own code: a mistake is one line, status 2, nothing trained, nothing written ------------------
@@ -1063,13 +1063,14 @@ LINE = f"test_gflowgr.py, line {raises.__code__.co_firstlineno + 1}, in raises: 
     ("sampler", lambda *given: policy_draws(*given) - 48, "items from 0 to 47"),
     ("sampler", lambda *given: policy_draws(*given) + 48, "items from 0 to 47"),
     ("sampler", lambda batch, *_: batch.r.topk(8, largest=False)[1], "not in batch.histories"),
-    ("a,b", Recipe(), "RECIPES: a name has letters, digits, dots, - and _ only; change ['a,b']"),
-    ("recipe", raises, "RECIPES['recipe'] is a function, no Recipe"),
-    ("recipe", Recipe(lambda p: (p.log_pf - p.log_z).mean()), "in <lambda>: RuntimeError The "),
-    ("recipe", Recipe(lambda p: p.log_pf.mean() * math.nan), "recipe: a loss has to return a tensor of one finite"),
-    ("recipe", Recipe(lambda p: p.log_pf.sum(1)), "number that depends on P, not tensor(["),
-    ("recipe", Recipe(lambda p: 0.5), "a loss has to return a tensor of one finite number that"),
-    ("recipe", Recipe(lambda p: p.log_r.mean()), "number that depends on P, not tensor(-")])
+    ("a,b", {}, "RECIPES: a name has letters, digits, dots, - and _ only; change ['a,b']"),
+    ("recipe", raises, "RECIPES['recipe'] is a function, no dict"),
+    ("recipe", dict(loss=lambda p: (p.log_pf - p.log_z).mean()), "in <lambda>: RuntimeError The "),
+    ("recipe", dict(loss=lambda p: p.log_pf.mean() * math.nan), "recipe: a loss has to return a "),
+    ("recipe", dict(lamda=2), "recipe: unrecognized arguments: --lamda=2"),
+    ("recipe", dict(loss=lambda p: p.log_pf.sum(1)), "number that depends on P, not tensor(["),
+    ("recipe", dict(loss=lambda p: 0.5), "a loss has to return a tensor of one finite number that"),
+    ("recipe", dict(loss=lambda p: p.log_r.mean()), "number that depends on P, not tensor(-")])
 def test_wrong_own_code(what, wrong, said, told, tiny, monkeypatch):
     method = {"cm": "sft+cm", "sampler": "tb:sampler=sampler"}.get(what, what)
     if what != "cm":
