@@ -597,18 +597,20 @@ def drawn_search(policy, histories, k, beams, temperature):
     """Draw k items at random, without replacement, codes ∝ P_F^(1/temperature) (Kool et al. 2019,
     stochastic beams). The idea is a race: each item arrives after a random time, Exp(1) / P; the k
     first ones are such a draw. A prefix arrives with the first item below it, which is after
-    Exp(1) / P of the prefix. So go down the tree: of the children of a prefix, one arrives when the
-    prefix does, the others later. Scores are −log(time)."""
+    Exp(1) / P of the prefix. So go down the tree, and let the children of each prefix race: the
+    winner arrives when the prefix does, the others as much later as they lost. Scores: −log(time).
+    """
     tree = Beams(policy, histories)
     log_p = score = torch.zeros(tree.node.shape, device=tree.node.device)           # (B, W)
     for _ in range(tree.ids.num_levels):
         child, logits = tree.children()
         log_p = log_p[..., None] + (logits / temperature).log_softmax(-1)           # (B, W, K)
         own = log_p - torch.empty_like(log_p).exponential_().log_()     # −log(Exp(1) / P)
+        first = own.amax(-1, keepdim=True)                                          # of the winner
         parent = score[..., None]                                                   # (B, W, 1)
-        # time = the parent's + its own − that of the first sibling; in scores,
-        # −log(exp(−parent) + exp(−own) − exp(−first)) = parent − log(1 + exp(x)), no overflow:
-        x = parent - own + torch.log1p(-torch.exp(own - own.amax(-1, keepdim=True)))
+        # time = the parent's + its own − the winner's; in scores, without overflow,
+        # −log(exp(−parent) + exp(−own) − exp(−first)) = parent − log(1 + exp(x)), where x is
+        x = parent - own + torch.log1p(-torch.exp(own - first))
         score = (parent - functional.softplus(x)).flatten(1)                        # (B, W·K)
         score, best = score.topk(min(beams, score.shape[1]), 1)
         log_p = log_p.flatten(1).gather(1, best)
