@@ -9,14 +9,15 @@ The lecture comes first; it ends with the beam search. A step of training (`loss
 
     for each logged item v and the history U before it:
         R     = .2 logged(v) + .75 scores(U) + .05 similar(v), of all items; Z = the sum of R
-        items = 8 draws from P(· | U)
+        items = 8 different draws from P(· | U)
         L_GR  = −log P(v | U), the loss of SFT
         L_GFN = mean over the items of (log Z + log P − log R)², for instance: TB
     loss = mean of L_GR + λ · L_GFN
 
 A context (U, v) is a user's history, and the item that was logged next. An ID has L codes, each
 from 0 to K − 1. Its prefixes s_0 … s_L are a path: s_0 is empty, s_L is the item.
-Letters in shapes: C contexts, J paths of each context, n items, B users (or rows of a batch).
+Letters in shapes: C contexts, J paths of each context, n items, M prefixes (those of n items, once
+each), B users (or rows of a batch).
 """
 import copy
 import json
@@ -108,14 +109,14 @@ class Recipe:
     epochs: int = 8                 # passes over the training log
 
 # --- What a loss learns from: contexts and paths --------------------------------------------------
-# What a policy reads of C contexts. tokens, rows, ends: their histories, often several in one row
+# What a policy reads of C contexts. tokens, row_of, ends: their histories, often several in one row
 # of tokens (for speed: `pack`, after the lecture). unseen: which items are not in the history
-Context = namedtuple("Context", "tokens rows ends unseen")
+Context = namedtuple("Context", "tokens row_of ends unseen")
 
 class Batch:
     """C contexts (U, v) of the training log. Each item v of a user's log is a target once."""
     def __init__(self, rows, data, policy, reward=None):
-        """rows: each has a user, and places in the user's log: those of some targets v. data: the
+        """rows: parts of users' logs; row.places are the places there of some targets v. data: the
         training items of users, oldest first, and which were liked. policy: it has the IDs.
         reward: a Reward; None, for SFT: no scores, no r."""
         self.users = []             # C numbers
@@ -133,8 +134,8 @@ class Batch:
         device = ids.codes.device
         self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
         self.liked = torch.tensor(liked, device=device)         # (C,) bool: v was not only clicked
-        unseen = ids.unseen(self.histories)     # (C, M + n) bool: of each of M prefixes, is an item
-                                                # below it unseen? And of each of n items, is it?
+        unseen = ids.unseen(self.histories)     # (C, M + n) bool: of each prefix, is an item below
+                                                # it unseen? And of each item, is it?
         self.context = Context(*pack(rows, data.train, policy), unseen)
         if reward:
             # Scores that do not know v, by a recommender that was fitted without this user. The
@@ -480,8 +481,8 @@ def training_rows(histories, window):
             yield Row(user, max(0, stop - 1 - window), range(first, stop))
 
 def pack(rows, train, policy):
-    """The tokens, rows and ends of a Context. tokens (B, H): B rows, padded. Of each of C contexts,
-    row by row: rows (C,), in which row its history stands, and ends (C,), where it ends there."""
+    """The tokens, row_of and ends of a Context. tokens (B, H): B rows, padded. Of each of C
+    contexts, row by row: row_of (C,), the row of its history, and ends (C,), its end there."""
     tokens, _ = policy.tokens([train[user][start:places[-1]] for user, start, places in rows])
     row_of = []
     ends = []
@@ -525,15 +526,15 @@ def tree_mask(ends, H, J, L):
 def read_packed(policy, context, items):
     """Hidden states (C, J, L, d) of the prefixes s_0 … s_{L-1} on the paths of items (C, J). GPT-2
     reads each history once: its keys and values stay in a cache, which all paths share."""
-    tokens, rows, ends, _ = context
+    tokens, row_of, ends, _ = context
     ids = policy.semantic_ids
     J = items.shape[1]
     cache = DynamicCache()
     hidden = policy.lm.transformer(tokens, cache).last_hidden_state                 # (B, H, d)
-    root = hidden[rows, ends][:, None, None].expand(-1, J, 1, -1)   # s_0: where a history ends
+    root = hidden[row_of, ends][:, None, None].expand(-1, J, 1, -1)   # s_0: where a history ends
     if ids.num_levels == 1:
         return root
-    cache.batch_select_indices(rows)                            # that of each context's row
+    cache.batch_select_indices(row_of)                          # that of each context's row
     # Code c of level l is token l·K + c
     codes = ids.codes[items] + ids.num_codes * torch.arange(ids.num_levels, device=ends.device)
     mask = tree_mask(ends, tokens.shape[1], J, ids.num_levels)
@@ -601,6 +602,7 @@ def drawn_search(policy, histories, k, beams, temperature):
     winner arrives when the prefix does, the others as much later as they lost. Scores: −log(time).
     """
     tree = Beams(policy, histories)
+    # The root's time is 1, score 0: which time it is does not change who comes first
     log_p = score = torch.zeros(tree.node.shape, device=tree.node.device)           # (B, W)
     for _ in range(tree.ids.num_levels):
         child, logits = tree.children()
@@ -824,7 +826,7 @@ def check_numbers(where, values):
 
 def recipe_of(name, settings):
     """The Recipe of a method, or InputError. A field has the last of these values: of Recipe, of
-    all methods on real logs, of the method in RECIPES, of the method on real logs, of --sft or
+    REAL["Recipe"] on real logs (not for sft), of RECIPES, of the method in REAL, of --sft or
     --recipe, of the name itself, NAME:field=value. In tb-paper:epochs=4 on a real log, `lam` is
     that of tb-paper, `teacher` that of real logs."""
     base, *changes = name.split(":")

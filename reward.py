@@ -112,8 +112,8 @@ def fit_of(name, data):
 
 class Folds:
     """For training: scores that do not know what the user logged later. Users are split into 20
-    folds by a checksum of their training history, so that a history tells its fold. A user's scores
-    come from a recommender fitted on the other 19 folds. fit: its function, maybe your own."""
+    folds by a checksum of their training history, so users with the same one share a fold. A user's
+    scores come from a recommender fitted on the other 19 folds. fit: its function, maybe yours."""
     def __init__(self, fit, histories, num_items, folds=20):
         self.fit = fit
         self.histories = histories

@@ -1446,7 +1446,7 @@ def packing(policy, histories):               # a step on rows of 8 branches; on
     rows = torch.arange(len(ends))
     context = gflowgr.Context(tokens, rows, ends, policy.semantic_ids.unseen(histories))
     one_a_row = gflowgr.Context(*[x.repeat_interleave(8, 0) for x in context])
-    one_a_row = one_a_row._replace(rows=torch.arange(8 * len(ends)))
+    one_a_row = one_a_row._replace(row_of=torch.arange(8 * len(ends)))
     def step(context, items):
         policy(context, items)[0].sum().backward()
     return {"packed": partial(step, context, items),
