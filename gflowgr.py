@@ -199,8 +199,8 @@ TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))
 RECIPES = {
     "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
     # The paper's sampler (items of low score first, of high score later), its N, learned Z. Ours:
-    # the path of v trains L_GR alone. With chosen=logged, it trains L_GFN as well, as others'
-    # notes on the paper have it
+    # the path of v trains L_GR alone; δ, sharp, λ. As others' notes on the paper have it, it is
+    # tb-paper:chosen=logged:debias=0:sharp=1:lam=1
     "tb-paper": dict(TB, sampler="curriculum", trajectories=3, exact=False, lam=0.3, dropout=0.4),
     "tb": TB,
     "tb-huber": dict(loss=lambda p: huber_balance(p.log_z, p.log_pf, p.log_r)),
