@@ -14,6 +14,8 @@ import torch
 from torch.nn import functional
 
 from data import InputError
+# entries(lists): rows and columns of all their items in a matrix; sparse(index, values, shape): a
+# matrix; followers: which item soon follows which; item_vectors: an SVD of the log
 from tokenizer import entries, followers, item_features, item_vectors, sparse
 
 warnings.filterwarnings("ignore", message="Sparse CSR")         # torch calls its sparse CSR "beta"
