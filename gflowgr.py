@@ -249,8 +249,9 @@ def train(name, recipe, policy, world):
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
             loss = loss_of(recipe, policy, reference, batch, len(losses) / steps)
             if not torch.isfinite(loss):
+                users = sorted(set(batch.users))
                 raise FloatingPointError(f"{name}: loss {loss} at step {len(losses)}; is the rate "
-                                         f"too high? users {sorted(set(batch.users))}")
+                                         f"too high?; users (rows of data) {users}")
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -1058,10 +1059,11 @@ def run_oracle(settings, cm=None):
     target = (batch.r / batch.r.sum(1, keepdim=True)).cpu()     # P* = R/Z
     def distance(policy):                                       # mean L1 of P from R/Z
         return (distribution(policy, batch.histories) - target).abs().sum(1).mean().item()
-    path = Path(settings.out) / "oracle.png"
-    path.parent.mkdir(parents=True, exist_ok=True)              # fails now, not after training
     world.rows = 100 * rows                                     # 100 steps an epoch
     world.size = 4
+    try_out([settings.oracle], world)
+    path = Path(settings.out) / "oracle.png"
+    path.parent.mkdir(parents=True, exist_ok=True)              # fails now, not after training
     world.measure = distance
     world.measured = "L1 distance of P from R/Z"
     curve = train(settings.oracle, recipe, policy, world)

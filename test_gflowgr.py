@@ -1000,7 +1000,7 @@ def test_rates_clipping_and_progress(tiny, monkeypatch):
 
 def test_a_loss_that_is_nan_stops_its_run(tiny, monkeypatch):
     monkeypatch.setitem(RECIPES, "mine", dict(loss=lambda p: p.log_pf.mean() * math.nan))
-    with pytest.raises(FloatingPointError, match=r"mine: loss nan at step 0; .* users \[\d+, "):
+    with pytest.raises(FloatingPointError, match=r"mine: loss nan at step 0; .*; users .*\[\d+, "):
         trained(tiny, "mine")
 
 def test_changes_come_in_the_order_real_recipe_name(monkeypatch):
@@ -1076,6 +1076,8 @@ def test_wrong_own_code(what, wrong, said, told, tiny, monkeypatch):
     if what != "cm":
         monkeypatch.setitem(SAMPLERS if what == "sampler" else RECIPES, what, wrong)
     told(said, *tiny, f"--methods=sft,{method}", cm=wrong if what == "cm" else None)
+    if what == "recipe":
+        told(said, *tiny, "--oracle=recipe")
 
 # --- The oracle, metrics, gains -------------------------------------------------------------------
 @pytest.mark.parametrize("method", ["tb", "tb:exact=0:trajectories=20"])    # log Z: exact, learned
