@@ -335,7 +335,7 @@ class Policy(torch.nn.Module):
         self.semantic_ids = semantic_ids
         self.window = window                                    # items of a history that are read
         self.beams = beams                                      # beam width of recommend
-        self.catalogue = catalogue or {}                        # item_ids and titles, saved with it
+        self.catalogue = catalogue or {}    # saved with it: item_ids, titles, maybe guide: a CM
         self.user_token = semantic_ids.num_levels * semantic_ids.num_codes
         self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch, not pretrained
             vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
@@ -715,30 +715,20 @@ def load_policy(folder, dropout=0.0):
         check(lm.config.vocab_size == policy.user_token + 1 + len(ids.codes), "its IDs do not fit")
         return policy
     except Exception as error:                                  # a wrong folder can raise anything
-        raise InputError(f"{folder} holds no saved model of this version (untrained "
-                         f"methods are never saved): {error}") from None
+        raise InputError(f"{folder} holds no saved model of this version (untrained methods, and a "
+                         f"CM of your own, are never saved): {error}") from None
 
 def load_model(folder):
     """The saved model of any method, with recommend(histories, k); InputError if there is none.
-    A guided one is the policy in a folder beside it, and a CM that is fitted again."""
-    path = Path(folder).resolve() / "run.json"
-    if not path.exists() or path.with_name("semantic_ids.json").exists():
-        return load_policy(folder)
-    run = json.loads(path.read_text(encoding="utf-8"))
-    made = run["made_with"]
-    base, guided, _ = run["method"].partition("+cm")
-    check(guided and made["cm"] == "ours", f"{folder}: {run['method']} has no model that is saved")
-    data = load_data(run["data"], made["data"]["quick"])
-    check(made["data"].items() <= data.sizes.items(), f"the data have changed since {folder}")
-    beside = path.parent.parent / f"{base}-{run['seed']}"
-    policy = load_policy(beside)
-    now = json.loads((beside / "run.json").read_text(encoding="utf-8"))["made_with"]
-    same = all(made[what] == value for what, value in now.items())
-    check(same, f"{beside} has changed since {folder}")
-    check(run["recipe"].keys() == FIELDS.keys(), f"Recipe has changed since {folder}")
-    recipe = Recipe(**run["recipe"])
-    cm = fit_of(recipe.teacher, data)(data.train, len(data.titles))
-    return Guided(policy, Debiased(cm, recipe.debias, recipe.sharp))
+    Of a guided one, the policy is saved; its CM is fitted again."""
+    policy = load_policy(folder)
+    guide = policy.catalogue.get("guide")
+    if not guide:
+        return policy
+    data = load_data(guide["data"]["name"], guide["data"]["quick"])
+    check(guide["data"] == data.sizes, f"the data have changed since {folder}")
+    cm = fit_of(guide["teacher"], data)(data.train, len(data.titles))
+    return Guided(policy, Debiased(cm, guide["debias"], guide["sharp"]))
 
 Policy.save_pretrained = save_policy                            # the names of transformers
 Policy.from_pretrained = staticmethod(load_policy)
@@ -1036,6 +1026,10 @@ def model_of(name, recipe, world):
         return world.cm_of(recipe, own=base == "cm"), []
     if base.endswith("+cm"):
         policy = world.policy(base.removesuffix("+cm"))
+        if not world.own:                                       # load_model cannot fit yours
+            policy.catalogue["guide"] = {"data": world.data.sizes, "teacher": recipe.teacher,
+                                         "debias": recipe.debias, "sharp": recipe.sharp}
+            save_policy(policy, world.folder(name))
         return Guided(policy, world.cm_of(recipe)), []
     policy = world.policy("" if base == "sft" else "sft", recipe.dropout)
     curve = train(name, recipe, policy, world)
