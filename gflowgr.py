@@ -384,6 +384,7 @@ class Policy(torch.nn.Module):
         context = Context(tokens, rows, ends, self.semantic_ids.unseen(histories))
         return self(context, torch.as_tensor(items, device=tokens.device))[0]
 
+    @torch.no_grad()
     def recommend(self, histories, k=10, beams=None, guide=None, sample=0.0):
         """The k best items of B histories: items (B, k), best first, and scores (B, k), log P.
         Never an item of the history, never a duplicate; −1 and −inf where fewer than k are unseen.
@@ -394,25 +395,19 @@ class Policy(torch.nn.Module):
         right = len(histories) and k > 0 and sample >= 0
         check(right, "recommend needs at least one history, k from 1, sample from 0")
         check(not sample or guide is None, "recommend: sample or guide, not both")
-        beams = max(beams or self.beams, k)
-        if sample:
-            return drawn_search(self, histories, k, beams, sample)
-        if guide is not None:
-            return guided_search(self, histories, k, beams, guide)
-        return beam_search(self, histories, k, beams)
+        tree = Beams(self, histories, sample or 1.0, guide)
+        search = drawn_search if sample else beam_search
+        return search(tree, k, max(beams or self.beams, k))
 
 # --- Recommending: beam search down the tree ------------------------------------------------------
-@torch.no_grad()
-def beam_search(policy, histories, k, beams):
-    """The paper's: the best prefixes go on to the next level. As Policy.recommend. A beam is a
+def beam_search(tree, k, beams):
+    """The paper's: the best prefixes go on to the next level → as Policy.recommend. A beam is a
     prefix that is left; `tree` has those of all users, and GPT-2's view of them (Beams, below)."""
-    tree = Beams(policy, histories)     # at first one beam a user, W = 1: the empty prefix s_0
-    log_p = torch.zeros(len(histories), 1, device=tree.node.device)     # (B, W) log P of a beam
-    for _ in range(tree.ids.num_levels):
-        # Logits of all next codes, NEVER if illegal; child: the nodes where they lead (B, W, K)
-        child, logits = tree.children()
-        # log P of a child = log P of its prefix + log P_F of its code, over legal codes alone
-        log_p = (log_p[..., None] + logits.log_softmax(-1)).flatten(1)              # (B, W·K)
+    log_p = torch.zeros_like(tree.node, dtype=torch.float)      # (B, W) log P of a beam; at first,
+    for _ in range(tree.ids.num_levels):                        # W = 1: the empty prefix s_0
+        # log P_F of all next codes, near NEVER if illegal; child: where they lead (B, W, K)
+        child, log_steps = tree.children()
+        log_p = (log_p[..., None] + log_steps).flatten(1)       # (B, W·K)
         log_p, best = log_p.topk(min(beams, log_p.shape[1]), 1)                     # (B, new W)
         tree.keep(child, best)              # these children are the new beams: GPT-2 reads them
     return tree.items(log_p, k)             # after L codes, a beam is an item; (B, k)
@@ -548,10 +543,17 @@ def read_packed(policy, context, items):
 class Beams:
     """W beams of each of B users: the prefixes that are left, of equal length. GPT-2 reads a code
     once: its keys and values stay in a cache, those of dropped beams, too. A mask hides these."""
-    def __init__(self, policy, histories):
+    def __init__(self, policy, histories, temperature=1.0, guide=None):
+        """Codes have P_F^(1/temperature), of sum 1, times the guide's share; see children."""
         self.ids = policy.semantic_ids
         self.lm = policy.lm.transformer
+        self.temperature = temperature
         self.unseen = self.ids.unseen(histories)    # (B, M + n) bool, of each node
+        self.log_guide = None
+        if guide is not None:                       # (B, M + n) log of its sum below each node
+            guide = guide.to(self.unseen.device) * self.unseen[:, self.ids.num_prefixes:]
+            self.log_guide = self.ids.flows(guide).clamp(min=1e-30).log()
+            self.log_guide[:, 0] = 0                # of the root: it is the same for all items
         self.level = 0                                          # number of codes so far
         tokens, ends = policy.tokens(histories)
         self.ends = ends[:, None]                               # (B, 1)
@@ -563,11 +565,18 @@ class Beams:
         self.mask = torch.where(place > self.ends[..., None], NEVER, 0.0)           # (B, W, keys)
 
     def children(self):
-        """Of all beams: the nodes of all next codes, −1 if illegal; their logits (B, W, K)."""
+        """Of all beams: the nodes of all next codes, −1 if illegal; their log P_F (B, W, K). A guide
+        is ours: log P_F + log of the code's share of the guide, guide below it / below the beam.
+        The sum over the steps of a path is log P + log guide of the item."""
         K = self.ids.num_codes
         head = self.lm.wte.weight[self.level * K:(self.level + 1) * K]              # (K, d)
         child = self.ids.legal_children(self.node, self.unseen)                     # (B, W, K)
-        return child, (self.hidden @ head.T).masked_fill_(child < 0, NEVER)
+        logits = (self.hidden @ head.T).masked_fill_(child < 0, NEVER)
+        log_steps = (logits / self.temperature).log_softmax(-1)
+        if self.log_guide is not None:
+            below = self.log_guide.gather(1, child.clamp(min=0).flatten(1)).view_as(child)
+            log_steps += below - self.log_guide.gather(1, self.node.clamp(min=0))[..., None]
+        return child, log_steps
 
     def keep(self, child, best):
         """Go on with W of the children; best (B, W): w·K + c is code c of the old beam w. If fewer
@@ -593,21 +602,19 @@ class Beams:
         scores = functional.pad(scores, (0, k))[:, :k]
         return items, scores.masked_fill(items < 0, -math.inf)
 
-# --- Searches that draw at random, or that follow a guide -----------------------------------------
-@torch.no_grad()
-def drawn_search(policy, histories, k, beams, temperature):
-    """Draw k items at random, without replacement, codes ∝ P_F^(1/temperature) (Kool et al. 2019,
+# --- A search that draws at random ----------------------------------------------------------------
+def drawn_search(tree, k, beams):
+    """Draw k items at random, without replacement, by the P_F of `tree` (Kool et al. 2019,
     stochastic beams). The idea is a race: each item arrives after a random time, Exp(1) / P; the k
     first ones are such a draw. A prefix arrives with the first item below it, which is after
     Exp(1) / P of the prefix. So go down the tree, and let the children of each prefix race: the
     winner arrives when the prefix does, the others as much later as they lost. Scores: −log(time).
     """
-    tree = Beams(policy, histories)
     # The root's time is 1, score 0: which time it is does not change who comes first
-    log_p = score = torch.zeros(tree.node.shape, device=tree.node.device)           # (B, W)
+    log_p = score = torch.zeros_like(tree.node, dtype=torch.float)                  # (B, W)
     for _ in range(tree.ids.num_levels):
-        child, logits = tree.children()
-        log_p = log_p[..., None] + (logits / temperature).log_softmax(-1)           # (B, W, K)
+        child, log_steps = tree.children()
+        log_p = log_p[..., None] + log_steps                                        # (B, W, K)
         own = log_p - torch.empty_like(log_p).exponential_().log_()     # −log(Exp(1) / P)
         first = own.amax(-1, keepdim=True)                                          # of the winner
         parent = score[..., None]                                                   # (B, W, 1)
@@ -617,25 +624,6 @@ def drawn_search(policy, histories, k, beams, temperature):
         score = (parent - functional.softplus(x)).flatten(1)                        # (B, W·K)
         score, best = score.topk(min(beams, score.shape[1]), 1)
         log_p = log_p.flatten(1).gather(1, best)
-        tree.keep(child, best)
-    return tree.items(score, k)
-
-@torch.no_grad()
-def guided_search(policy, histories, k, beams, guide):
-    """Beam search by P · guide, ours: the score of a prefix is log P + log(Σ guide of the unseen
-    items below it); at whole IDs, log P + log guide. guide: (B, n) ≥ 0."""
-    tree = Beams(policy, histories)
-    ids = tree.ids
-    guide = guide.to(tree.node.device) * tree.unseen[:, ids.num_prefixes:]          # (B, n)
-    log_guide = ids.flows(guide).clamp(min=1e-30).log()         # (B, M + n) of the sum below each
-    log_p = torch.zeros(tree.node.shape, device=tree.node.device)                   # (B, W)
-    for _ in range(ids.num_levels):
-        child, logits = tree.children()
-        log_p = (log_p[..., None] + logits.log_softmax(-1)).flatten(1)              # (B, W·K)
-        # An illegal child may have any guide, here that of the root
-        score = log_p + log_guide.gather(1, child.clamp(min=0).flatten(1))
-        score, best = score.topk(min(beams, score.shape[1]), 1)
-        log_p = log_p.gather(1, best)                           # without guide: that comes anew
         tree.keep(child, best)
     return tree.items(score, k)
 
