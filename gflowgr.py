@@ -158,36 +158,23 @@ class Paths:
         paths = torch.cat([positives, items], 1) if recipe.gr else items
         log_steps, log_probs, learned_flow = policy(batch.context, paths)   # Policy.forward, below
         J = items.shape[1]
+        self.recipe = recipe
         self.items = items                                      # (C, J)
         self.log_v = log_steps[:, 0].sum(-1)                    # (C,) log P(v | U), if gr > 0
         self.log_steps = log_steps[:, -J:]                      # (C, J, L) log P_F of each step
         self.log_probs = log_probs[:, -J:]                      # (C, J, L, K) of all codes there
         self.log_pf = self.log_steps.sum(-1)                    # (C, J) log P of whole paths
         self.log_r = batch.r.gather(1, items).log()             # (C, J) log R
-        self.learned_flow = learned_flow[:, -J:]                # (C, J, L) log F of s_0 … s_{L-1}
-        self.recipe = recipe
+        # (C, J, L, K) exact F of all children of s_0 … s_{L-1}: sums of R over the items below
+        self.child_flow = policy.semantic_ids.child_flows(batch.r, items)
+        # If exact, F of a prefix is the sum over its children; F(s_L) = R, F(s_0) = Z(U)
+        log_flow = self.child_flow.sum(-1).log() if recipe.exact else learned_flow[:, -J:]
+        self.log_flow = torch.cat([log_flow, self.log_r[..., None]], -1)    # (C, J, L+1) log F
+        self.log_z = self.log_flow[:, 0, 0]                     # (C,) log Z(U)
         self.reference = reference
         self.batch = batch
-        self.ids = policy.semantic_ids
 
-    # The others are computed if a loss reads them
-    @cached_property
-    def child_flow(self):
-        """(C, J, L, K) exact F of all children of s_0 … s_{L-1}: sums of R over the items below."""
-        return self.ids.child_flows(self.batch.r, self.items)
-
-    @cached_property
-    def log_flow(self):
-        """(C, J, L+1) log F of s_0 … s_L. If exact, F of a prefix is the sum over its children."""
-        log_flow = self.child_flow.sum(-1).log() if self.recipe.exact else self.learned_flow
-        return torch.cat([log_flow, self.log_r[..., None]], -1)
-
-    @cached_property
-    def log_z(self):
-        """(C,) log Z(U) = log F(s_0): if exact, the log of the sum of R."""
-        return self.log_flow[:, 0, 0]
-
-    @cached_property
+    @cached_property                                            # costs a pass; few losses read it
     def log_ref(self):
         """(C, J) log P by the reference."""
         with torch.no_grad():
@@ -565,9 +552,9 @@ class Beams:
         self.mask = torch.where(place > self.ends[..., None], NEVER, 0.0)           # (B, W, keys)
 
     def children(self):
-        """Of all beams: the nodes of all next codes, −1 if illegal; their log P_F (B, W, K). A guide
-        is ours: log P_F + log of the code's share of the guide, guide below it / below the beam.
-        The sum over the steps of a path is log P + log guide of the item."""
+        """Of all beams: the nodes of all next codes, −1 if illegal; their log P_F (B, W, K). With a
+        guide, ours: log P_F + log(the guide's sum below the code / its sum below the beam). Over
+        the steps of a path, this adds up to log P + log guide of the item."""
         K = self.ids.num_codes
         head = self.lm.wte.weight[self.level * K:(self.level + 1) * K]              # (K, d)
         child = self.ids.legal_children(self.node, self.unseen)                     # (B, W, K)
