@@ -138,9 +138,8 @@ class Batch:
                                                 # it unseen? And of each item, is it?
         self.context = Context(*pack(rows, data.train, policy), unseen)
         if reward:
-            # Scores that do not know v, by a recommender that was fitted without this user. The
-            # whole log, U and what follows, tells who that is
-            scores = reward.teacher.scores(self.histories, self.following)
+            # Scores that do not know v, by a recommender that was fitted without this user
+            scores = reward.teacher.scores(self.histories, self.users)
             self.scores = scores.to(device)                     # (C, n) of sum 1
             # (C, n) R of all items, > 0 at unseen ones, 0 at seen ones
             self.r = reward(self.scores, self.positives, self.liked, unseen[:, ids.num_prefixes:])

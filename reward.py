@@ -119,7 +119,8 @@ class Folds:
     def __init__(self, fit, histories, num_items, folds=20):
         self.fit = fit
         self.histories = histories
-        self.folds = folds
+        checksums = [zlib.crc32(np.array(history, np.int64).tobytes()) for history in histories]
+        self.fold = np.array(checksums) % folds                 # of each user
         self.whole = fit(histories, num_items)                  # on all users: to serve them
         count = np.bincount(entries(histories)[1], minlength=num_items)
         self.popular = torch.tensor(count + 1.0).float()                            # (n,)
@@ -127,14 +128,10 @@ class Folds:
             self.popular = self.whole.popular                   # lengths of vectors
         self.parts = {}                                         # fold → fitted without it
 
-    def fold(self, history):
-        """The number of a training history's fold."""
-        return zlib.crc32(np.array(history, np.int64).tobytes()) % self.folds
-
     def without(self, fold):
         """The recommender that does not know a fold, fitted when it is first asked for."""
         if fold not in self.parts:
-            others = [history for history in self.histories if self.fold(history) != fold]
+            others = [self.histories[user] for user in np.flatnonzero(self.fold != fold)]
             self.parts[fold] = self.fit(others, len(self.popular))
         return self.parts[fold]
 
@@ -151,16 +148,15 @@ class Folds:
                              f"items of the history, each row of sum 1, not {found} …")
         return scores.float()
 
-    def scores(self, histories, following=None):
-        """(B, n). In training, following has B lists: what each user logged after the history.
-        None: users to be served. InputError if your own scores are not as ours."""
-        if following is None:
+    def scores(self, histories, users=None):
+        """(B, n). users: in training, whose histories these are; None: users to be served.
+        InputError if your own scores are not as ours."""
+        if users is None:
             return self.checked(self.whole, histories)
-        # The history and what followed are the whole training history
-        folds = [self.fold([*past, *after]) for past, after in zip(histories, following)]
         scores = torch.empty(len(histories), len(self.popular))
-        for fold in set(folds):
-            rows = [row for row, other in enumerate(folds) if other == fold]
+        folds = self.fold[users]
+        for fold in np.unique(folds):
+            rows = np.flatnonzero(folds == fold)
             scores[rows] = self.checked(self.without(fold), [histories[row] for row in rows])
         return scores
 
@@ -173,9 +169,9 @@ class Debiased:
         self.divisor = cm.popular ** delta                                          # (n,)
         self.sharp = sharp
 
-    def scores(self, histories, *following):
+    def scores(self, histories, *users):
         """(B, n) ≥ 0, rows sum to 1."""
-        scores = (self.cm.scores(histories, *following) / self.divisor) ** self.sharp
+        scores = (self.cm.scores(histories, *users) / self.divisor) ** self.sharp
         return scores / scores.sum(1, keepdim=True).clamp(min=1e-30)
 
     def recommend(self, histories, k=10):
@@ -203,7 +199,7 @@ class Reward:
     Z = w_a + w_ŷ + w_s + ε. The paper's raw signals are 10, a score, and up to L for each item:
     over thousands of items the similarity would outweigh the one logged item."""
     def __init__(self, ids, teacher, weights, epsilon=1e-3):
-        """ids: SemanticIDs; teacher: has scores(histories, following); weights w_a, w_ŷ, w_s."""
+        """ids: SemanticIDs; teacher: has scores(histories, users); weights w_a, w_ŷ, w_s."""
         self.ids = ids
         self.teacher = teacher
         self.weights = weights

@@ -760,8 +760,7 @@ def test_svd_and_blend_against_loops(vectors):
 def test_a_fold_does_not_know_its_users_and_who_is_served_gets_all():
     folds = Folds(counted, LOG, 25, folds=4)
     past = [history[:2] for history in LOG]
-    after = [history[2:] for history in LOG]
-    found = folds.scores(past[::-1], after[::-1]).flip(0)
+    found = folds.scores(past[::-1], range(len(LOG))[::-1]).flip(0)
     for user, history in enumerate(LOG):
         [one] = [cm for cm in folds.parts.values() if history not in cm.log]    # one of the fits
         close(found[user], one.scores([past[user]])[0])
@@ -885,11 +884,12 @@ def test_where_one_item_is_left_it_is_drawn(name):
     items = SAMPLERS[name](batch, 5, made(), 0.5)
     assert items.tolist() == [[8] * 5]
 
-def paths_by_hand(recipe, world, models, past, after, items):   # {attribute of Paths: its row}
+def paths_by_hand(recipe, world, models, user, past, items):    # {attribute of Paths: its row}
+    after = world.data.train[user][len(past):]
     codes = world.ids.codes.tolist()
     log_pf, learned_flow = one_by_one(models[0], past)
     teacher = world.cms[recipe.teacher]
-    signal = teacher.scores([past], [after])[0] / teacher.whole.popular ** recipe.debias
+    signal = teacher.scores([past], [user])[0] / teacher.whole.popular ** recipe.debias
     signal = signal ** recipe.sharp
     alike = torch.tensor([sum(x == y for x, y in zip(row, codes[after[0]])) for row in codes])
     alike[past] = 0
@@ -958,7 +958,7 @@ def test_what_a_loss_is_given_and_what_is_made_of_it(name, K, L, tiny, monkeypat
     items = torch.cat([first[recipe.chosen], drawn], 1)
     p = gflowgr.Paths(recipe, policy, frozen, batch, drawn)
     for c, past in enumerate(batch.histories):
-        wanted = paths_by_hand(recipe, world, (policy, frozen), past, batch.following[c],
+        wanted = paths_by_hand(recipe, world, (policy, frozen), batch.users[c], past,
                                items[c].tolist())
         for what, row in wanted.items():
             close(getattr(p, what)[c].clamp(min=-99), row.clamp(min=-99), msg=what)
