@@ -466,13 +466,8 @@ def pack(rows, train, policy):
     """The tokens, row_of and ends of a Context. tokens (B, H): B rows, padded. Of each of C
     contexts, row by row: row_of (C,), the row of its history, and ends (C,), its end there."""
     tokens, _ = policy.tokens([train[user][start:places[-1]] for user, start, places in rows])
-    row_of = []
-    ends = []
-    for row, (_, start, places) in enumerate(rows):
-        for place in places:
-            row_of.append(row)
-            ends.append(place - start)                          # 0: at <user>, so U is empty
-    row_of, ends = torch.tensor([row_of, ends], device=tokens.device)
+    ends = [np.array(places) - start for _, start, places in rows]  # 0: at <user>, so U is empty
+    row_of, ends = torch.tensor(np.array(entries(ends)), device=tokens.device)
     return tokens, row_of, ends
 
 def batches(world, policy, reward, rng):
