@@ -46,7 +46,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, get_cosine_s
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from data import InputError, check, find_item, load_data, read_ids, report
-from reward import CollaborativeModel, Debiased, Folds, Guided, Reward, fit_of
+from reward import Debiased, Folds, Guided, Reward, fit_of
 from tokenizer import SemanticIDs, entries, item_features
 
 NEVER = -1e9                            # log P of an illegal code; with −inf, losses would be nan
@@ -100,7 +100,7 @@ class Recipe:
     w_a: float = 0.2                # r_a: 1 at v (.1 if a real log says that v was not liked)
     w_y: float = 0.75               # r_ŷ: scores of the teacher, of sum 1
     w_s: float = 0.05               # r_s ∝ number of levels with the same code as v, of sum 1
-    teacher: Literal["cm", "svd", "blend"] = "svd"      # a traditional recommender of reward.py
+    teacher: Literal["pop", "cm", "svd", "blend"] = "svd"   # a recommender of reward.py
     debias: float = 0.5             # δ, ours: the teacher's scores are divided by popularity^δ
     sharp: float = 3.0              # and raised to this power: P learns a few high ones better
     beta: float = 0.1               # S-DPO, GRPO: how strongly P is held near that of SFT
@@ -741,9 +741,8 @@ class Settings:
     recommend: list[str] = HfArg(default_factory=list, help="print ten titles for this history")
     model: str = HfArg(default="", help="the saved model for --recommend, like runs/toy/tb-42")
 
-ALONE = dict(debias=0.0, sharp=1.0)
-UNTRAINED = {"pop": ALONE, "cm": dict(ALONE, teacher="cm"), "svd": ALONE,
-             "blend": dict(ALONE, teacher="blend")}
+UNTRAINED = {name: dict(teacher=name, debias=0.0, sharp=1.0) for name in (
+    "pop", "cm", "svd", "blend")}
 FIELDS = {name: value for name, value in vars(Recipe()).items() if name != "loss"}     # defaults
 
 def real_of(data):
@@ -988,9 +987,6 @@ def run_method(name, world):
 def model_of(name, recipe, world):
     """Train a method, or put it together → its model, with recommend(histories), and its curve."""
     base = name.partition(":")[0]
-    if base == "pop":
-        popular = CollaborativeModel.fit(world.data.train, len(world.data.titles), popularity=1.0)
-        return Debiased(popular, 0.0), []
     if base in UNTRAINED:
         return world.cm_of(recipe, own=base == "cm"), []
     if base.endswith("+cm"):

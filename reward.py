@@ -110,7 +110,8 @@ def fit_of(name, data):
     if name == "blend":
         features = item_features("mixed", data.texts, data.train, seed=0)
         return partial(Blend, similar=similar_items(features))
-    return {"cm": CollaborativeModel.fit, "svd": SVD}[name]
+    popular = partial(CollaborativeModel.fit, popularity=1.0)       # popularity alone
+    return {"pop": popular, "cm": CollaborativeModel.fit, "svd": SVD}[name]
 
 class Folds:
     """For training: scores that do not know what the user logged later. Users are split into 20
