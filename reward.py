@@ -126,13 +126,6 @@ class Folds:
             self.popular = self.whole.popular                   # lengths of vectors
         self.parts = {}                                         # fold → fitted without it
 
-    def without(self, fold):
-        """The recommender that does not know a fold, fitted when it is first asked for."""
-        if fold not in self.parts:
-            others = [self.histories[user] for user in np.flatnonzero(self.fold != fold)]
-            self.parts[fold] = self.fit(others, len(self.popular))
-        return self.parts[fold]
-
     def checked(self, cm, histories):
         """The scores of a recommender, or InputError."""
         scores = cm.scores(histories)
@@ -154,8 +147,11 @@ class Folds:
         scores = torch.empty(len(histories), len(self.popular))
         folds = self.fold[users]
         for fold in np.unique(folds):
+            if fold not in self.parts:                          # fitted when it is first asked for
+                others = [self.histories[user] for user in np.flatnonzero(self.fold != fold)]
+                self.parts[fold] = self.fit(others, len(self.popular))
             rows = np.flatnonzero(folds == fold)
-            scores[rows] = self.checked(self.without(fold), [histories[row] for row in rows])
+            scores[rows] = self.checked(self.parts[fold], [histories[row] for row in rows])
         return scores
 
 class Debiased:
