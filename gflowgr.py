@@ -29,7 +29,6 @@ import sys
 import time
 import traceback
 import zlib
-from argparse import ArgumentParser
 from collections import namedtuple
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -751,15 +750,14 @@ def real_of(data):
 
 def parse(argv):
     """Settings from the command line; a mistake ends in one line on stderr and status 2."""
-    first = ArgumentParser(add_help=False, allow_abbrev=False)      # defaults depend on --data
-    first.add_argument("--data", nargs="?", default="toy")
     parser = HfArgumentParser(
         Settings, allow_abbrev=False, description=__doc__.splitlines()[0],
         epilog=f"methods: {', '.join(UNTRAINED | RECIPES)}, NAME+cm (guided by the CM). samplers: "
         f"{', '.join(SAMPLERS)}. fields of a recipe, to change in --methods, --sft and --recipe: "
         f"{', '.join(FIELDS)}. example: --methods sft,tb:trajectories=4,tb:debias=.5")
     parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
-    parser.set_defaults(**real_of(first.parse_known_args(argv)[0].data or "").get("Settings", {}))
+    real = real_of(parser.parse_args(argv).data)                # defaults depend on --data
+    parser.set_defaults(**real.get("Settings", {}))
     settings = Settings(**vars(parser.parse_args(argv)))
     if bool(settings.recommend) != bool(settings.model):
         parser.error("--recommend and --model go together")
