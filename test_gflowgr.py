@@ -1063,7 +1063,7 @@ LINE = f"test_gflowgr.py, line {raises.__code__.co_firstlineno + 1}, in raises: 
     ("sampler", lambda *given: policy_draws(*given) - 48, "items from 0 to 47"),
     ("sampler", lambda *given: policy_draws(*given) + 48, "items from 0 to 47"),
     ("sampler", lambda batch, *_: batch.r.topk(8, largest=False)[1], "not in batch.histories"),
-    ("a,b", {}, "RECIPES: a name has letters, digits, dots, - and _ only; change ['a,b']"),
+    ("a,b", {}, "--methods: there is no 'a'; there are "),
     ("recipe", raises, "RECIPES['recipe'] is a function, no dict"),
     ("recipe", dict(loss=lambda p: (p.log_pf - p.log_z).mean()), "in <lambda>: RuntimeError The "),
     ("recipe", dict(loss=lambda p: p.log_pf.mean() * math.nan), "recipe: a loss has to return a "),
