@@ -821,20 +821,19 @@ def run(settings, cm=None):
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
     worlds = [World(seed, data, settings, cm) for seed in seeds]
-    kept = {}
-    for world in worlds:
-        for name in names:                      # refuses a run that was made otherwise
-            path = world.folder(name) / "run.json"
-            run = path.exists() and report.earlier_run(path, made_with(name, world))
-            if run and settings.resume:
-                print(f"{name}, seed {world.seed}: kept, as it was finished")
-                kept[name, world.seed] = run
-    try_out([name for name in names if (name, seeds[0]) not in kept], worlds[0])
-    runs = []
-    for world in worlds:
-        for name in names:
-            runs.append(kept.get((name, world.seed)) or run_method(name, world))
-    return report.finish(settings.out, runs, about, data)
+    jobs = [(name, world) for world in worlds for name in names]
+    runs = {}                                   # of each job: finished earlier, or False
+    for name, world in jobs:                    # refuses a run that was made otherwise
+        path = world.folder(name) / "run.json"
+        run = path.exists() and report.earlier_run(path, made_with(name, world))
+        runs[name, world.seed] = settings.resume and run
+    try_out([name for name in names if not runs[name, seeds[0]]], worlds[0])
+    for name, world in jobs:
+        if runs[name, world.seed]:
+            print(f"{name}, seed {world.seed}: kept, as it was finished")
+        else:
+            runs[name, world.seed] = run_method(name, world)
+    return report.finish(settings.out, list(runs.values()), about, data)
 
 def check_settings(settings):
     """Check the settings and set the device → (names of methods in the table's order, seeds)."""
