@@ -45,7 +45,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from data import InputError, check, find_item, load_data, read_ids, report
 from reward import Debiased, Folds, Guided, Reward, fit_of
-from tokenizer import SemanticIDs, entries, item_features
+from tokenizer import SemanticIDs, at, entries, item_features
 
 NEVER = -1e9                            # log P of an illegal code; with −inf, losses would be nan
 
@@ -553,8 +553,7 @@ class Beams:
         logits = (self.hidden @ head.T).masked_fill_(child < 0, NEVER)
         log_steps = (logits / self.temperature).log_softmax(-1)
         if self.log_guide is not None:
-            below = self.log_guide.gather(1, child.clamp(min=0).flatten(1)).view_as(child)
-            log_steps += below - self.log_guide.gather(1, self.node.clamp(min=0))[..., None]
+            log_steps += at(self.log_guide, child) - at(self.log_guide, self.node)[..., None]
         return child, log_steps
 
     def keep(self, child, best):

@@ -146,6 +146,10 @@ def assign_with_capacity(cost, parent, capacity):
             return code
         cost[refused, code[refused]] = np.inf
 
+def at(table, nodes):
+    """What a table (B, M + n) has at nodes (B, …); node −1 reads node 0."""
+    return table.gather(1, nodes.clamp(min=0).flatten(1)).view_as(nodes)
+
 class SemanticIDs(torch.nn.Module):
     """The table item ↔ semantic ID, and the tree of its prefixes. A Module, so that .to() moves it.
     A node of the tree is a number: 0 is the root, 1 … M−1 are the other prefixes, level by level,
@@ -211,8 +215,7 @@ class SemanticIDs(torch.nn.Module):
         """F of all children of s_0 … s_{L-1} on the paths of items (C, J) → (C, J, L, K), 0 where
         a code is illegal. In the example, [.5, .2, .3] and item 1: [.7, .3] and [.5, .2]."""
         child = self.next_node[self.nodes[items][..., :-1]]     # (C, J, L, K) nodes, −1 if illegal
-        flow = self.flows(values).gather(1, child.clamp(min=0).flatten(1)).view_as(child)
-        return flow * (child >= 0)                              # −1 has read node 0: 0 instead
+        return at(self.flows(values), child) * (child >= 0)     # −1 has read node 0: 0 instead
 
     def unseen(self, histories):
         """(B, M + n) bool: is any item below this node not in the history? Used by P, R and beams.
@@ -226,5 +229,4 @@ class SemanticIDs(torch.nn.Module):
         """Where each code leads from nodes (B, …): nodes (B, …, K), −1 if to no unseen item;
         unseen (B, M + n). In the example, if item 0 was seen, from node 1 to [−1, 4]."""
         child = self.next_node[nodes]                           # (B, …, K)
-        legal = unseen.gather(1, child.clamp(min=0).flatten(1)).view_as(child)
-        return child.where(legal, -1)                           # child −1 reads node 0, stays −1
+        return child.where(at(unseen, child), -1)               # child −1 reads node 0, stays −1
