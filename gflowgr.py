@@ -965,7 +965,8 @@ def run_method(name, world):
     print(f"{name}, seed {world.seed}: {':'.join(changes) or 'as Recipe says'}")
     finished = world.folder(name) / "run.json"
     finished.parent.mkdir(parents=True, exist_ok=True)          # fails now, not after training
-    finished.unlink(missing_ok=True)                            # now, not before: it begins anew
+    for file in (finished, finished.with_name("semantic_ids.json")):
+        file.unlink(missing_ok=True)                            # now, not before: it begins anew
     started = time.time()
     model, curve = model_of(name, recipe, world)
     middle = time.time()
