@@ -44,7 +44,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, get_cosine_s
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from data import InputError, check, find_item, load_data, read_ids, report
-from reward import Debiased, Folds, Guided, Reward, fit_of
+from reward import Debiased, Folds, Reward, fit_of
 from tokenizer import SemanticIDs, at, entries, item_features
 
 NEVER = -1e9                            # log P of an illegal code; with −inf, losses would be nan
@@ -320,6 +320,7 @@ class Policy(torch.nn.Module):
         self.window = window                                    # items of a history that are read
         self.beams = beams                                      # beam width of recommend
         self.catalogue = catalogue or {}    # saved with it: item_ids, titles, maybe guide: a CM
+        self.cm = None                                          # NAME+cm: its scores guide beams
         self.user_token = semantic_ids.num_levels * semantic_ids.num_codes
         self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch, not pretrained
             vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
@@ -378,6 +379,7 @@ class Policy(torch.nn.Module):
         Raises InputError for an item that is not in the catalogue, or if nothing is asked for."""
         right = len(histories) and k > 0 and sample >= 0
         check(right, "recommend needs at least one history, k from 1, sample from 0")
+        guide = self.cm.scores(histories) if self.cm else guide
         check(not sample or guide is None, "recommend: sample or guide, not both")
         tree = Beams(self, histories, sample or 1.0, guide)
         search = drawn_search if sample else beam_search
@@ -689,12 +691,12 @@ def load_model(folder):
     Of a guided one, the policy is saved; its CM is fitted again."""
     policy = load_policy(folder)
     guide = policy.catalogue.get("guide")
-    if not guide:
-        return policy
-    data = load_data(guide["data"]["name"], guide["data"]["quick"])
-    check(guide["data"] == data.sizes, f"the data have changed since {folder}")
-    cm = fit_of(guide["teacher"], data)(data.train, len(data.titles))
-    return Guided(policy, Debiased(cm, guide["debias"], guide["sharp"]))
+    if guide:
+        data = load_data(guide["data"]["name"], guide["data"]["quick"])
+        check(guide["data"] == data.sizes, f"the data have changed since {folder}")
+        cm = fit_of(guide["teacher"], data)(data.train, len(data.titles))
+        policy.cm = Debiased(cm, guide["debias"], guide["sharp"])
+    return policy
 
 Policy.save_pretrained = save_policy                            # the names of transformers
 Policy.from_pretrained = staticmethod(load_policy)
@@ -989,7 +991,8 @@ def model_of(name, recipe, world):
             policy.catalogue["guide"] = {"data": world.data.sizes, "teacher": recipe.teacher,
                                          "debias": recipe.debias, "sharp": recipe.sharp}
             save_policy(policy, world.folder(name))
-        return Guided(policy, world.cm_of(recipe)), []
+        policy.cm = world.cm_of(recipe)
+        return policy, []
     policy = world.policy("" if base == "sft" else "sft", recipe.dropout)
     curve = train(name, recipe, policy, world)
     save_policy(policy, world.folder(name))

@@ -175,17 +175,6 @@ class Debiased:
         value, items = scores.topk(k, 1)
         return items.masked_fill(value == -torch.inf, -1), value
 
-class Guided:
-    """A policy whose beam search a CM guides, ours: the best items by log P + log CM."""
-    def __init__(self, policy, cm):
-        self.policy = policy
-        self.cm = cm
-        self.catalogue = policy.catalogue
-
-    def recommend(self, histories, k=10):
-        """The k best items (B, k) of B histories, and log P + log CM (B, k); see Policy."""
-        return self.policy.recommend(histories, k, guide=self.cm.scores(histories))
-
 class Reward:
     """The comprehensive reward R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/m of the m unseen
     items; R of an item of the history is 0. Each signal sums to 1 over the unseen items (r_a to .1
