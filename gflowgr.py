@@ -671,8 +671,9 @@ def save_policy(policy, folder):
     report.write(path, {"num_codes": ids.num_codes, "codes": ids.codes.tolist(),
                         "beams": policy.beams, "catalogue": policy.catalogue})
 
-def load_policy(folder, dropout=0.0):
-    """The saved Policy in eval mode; InputError if the folder holds none."""
+def load_model(folder, dropout=0.0):
+    """The saved Policy in eval mode; InputError if the folder holds none. The CM of NAME+cm, which
+    guides it, is fitted again."""
     try:
         table = json.loads((Path(folder) / "semantic_ids.json").read_text(encoding="utf-8"))
         ids = SemanticIDs(table["codes"], table["num_codes"])
@@ -681,15 +682,9 @@ def load_policy(folder, dropout=0.0):
         policy = Policy(ids, lm.config.n_positions - ids.num_levels, beams=table["beams"],
                         catalogue=table["catalogue"], lm=lm).eval()
         check(lm.config.vocab_size == policy.user_token + 1 + len(ids.codes), "its IDs do not fit")
-        return policy
     except Exception as error:                                  # a wrong folder can raise anything
         raise InputError(f"{folder} holds no saved model of this version (untrained methods, and a "
                          f"CM of your own, are never saved): {error}") from None
-
-def load_model(folder):
-    """The saved model of any method, with recommend(histories, k); InputError if there is none.
-    Of a guided one, the policy is saved; its CM is fitted again."""
-    policy = load_policy(folder)
     guide = policy.catalogue.get("guide")
     if guide:
         data = load_data(guide["data"]["name"], guide["data"]["quick"])
@@ -699,7 +694,7 @@ def load_model(folder):
     return policy
 
 Policy.save_pretrained = save_policy                            # the names of transformers
-Policy.from_pretrained = staticmethod(load_policy)
+Policy.from_pretrained = staticmethod(load_model)
 
 # --- Settings: flags, names of methods ------------------------------------------------------------
 REAL = {            # What real logs have instead of the defaults: all methods, then some of them
@@ -901,7 +896,7 @@ class World:
         """A new policy, or the one that a method has saved."""
         settings = self.settings
         if name:
-            return load_policy(self.folder(name), dropout).to(settings.device)
+            return load_model(self.folder(name), dropout).to(settings.device)
         torch.manual_seed(self.seed)
         catalogue = {"item_ids": self.data.item_ids, "titles": self.data.titles}
         return Policy(self.ids, settings.window, settings.width, settings.layers, dropout,
