@@ -59,15 +59,14 @@ def tf_idf(texts):
 def followers(histories, num_items, window, decay):
     """Sparse (n, n): at (a, b), Σ of decay^(d − 1) where b stands d ≤ window places after a. With
     decay .8, the log [[0, 1, 2]] has 1 at (0, 1) and (1, 2), and .8 at (0, 2)."""
+    users, items = entries(histories)
     pairs = []
     weights = []
-    for history in histories:
-        for distance in range(1, window + 1):
-            apart = list(zip(history, history[distance:]))      # items this far from each other
-            pairs += apart
-            weights += [decay ** (distance - 1)] * len(apart)
-    pairs = np.array(pairs, np.int64).reshape(-1, 2).T
-    return sparse(pairs, np.array(weights), (num_items, num_items))
+    for distance in range(1, window + 1):
+        same = users[distance:] == users[:-distance]            # items this far apart, of one user
+        pairs.append([items[:-distance][same], items[distance:][same]])
+        weights.append(np.full(same.sum(), decay ** (distance - 1)))
+    return sparse(np.hstack(pairs), np.hstack(weights), (num_items, num_items))
 
 def ppmi(histories, num_items):
     """Sparse (n, n): positive pointwise mutual information, log(p(a, b) / (p(a) · p(b))), above 0
