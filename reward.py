@@ -188,6 +188,11 @@ class Reward:
         self.weights = weights
         self.epsilon = epsilon
 
+    def action(self, positives, liked):
+        """r_a (B, n): 1 at a liked positive, 0.1 at a clicked one (the paper's 10 : 1), else 0."""
+        r = torch.zeros(len(positives), len(self.ids.codes), device=positives.device)
+        return r.scatter_(1, positives[:, None], torch.where(liked, 1.0, 0.1)[:, None])
+
     def similarity(self, positives, unseen):
         """r_s (B, n), rows sum to 1: codes that unseen IDs share with that of v, positive (B,)."""
         # r_s(v') = c(v') / Σ c over unseen items; c(v'): in how many levels v' has the code of v
@@ -198,10 +203,10 @@ class Reward:
     def __call__(self, scores, positives, liked, unseen):
         """R (B, n) of every item, > 0 at unseen (B, n; bool) ones; r_ŷ is scores (B, n);
         positives and liked (bool) are (B,)."""
-        # ε/m + w_ŷ · r_ŷ + w_s · r_s + w_a · r_a, 0 at seen items. x.add(y, alpha=w): x + w·y
+        # R = ε/m + w_ŷ · r_ŷ + w_s · r_s + w_a · r_a, 0 at seen items. x.add(y, alpha=w): x + w·y
         w_a, w_y, w_s = self.weights
         r = self.epsilon / unseen.sum(1, keepdim=True)          # (B, 1)
         r = r.add(scores, alpha=w_y)                            # (B, n)
         r.add_(self.similarity(positives, unseen), alpha=w_s)   # in place, as it is large
-        action = torch.where(liked, 1.0, 0.1)[:, None]          # (B, 1) r_a of v (the paper: 10, 1)
-        return r.scatter_add_(1, positives[:, None], w_a * action).mul_(unseen)
+        r.add_(self.action(positives, liked), alpha=w_a)
+        return r.mul_(unseen)
