@@ -47,19 +47,22 @@ class CollaborativeModel:
     """Counts of which item follows which: CM(U, v) ∝ Σ_j decay^(age(j) − 1) · near[j, v] over the
     last `length` items j, age 1: the newest, plus a little popularity. near[j, v]: how often v soon
     follows j. In the log 0 1 2, near[0] is 0, 1, .8: after 0, the scores of 1 and 2 are 1 : .8."""
-    def __init__(self, histories, num_items, window=5, nearness=0.8, backward=0.25, power=0.5,
-                 length=10, decay=0.6, popularity=0.05):
-        """Constants: chosen on validation items of MovieLens and Beauty."""
+    @classmethod
+    def fit(cls, histories, num_items, window=5, nearness=0.8, backward=0.25, power=0.5,
+            length=10, decay=0.6, popularity=0.05):
+        """A fitted model. Constants: chosen on validation items of MovieLens and Beauty."""
+        cm = cls()
         # near[j, v] = (forward[j, v] + backward · forward[v, j]) / count(j)^power, where
         # forward[j, v] = Σ nearness^(d − 1), a term each time v stands d ≤ window places after j
         forward = followers(histories, num_items, window, nearness)     # sparse (n, n)
         both = (forward + backward * forward.T).coalesce()
         count = torch.tensor(np.bincount(entries(histories)[1], minlength=num_items)).double()
-        self.near = (both * count.clamp(min=1)[:, None] ** -power).float()
-        self.popular = (count + 1).float()                      # (n,)
-        self.length = length
-        self.decay = decay
-        self.popularity = popularity                            # its share
+        cm.near = (both * count.clamp(min=1)[:, None] ** -power).float()
+        cm.popular = (count + 1).float()                        # (n,)
+        cm.length = length
+        cm.decay = decay
+        cm.popularity = popularity                              # its share
+        return cm
 
     def scores(self, histories):
         """CM(U, ·) (B, n) of B histories."""
@@ -89,7 +92,7 @@ class Blend:
     """Ours, for real logs: √(counts · neighbours) + SVD / √(length of vector), both with sum 1.
     Neighbours: Σ_j similar[j, i] / age(j) over the last 20 items j, similar by `similar_items`."""
     def __init__(self, histories, num_items, similar):
-        self.counts = CollaborativeModel(histories, num_items)
+        self.counts = CollaborativeModel.fit(histories, num_items)
         self.svd = SVD(histories, num_items)
         self.similar = similar                                  # sparse (n, n)
         self.popular = self.counts.popular
@@ -107,8 +110,8 @@ def fit_of(name, data):
     if name == "blend":
         features = item_features("mixed", data.texts, data.train, seed=0)
         return partial(Blend, similar=similar_items(features))
-    popular = partial(CollaborativeModel, popularity=1.0)       # popularity alone
-    return {"pop": popular, "cm": CollaborativeModel, "svd": SVD}[name]
+    popular = partial(CollaborativeModel.fit, popularity=1.0)       # popularity alone
+    return {"pop": popular, "cm": CollaborativeModel.fit, "svd": SVD}[name]
 
 class Folds:
     """For training: scores that do not know what the user logged later. Users are split into 20

@@ -121,7 +121,7 @@ TRAIN = [np.random.default_rng(u).permutation(20)[:4 + u % 8].tolist() for u in 
 LOG = [*TRAIN, [20, 21, 0, 1]]                # of 25 items, 22 to 24 in no history
 USERS = [[24], [3, 7], [24, *range(9, 24)], list(range(25)), []]
 def counted(log, n, **options):
-    cm = CollaborativeModel(log, n, **options)
+    cm = CollaborativeModel.fit(log, n, **options)
     cm.log = log                              # for near_loops, and for messages
     return cm
 def cm_cases():
@@ -129,7 +129,7 @@ def cm_cases():
     # near[0, 1] = 0.8^0 = 1 and near[0, 2] = 0.8^1 = 0.8: shares 1/1.8 and 0.8/1.8
     yield "near[0] = 0, 1, .8, 0; without popularity", (small, [[0]])
     yield "31 histories", (counted(LOG, 25), USERS)
-def near_loops(log, j, v):                    # near[j, v] with the constants of `__init__`
+def near_loops(log, j, v):                    # near[j, v] with the constants of `fit`
     total = 0.0
     for history in log:
         if j in history and v in history:
@@ -764,11 +764,11 @@ def test_a_fold_does_not_know_its_users_and_who_is_served_gets_all():
     for user, history in enumerate(LOG):
         [one] = [cm for cm in folds.parts.values() if history not in cm.log]    # one of the fits
         close(found[user], one.scores([past[user]])[0])
-    whole = CollaborativeModel(LOG, 25).scores(past)
+    whole = CollaborativeModel.fit(LOG, 25).scores(past)
     close(folds.scores(past), whole)
     assert ((found - whole).abs().amax(1) > 0.001).all()
 
-@pytest.mark.parametrize("fit", [CollaborativeModel, SVD])
+@pytest.mark.parametrize("fit", [CollaborativeModel.fit, SVD])
 def test_scores_are_divided_by_popularity_or_length_and_guide_beams(fit, vectors):
     popular = torch.tensor([1.0 + sum(LOG, []).count(v) for v in range(25)])
     if fit == SVD:
@@ -806,7 +806,7 @@ def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
 
 def test_a_list_ends_where_no_item_is_left():
     seen = list(range(24))
-    cm = CollaborativeModel(TRAIN, 24, popularity=0.0)
+    cm = CollaborativeModel.fit(TRAIN, 24, popularity=0.0)
     for recommend in (made().recommend, partial(made().recommend, sample=1.0),
                       Debiased(cm, 1.0).recommend):
         items, scores = recommend([seen, seen[1:], [0, 0, 3]], 24)
@@ -817,7 +817,7 @@ def test_a_list_ends_where_no_item_is_left():
 def test_what_cannot_be_recommended_is_told():
     ask = made().recommend
     said = "items of a history are numbers from 0 to 23|recomm|IDs: "
-    for wrong in (partial(CollaborativeModel([[0, 1]], 24).scores, [[3, 24]]),
+    for wrong in (partial(CollaborativeModel.fit([[0, 1]], 24).scores, [[3, 24]]),
                   partial(ask, [[-1]]), partial(ask, []), partial(ask, [[3]], k=0),
                   partial(ask, [[3]], guide=torch.rand(1, 24), sample=1.0),
                   partial(ask, [[3]], sample=-1.0), partial(SemanticIDs, [[4]], 4)):
@@ -1354,7 +1354,7 @@ def test_the_figures_on_the_pages_were_made_with_these_defaults():
     for data in ("toy", "real"):                                # "real" is no made-up world
         settings = gflowgr.parse([f"--data={data}"])
         made += [settings, *[recipe_of(name, settings) for name in (*RECIPES, "sft+cm")]]
-    for function in (CollaborativeModel, Folds, Policy, Reward, TOY["write"],
+    for function in (CollaborativeModel.fit, Folds, Policy, Reward, TOY["write"],
                      tokenizer.item_features, tokenizer.kmeans, World.policy):
         made.append(inspect.signature(function))
     text = re.sub(" at 0x[0-9a-f]+", "", repr(made))
