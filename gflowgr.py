@@ -44,7 +44,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, get_cosine_s
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from data import InputError, check, find_item, load_data, read_ids, report
-from reward import Debiased, Folds, Reward, fit_of
+from reward import TEACHERS, Debiased, Folds, Reward, fit_of
 from tokenizer import SemanticIDs, at, entries, item_features
 
 NEVER = -1e9                            # log P of an illegal code; with −inf, losses would be nan
@@ -98,7 +98,7 @@ class Recipe:
     w_a: float = 0.2                # r_a: 1 at v (.1 if a real log says that v was not liked)
     w_y: float = 0.75               # r_ŷ: scores of the teacher, of sum 1
     w_s: float = 0.05               # r_s ∝ number of levels with the same code as v, of sum 1
-    teacher: Literal["pop", "cm", "svd", "blend"] = "svd"   # a recommender of reward.py
+    teacher: str = "svd"            # one of TEACHERS, the recommenders of reward.py
     debias: float = 0.5             # δ, ours: the teacher's scores are divided by popularity^δ
     sharp: float = 3.0              # and raised to this power: P learns a few high ones better
     beta: float = 0.1               # S-DPO, GRPO: how strongly P is held near that of SFT
@@ -683,13 +683,13 @@ def load_model(folder, dropout=0.0):
                         catalogue=table["catalogue"], lm=lm).eval()
         check(lm.config.vocab_size == policy.user_token + 1 + len(ids.codes), "its IDs do not fit")
     except Exception as error:                                  # a wrong folder can raise anything
-        raise InputError(f"{folder} holds no saved model of this version (untrained methods, and a "
-                         f"CM of your own, are never saved): {error}") from None
+        raise InputError(f"{folder} holds no saved model of this version (untrained methods are "
+                         f"never saved): {error}") from None
     guide = policy.catalogue.get("guide")
     if guide:
         data = load_data(guide["data"]["name"], guide["data"]["quick"])
         check(guide["data"] == data.sizes, f"the data have changed since {folder}")
-        cm = fit_of(guide["teacher"], data)(data.train, len(data.titles))
+        cm = Folds(fit_of(guide["teacher"], data), data.train, len(data.titles))
         policy.cm = Debiased(cm, guide["debias"], guide["sharp"])
     return policy
 
@@ -735,8 +735,6 @@ class Settings:
     recommend: list[str] = HfArg(default_factory=list, help="print ten titles for this history")
     model: str = HfArg(default="", help="the saved model for --recommend, like runs/toy/tb-42")
 
-UNTRAINED = {name: dict(teacher=name, debias=0.0, sharp=1.0) for name in (
-    "pop", "cm", "svd", "blend")}
 FIELDS = {name: value for name, value in vars(Recipe()).items() if name != "loss"}     # defaults
 
 def real_of(data):
@@ -747,7 +745,7 @@ def parse(argv):
     """Settings from the command line; a mistake ends in one line on stderr and status 2."""
     parser = HfArgumentParser(
         Settings, allow_abbrev=False, description=__doc__.splitlines()[0],
-        epilog=f"methods: {', '.join(UNTRAINED | RECIPES)}, NAME+cm (guided by the CM). samplers: "
+        epilog=f"methods: {', '.join(TEACHERS | RECIPES)}, NAME+cm (with a teacher). samplers: "
         f"{', '.join(SAMPLERS)}. fields of a recipe, to change in --methods, --sft and --recipe: "
         f"{', '.join(FIELDS)}. example: --methods sft,tb:trajectories=4,tb:debias=.5")
     parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
@@ -783,15 +781,17 @@ def recipe_of(name, settings):
     that of tb-paper, `teacher` that of real logs."""
     base, *changes = name.split(":")
     real = real_of(settings.data)
-    fields = (UNTRAINED | RECIPES).get(base, dict(sharp=9.0))           # NAME+cm
+    fields = RECIPES.get(base, dict(sharp=9.0))                 # NAME+cm
     check(isinstance(fields, dict), f"RECIPES[{base!r}] is a {type(fields).__name__}, no dict")
-    if base in UNTRAINED or "+cm" in base:
-        used = ["debias"] if base in UNTRAINED else ["teacher", "debias", "sharp"]
+    if base in TEACHERS or "+cm" in base:
+        used = ["debias"] if base in TEACHERS else ["teacher", "debias", "sharp"]
         odd = [change for change in changes if change.partition("=")[0] not in used]
         check(not odd, f"{name}: of {base}, one can change {used}, not {odd}")
-    if base == "sft":
+    if base in TEACHERS:
+        fields = dict(teacher=base, debias=0.0, sharp=1.0)
+    elif base == "sft":
         changes = settings.sft.split(":") + changes
-    elif base not in UNTRAINED:
+    else:
         fields = real.get("Recipe", {}) | fields
         changes = settings.recipe.split(":") + changes
     fields = fields | real.get(base, {})
@@ -801,22 +801,23 @@ def recipe_of(name, settings):
     changes = [f"{what}={value}" for what, value in fields.items()] + changes   # the last one holds
     recipe = Recipe(**vars(parser.parse_args([f"--{change}" for change in changes if change])))
     check_numbers(f"{name}: ", recipe)
-    check(recipe.sampler in SAMPLERS, f"{name}: sampler has to be one of {', '.join(SAMPLERS)}")
+    for what, there in {"sampler": SAMPLERS, "teacher": TEACHERS}.items():
+        known = getattr(recipe, what) in there
+        check(known, f"{name}: {what} has to be one of {', '.join(there)}")
     compares = base in ("grpo", "vargrad")
     check(recipe.trajectories > 1 or not compares, f"{name}: it compares paths: trajectories > 1")
     return recipe
 
 # --- The experiment: data → IDs, CM → SFT → fine-tuned policies → table ---------------------------
-def run(settings, cm=None):
-    """The whole job → results. cm: a CM of your own: fit(histories, num_items) → an object with
-    scores(histories)."""
+def run(settings):
+    """The whole job → results."""
     names, seeds = check_settings(settings)
     for name in names:                          # a wrong change is told before the data are read
         recipe_of(name, settings)
     data = load_data(settings.data, settings.quick)             # a Dataset
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
-    worlds = [World(seed, data, settings, cm) for seed in seeds]
+    worlds = [World(seed, data, settings) for seed in seeds]
     jobs = [(name, world) for world in worlds for name in names]
     runs = {}                                   # of each job: finished earlier, or False
     for name, world in jobs:                    # refuses a run that was made otherwise
@@ -841,12 +842,12 @@ def check_settings(settings):
     seeds = [seed.strip() for seed in settings.seeds.split(",")]
     whole = all(seed.isdecimal() and len(seed) < 19 for seed in seeds)
     check(whole, f"--seeds {settings.seeds} are not numbers like 42,43")
-    methods = [*UNTRAINED, *RECIPES, *[f"{name}+cm" for name in RECIPES]]
+    methods = [*TEACHERS, *RECIPES, *[f"{name}+cm" for name in RECIPES]]
     names = []
     for name in map(str.strip, settings.methods.split(",")):
         base = name.partition(":")[0]
         check(base in methods, f"--methods: there is no {base!r}; there are {', '.join(methods)}")
-        if base not in UNTRAINED:                               # all others start from SFT
+        if base not in TEACHERS:                                # all others start from SFT
             names += ["sft", base.removesuffix("+cm")] if "+cm" in base else ["sft"]
         names.append(name)
     names.sort(key=lambda name: methods.index(name.partition(":")[0]))
@@ -856,13 +857,11 @@ def check_settings(settings):
 
 class World:
     """What all methods of one seed share, made from training items alone."""
-    def __init__(self, seed, data, settings, cm=None):
-        """data: a Dataset; cm: fit of a CM of your own, or None."""
+    def __init__(self, seed, data, settings):
         self.seed = seed                                        # of IDs, new policies, training
         self.data = data
         self.settings = settings
-        self.own = cm                                           # its fit(histories, num_items)
-        self.cms = {}                                           # name → fitted recommender
+        self.cms = {}                                           # teacher → fitted, in Folds
         self.rows = list(training_rows(data.train, settings.window))
         # Of a batch, in rows; a small log gets small ones, so that an epoch has 20 steps
         self.size = min(settings.batch, math.ceil(len(self.rows) / 20))
@@ -902,13 +901,11 @@ class World:
         return Policy(self.ids, settings.window, settings.width, settings.layers, dropout,
                       settings.beams, catalogue).to(settings.device)
 
-    def cm_of(self, recipe, own=True):
-        """The teacher of a recipe, its scores as debias and sharp say. It is fitted once. Yours, if
-        there is one, is the teacher of all; own=False: ours nevertheless."""
-        fit = self.own if own else None
-        name = "own" if fit else recipe.teacher
+    def cm_of(self, recipe):
+        """The teacher of a recipe, its scores as debias and sharp say. It is fitted once."""
+        name = recipe.teacher
         if name not in self.cms:
-            fit = fit or fit_of(name, self.data)
+            fit = fit_of(name, self.data)
             self.cms[name] = Folds(fit, self.data.train, len(self.data.titles))
         return Debiased(self.cms[name], recipe.debias, recipe.sharp)
 
@@ -917,10 +914,10 @@ class World:
         return Reward(self.ids, self.cm_of(recipe), (recipe.w_a, recipe.w_y, recipe.w_s))
 
 def made_with(name, world):
-    """All inputs of a run that --resume compares, but code, and what a CM of your own is like."""
+    """All inputs of a run that --resume compares, but code."""
     data = {what: value for what, value in world.data.sizes.items() if what != "name"}
-    made = {"data": data, "cm": "your own" if world.own else "ours"}
-    if name.partition(":")[0] not in UNTRAINED:
+    made = {"data": data}
+    if name.partition(":")[0] not in TEACHERS:
         made["IDs"] = zlib.crc32(world.ids.codes.cpu().numpy())
     for what in "window width layers batch beams".split():
         made[f"--{what}"] = getattr(world.settings, what)
@@ -930,8 +927,8 @@ def made_with(name, world):
     return made
 
 def try_out(names, world):
-    """One step of each recipe with an untrained policy: a mistake in your own CM, sampler or loss
-    shows now, not after hours."""
+    """One step of each recipe with an untrained policy: a mistake in your own teacher, sampler or
+    loss shows now, not after hours."""
     for name in names:
         recipe = recipe_of(name, world.settings)
         if recipe.loss:
@@ -950,7 +947,7 @@ def try_out(names, world):
             check(right and torch.isfinite(loss), f"{name}: a loss has to return a tensor of one "
                   f"finite number that depends on P, not {loss!r}")
             loss.backward()
-        elif world.own:
+        elif "+cm" in name or name.partition(":")[0] in TEACHERS:
             world.cm_of(recipe).scores(world.data.train[:2])
 
 def run_method(name, world):
@@ -978,14 +975,13 @@ def run_method(name, world):
 def model_of(name, recipe, world):
     """Train a method, or put it together → its model, with recommend(histories), and its curve."""
     base = name.partition(":")[0]
-    if base in UNTRAINED:
-        return world.cm_of(recipe, own=base == "cm"), []
+    if base in TEACHERS:
+        return world.cm_of(recipe), []
     if base.endswith("+cm"):
         policy = world.policy(base.removesuffix("+cm"))
-        if not world.own:                                       # load_model cannot fit yours
-            policy.catalogue["guide"] = {"data": world.data.sizes, "teacher": recipe.teacher,
-                                         "debias": recipe.debias, "sharp": recipe.sharp}
-            save_policy(policy, world.folder(name))
+        policy.catalogue["guide"] = {"data": world.data.sizes, "teacher": recipe.teacher,
+                                     "debias": recipe.debias, "sharp": recipe.sharp}
+        save_policy(policy, world.folder(name))
         policy.cm = world.cm_of(recipe)
         return policy, []
     policy = world.policy("" if base == "sft" else "sft", recipe.dropout)
@@ -994,7 +990,7 @@ def model_of(name, recipe, world):
     return world.policy(name), curve                            # tested as it was saved
 
 # --- The oracle: does P reach R/Z? ----------------------------------------------------------------
-def run_oracle(settings, cm=None):
+def run_oracle(settings):
     """Train from random weights on four contexts, where R/Z is known: does P reach it?"""
     _, seeds = check_settings(settings)
     changes = "gr=0:lam=1:sampler=policy_draws:trajectories=64:rate=.002:dropout=0:epochs=15"
@@ -1002,7 +998,7 @@ def run_oracle(settings, cm=None):
     recipe = recipe_of(settings.oracle, settings)
     check(recipe.loss, f"--oracle {settings.oracle}: it needs a method with a loss of paths")
     data = load_data(settings.data, settings.quick)
-    world = World(seeds[0], data, settings, cm)
+    world = World(seeds[0], data, settings)
     policy = world.policy()
     last = {row.user: row for row in world.rows if row.user < 4}        # the last row of each user
     rows = [row._replace(places=row.places[-1:]) for row in last.values()]  # its last item alone
@@ -1035,15 +1031,15 @@ def print_recommendations(settings):
     check(items.max() >= 0, "the history has all items: none is left")
     print(*[titles[item] for item in items[0].tolist() if item >= 0], sep="\n")
 
-def main(settings, cm=None):
+def main(settings):
     """Do what the settings ask for → exit status; a mistake is one line on stderr."""
     try:
         if settings.recommend:
             print_recommendations(settings)
         elif settings.oracle:
-            run_oracle(settings, cm)
+            run_oracle(settings)
         else:
-            run(settings, cm)
+            run(settings)
         return 0
     except KeyboardInterrupt:
         print("stopped; --resume keeps the finished methods of a run", file=sys.stderr)

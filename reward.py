@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from data import InputError
+from data import InputError, check
 # entries(lists): rows and columns of all their items in a matrix; sparse(index, values, shape): a
 # matrix; followers: which item soon follows which; item_vectors: an SVD of the log
 from tokenizer import entries, followers, item_features, item_vectors, sparse
@@ -105,13 +105,17 @@ class Blend:
         second = share(self.svd.scores(histories) / self.svd.popular.sqrt())
         return share(first + second)
 
+# A teacher's name: its fit(histories, num_items)
+TEACHERS = {"pop": partial(CollaborativeModel.fit, popularity=1.0),     # popularity alone
+            "cm": CollaborativeModel.fit, "svd": SVD, "blend": Blend}
+
 def fit_of(name, data):
-    """The function fit(histories, num_items) of the recommender with this name."""
+    """The function fit(histories, num_items) of the teacher with this name."""
+    check(name in TEACHERS, f"there is no teacher {name!r}; there are {', '.join(TEACHERS)}")
     if name == "blend":
         features = item_features("mixed", data.texts, data.train, seed=0)
         return partial(Blend, similar=similar_items(features))
-    popular = partial(CollaborativeModel.fit, popularity=1.0)       # popularity alone
-    return {"pop": popular, "cm": CollaborativeModel.fit, "svd": SVD}[name]
+    return TEACHERS[name]
 
 class Folds:
     """For training: scores that do not know what the user logged later. Users are split into 20
@@ -134,7 +138,8 @@ class Folds:
         scores = cm.scores(histories)
         shape = (len(histories), len(self.popular))
         right = torch.is_tensor(scores) and scores.shape == shape and scores.is_floating_point()
-        right = right and scores.min() >= 0 and (scores.sum(1) - 1).abs().max() < 1e-3
+        right = right and scores.min() >= 0                     # all 0: of who saw all items
+        right = right and ((scores.sum(1) - 1) * scores.any(1)).abs().max() < 1e-3
         if not right or scores[entries(histories)].any():
             name = type(cm).__name__
             found = " ".join(str(scores).split())[:100]

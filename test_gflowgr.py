@@ -51,7 +51,7 @@ import reward
 import tokenizer
 from data import InputError, figures, load_data, report
 from gflowgr import NEVER, Policy, RECIPES, Recipe, SAMPLERS, World, policy_draws, recipe_of
-from reward import SVD, CollaborativeModel, Debiased, Folds, Reward, fit_of
+from reward import SVD, TEACHERS, CollaborativeModel, Debiased, Folds, Reward, fit_of
 from tokenizer import SemanticIDs
 
 ROOT = Path(gflowgr.__file__).parent
@@ -640,23 +640,23 @@ def test_a_wrong_name_is_told(capsys):
         assert said in capsys.readouterr().err
 
 # === Tests by topic, in the order of the story ====================================================
-def cli(*arguments, cm=None):                 # → exit status, what is on stdout, on stderr
+def cli(*arguments):                          # → exit status, what is on stdout, on stderr
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
         try:
-            status = gflowgr.main(gflowgr.parse([str(argument) for argument in arguments]), cm)
+            status = gflowgr.main(gflowgr.parse([str(argument) for argument in arguments]))
         except SystemExit as stop:
             status = stop.code
     return status, out.getvalue(), err.getvalue()
 
-def refused(message, *flags, cm=None):        # one line on stderr, exit status 2
-    status, _, err = cli(*flags, cm=cm)
+def refused(message, *flags):                 # one line on stderr, exit status 2
+    status, _, err = cli(*flags)
     assert status == 2
     assert re.fullmatch(f"error: .*{re.escape(message)}.*\n", err), err
 
 @pytest.fixture
 def told(tmp_path):                           # refused before anything is written
-    def check(message, *flags, cm=None):
-        refused(message, *flags, f"--out={tmp_path / 'out'}", cm=cm)
+    def check(message, *flags):
+        refused(message, *flags, f"--out={tmp_path / 'out'}")
         assert not (tmp_path / "out").exists()
     return check
 
@@ -1019,7 +1019,7 @@ def test_changes_come_in_the_order_real_recipe_name(monkeypatch):
             ("db:w_a=7", RECIPES["db"], dict(common, lam=4, w_a=7)),        # its own dropout stays
             ("mine", {}, dict(common, lam=10, dropout=0.3)),        # its lam, though that of Recipe
             ("tb+cm:debias=.5", {}, dict(common, lam=4, sharp=9, debias=0.5, dropout=0.3)),
-            ("cm:debias=1", gflowgr.UNTRAINED["cm"], dict(debias=1)),
+            ("cm:debias=1", dict(teacher="cm", sharp=1.0), dict(debias=1)),
             ("sft:epochs=8", RECIPES["sft"], dict(epochs=8, rate=0.5, dropout=0.5))):
         assert recipe_of(name, settings) == Recipe(**{**own, **changes}), name
     assert gflowgr.parse(["--quick", "--recipe=epochs=3"]).recipe == "epochs=1:epochs=3"
@@ -1032,19 +1032,21 @@ def own(returned):                            # fit of a CM; returned: right sco
         return returned(right / right.sum(1, keepdim=True))
     return lambda histories, num_items: SimpleNamespace(scores=scores, popular="not used")
 
-def test_an_own_cm(tiny, tmp_path):
-    mine = own(torch.Tensor.double)                             # as numpy has it
-    methods = "--methods=cm:debias=9,sft+cm:debias=1:sharp=3"
+def test_an_own_teacher(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(TEACHERS, "mine", own(torch.Tensor.double))     # as numpy has it
+    methods = "--methods=mine:debias=9,sft+cm:teacher=mine:debias=1:sharp=3"
     settings = gflowgr.parse([*tiny, f"--out={tmp_path}", methods])
-    lists = gflowgr.run(settings, mine)["runs"][0]["lists"]
+    runs = gflowgr.run(settings)["runs"]
+    lists = runs[0]["lists"]
     data = load_data(settings.data)
     count = sum(data.train, []).count
     for history, row in zip(data.histories, lists):             # divided by counts: rarer first
         assert [*map(count, row)] == sorted(map(count, {*range(48)} - {*history[:-1]}))[:10]
-    saved = f"--model={tmp_path}/sft+cm,debias=1,sharp=3-42"
-    refused("holds no saved model", "--recommend=x", saved)
-    svd, _ = gflowgr.model_of("svd", recipe_of("svd", settings), World(1, data, settings, mine))
-    close(svd.scores([[3, 5]]), reward.SVD(data.train, 48).scores([[3, 5]]))     # it stays ours
+    saved = f"{tmp_path}/sft+cm,teacher=mine,debias=1,sharp=3-42"
+    past = [history[:-1] for history in data.histories]
+    assert gflowgr.load_model(saved).recommend(past)[0].tolist() == runs[2]["lists"]
+    monkeypatch.delitem(TEACHERS, "mine")
+    refused("there is no teacher 'mine'; there are pop, cm, ", "--recommend=x", f"--model={saved}")
 
 def raises(*given):
     return given[0].nothing
@@ -1073,10 +1075,10 @@ LINE = f"test_gflowgr.py, line {raises.__code__.co_firstlineno + 1}, in raises: 
     ("recipe", dict(loss=lambda p: 0.5), "a loss has to return a tensor of one finite number that"),
     ("recipe", dict(loss=lambda p: p.log_r.mean()), "number that depends on P, not tensor(-")])
 def test_wrong_own_code(what, wrong, said, told, tiny, monkeypatch):
-    method = {"cm": "sft+cm", "sampler": "tb:sampler=sampler"}.get(what, what)
-    if what != "cm":
-        monkeypatch.setitem(SAMPLERS if what == "sampler" else RECIPES, what, wrong)
-    told(said, *tiny, f"--methods=sft,{method}", cm=wrong if what == "cm" else None)
+    method = {"cm": "sft+cm:teacher=cm", "sampler": "tb:sampler=sampler"}.get(what, what)
+    place = {"cm": TEACHERS, "sampler": SAMPLERS}.get(what, RECIPES)
+    monkeypatch.setitem(place, what, wrong)
+    told(said, *tiny, f"--methods=sft,{method}")
     if what == "recipe":
         told(said, *tiny, "--oracle=recipe")
 
@@ -1324,7 +1326,7 @@ def test_real_logs_are_converted_or_refused(name, titles, history, liked, tmp_pa
 # --- Help, docstrings, pages ----------------------------------------------------------------------
 def test_help_names_all_and_shows_an_example():
     words = " ".join(cli("--help")[1].split()).replace("- ", "-")     # wrapped there
-    for name in (*gflowgr.FIELDS, *SAMPLERS, *RECIPES, *gflowgr.UNTRAINED, "example: --methods"):
+    for name in (*gflowgr.FIELDS, *SAMPLERS, *RECIPES, *TEACHERS, "example: --methods"):
         assert re.search(rf"\b{name}\b", words)
 
 @pytest.mark.parametrize("module", [gflowgr, reward, tokenizer, folder_of_data, report, figures])
@@ -1335,6 +1337,8 @@ def test_examples_in_docstrings(module):
 def by_itself(tmp_path, monkeypatch):         # what a page replaces, adds, writes is gone after it
     for name in ("RECIPES", "SAMPLERS", "REAL"):
         monkeypatch.setattr(gflowgr, name, copy.deepcopy(getattr(gflowgr, name)))
+    monkeypatch.setattr(reward, "TEACHERS", dict(TEACHERS))
+    monkeypatch.setattr(gflowgr, "TEACHERS", reward.TEACHERS)
     monkeypatch.chdir(tmp_path)
 
 @pytest.mark.parametrize("page", ["README", *"data/example data/own data/course data/log "
