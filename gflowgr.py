@@ -819,18 +819,16 @@ def run(settings):
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
     worlds = [World(seed, data, settings) for seed in seeds]
     jobs = [(name, world) for world in worlds for name in names]
-    runs = {}                                   # of each job: finished earlier, or False
+    kept = []                                   # of each job: the finished run, or False
     for name, world in jobs:                    # refuses a run that was made otherwise
         path = world.folder(name) / "run.json"
         run = path.exists() and report.earlier_run(path, made_with(name, world))
-        runs[name, world.seed] = settings.resume and run
-    try_out([name for name in names if not runs[name, seeds[0]]], worlds[0])
-    for name, world in jobs:
-        if runs[name, world.seed]:
+        kept.append(settings.resume and run)
+        if kept[-1]:
             print(f"{name}, seed {world.seed}: kept, as it was finished")
-        else:
-            runs[name, world.seed] = run_method(name, world)
-    return report.finish(settings.out, list(runs.values()), about, data)
+    try_out([name for name, run in zip(names, kept) if not run], worlds[0])
+    runs = [run or run_method(*job) for run, job in zip(kept, jobs)]
+    return report.finish(settings.out, runs, about, data)
 
 def check_settings(settings):
     """Check the settings and set the device → (names of methods in the table's order, seeds)."""
