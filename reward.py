@@ -44,29 +44,26 @@ def shares(scores, histories, popular, s=0.001):
     return (1 - s) * scores + s * popular
 
 class CollaborativeModel:
-    """Counts of which item follows which: CM(U, v) ∝ Σ_j decay^(age(j) − 1) · near[j, v] over the
-    last `length` items j, age 1: the newest, plus a little popularity. near[j, v]: how often v soon
+    """Counts of which item follows which: CM(U, v) ∝ Σ_j .6^(age(j) − 1) · near[j, v] over the
+    last ten items j, age 1: the newest, plus a little popularity. near[j, v]: how often v soon
     follows j. In the log 0 1 2, near[0] is 0, 1, .8: after 0, the scores of 1 and 2 are 1 : .8."""
     @classmethod
-    def fit(cls, histories, num_items, window=5, nearness=0.8, backward=0.25, power=0.5,
-            length=10, decay=0.6, popularity=0.05):
+    def fit(cls, histories, num_items, popularity=0.05):
         """A fitted model. Constants: chosen on validation items of MovieLens and Beauty."""
         cm = cls()
-        # near[j, v] = (forward[j, v] + backward · forward[v, j]) / count(j)^power, where
-        # forward[j, v] = Σ nearness^(d − 1), a term each time v stands d ≤ window places after j
-        forward = followers(histories, num_items, window, nearness)     # sparse (n, n)
-        both = (forward + backward * forward.T).coalesce()
+        # near[j, v] = (forward[j, v] + .25 · forward[v, j]) / √count(j), where
+        # forward[j, v] = Σ .8^(d − 1), a term each time v stands d ≤ 5 places after j
+        forward = followers(histories, num_items, window=5, decay=0.8)  # sparse (n, n)
+        both = (forward + 0.25 * forward.T).coalesce()
         count = torch.tensor(np.bincount(entries(histories)[1], minlength=num_items)).double()
-        cm.near = (both * count.clamp(min=1)[:, None] ** -power).float()
+        cm.near = (both * count.clamp(min=1)[:, None] ** -0.5).float()
         cm.popular = (count + 1).float()                        # (n,)
-        cm.length = length
-        cm.decay = decay
         cm.popularity = popularity                              # its share
         return cm
 
     def scores(self, histories):
         """CM(U, ·) (B, n) of B histories."""
-        scores = weighted(self.near, histories, lambda age: self.decay ** (age - 1), self.length)
+        scores = weighted(self.near, histories, lambda age: 0.6 ** (age - 1), length=10)
         return shares(scores, histories, self.popular, self.popularity)
 
 class SVD:

@@ -150,7 +150,7 @@ def cm_loops(self, histories, decay=0.6, shares=shares_loops):
     rows = []
     for history in histories:
         score = torch.zeros(len(self.popular))
-        for age, j in enumerate(reversed(history[-self.length:])):
+        for age, j in enumerate(reversed(history[-10:])):
             for v in range(len(score)):
                 score[v] += decay ** age * near_loops(self.log, j, v)
         popular = torch.tensor([1.0 + sum(self.log, []).count(v) for v in range(len(score))])
@@ -165,7 +165,7 @@ def divides_before_it_zeroes(self, histories): return cm_loops(self, histories, 
 Exercise(1, 30, CollaborativeModel.scores, cm_loops, cm_cases,
          [forgets_the_age, divides_before_it_zeroes],
          note=f"{inspect.getdoc(CollaborativeModel)}\n\nself.near.to_dense() is near (n, n); "
-         "self.popular (n,) is count + 1; self.length, decay:\nnumbers. The rest is what `shares` "
+         "self.popular (n,) is count + 1. The rest is what\n`shares` "
          "does, with s = self.popularity:\n" + inspect.getdoc(reward.shares))
 # --- Session 2: trajectory_balance (10 minutes) ---------------------------------------------------
 def logs(*numbers):
@@ -596,7 +596,7 @@ def grpo(*inputs, ours=grpo):                 # another form: its value is 0
     ("import torch\ndef tree_mask(ends, H, J, L):\n    return -1e9 * torch.ones(1, 1, 3)",
      "\nx . x | . . .\nfirst difference: row 0, column 0, "),
     ("def scores(self, histories): pass", "Case 1: near[0] = 0, 1, .8, 0; without popularity\n"
-     "self = {'length': 10, 'decay': 0.6, 'popularity': 0.0, 'log': [[0, 1, 2]]}; ")])
+     "self = {'popularity': 0.0, 'log': [[0, 1, 2]]}; ")])
 def test_what_a_student_reads(text, said, tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text(text)
@@ -1363,7 +1363,7 @@ def test_the_figures_on_the_pages_were_made_with_these_defaults():
         made.append(inspect.signature(function))
     text = re.sub(" at 0x[0-9a-f]+", "", repr(made))
     checksum = zlib.crc32(text.encode())
-    assert checksum == 4084773373, "run the commands of the pages anew, then change this number"
+    assert checksum == 2362077386, "run the commands of the pages anew, then change this number"
 
 @pytest.mark.parametrize("page, pictures", [
     ("course", ["loop"]), ("results", ["diverse", "measures"])])
