@@ -831,7 +831,7 @@ def run(settings):
     return report.finish(settings.out, runs, about, data)
 
 def check_settings(settings):
-    """Check the settings and set the device → (names of methods in the table's order, seeds)."""
+    """Check the settings and set the device → (names of methods, what they need first; seeds)."""
     there = {"cuda": torch.cuda, "mps": torch.backends.mps}
     devices = [device for device in there if there[device].is_available()] + ["cpu"]
     settings.device = devices[0] if settings.device == "auto" else settings.device
@@ -848,7 +848,6 @@ def check_settings(settings):
         if base not in TEACHERS:                                # all others start from SFT
             names += ["sft", base.removesuffix("+cm")] if "+cm" in base else ["sft"]
         names.append(name)
-    names.sort(key=lambda name: methods.index(name.partition(":")[0]))
     if settings.quick:
         print("--quick: the figures below mean nothing; they only show that everything works")
     return list(dict.fromkeys(names)), list(dict.fromkeys(map(int, seeds)))
