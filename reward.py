@@ -183,9 +183,8 @@ class Debiased:
 class Reward:
     """The comprehensive reward R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/m of the m unseen
     items; R of an item of the history is 0. Each signal sums to 1 over the unseen items (r_a to .1
-    where v was only clicked), so the heuristic weights are shares of Z: where v is liked,
-    Z = w_a + w_ŷ + w_s + ε. The paper's raw signals are 10, a score, and up to L for each item:
-    over thousands of items the similarity would outweigh the one logged item."""
+    where v was only clicked), so the heuristic weights are shares of Z. The paper's raw signals
+    are 10, a score, and up to L for each item: of thousands of items, similarity is most."""
     def __init__(self, ids, teacher, weights, epsilon=1e-3):
         """ids: SemanticIDs; teacher: has scores(histories, users); weights w_a, w_ŷ, w_s."""
         self.ids = ids

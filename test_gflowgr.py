@@ -165,8 +165,8 @@ def divides_before_it_zeroes(self, histories): return cm_loops(self, histories, 
 Exercise(1, 30, CollaborativeModel.scores, cm_loops, cm_cases,
          [forgets_the_age, divides_before_it_zeroes],
          note=f"{inspect.getdoc(CollaborativeModel)}\n\nself.near.to_dense() is near (n, n); "
-         "self.popular (n,) is count + 1. The rest is what\n`shares` "
-         "does, with s = self.popularity:\n" + inspect.getdoc(reward.shares))
+         "self.popular (n,) is count + 1. The rest is what `shares` does,\n"
+         "with s = self.popularity:\n" + inspect.getdoc(reward.shares))
 # --- Session 2: trajectory_balance (10 minutes) ---------------------------------------------------
 def logs(*numbers):
     return torch.tensor(numbers).log()
@@ -1036,15 +1036,14 @@ def test_an_own_teacher(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(TEACHERS, "mine", own(torch.Tensor.double))     # as numpy has it
     methods = "--methods=mine:debias=9,sft+cm:teacher=mine:debias=1:sharp=3"
     settings = gflowgr.parse([*tiny, f"--out={tmp_path}", methods])
-    runs = gflowgr.run(settings)["runs"]
-    lists = runs[0]["lists"]
+    lists = [run["lists"] for run in gflowgr.run(settings)["runs"]]
     data = load_data(settings.data)
     count = sum(data.train, []).count
-    for history, row in zip(data.histories, lists):             # divided by counts: rarer first
+    for history, row in zip(data.histories, lists[0]):          # divided by counts: rarer first
         assert [*map(count, row)] == sorted(map(count, {*range(48)} - {*history[:-1]}))[:10]
     saved = f"{tmp_path}/sft+cm,teacher=mine,debias=1,sharp=3-42"
     past = [history[:-1] for history in data.histories]
-    assert gflowgr.load_model(saved).recommend(past)[0].tolist() == runs[2]["lists"]
+    assert gflowgr.load_model(saved).recommend(past)[0].tolist() == lists[2]
     monkeypatch.delitem(TEACHERS, "mine")
     refused("there is no teacher 'mine'; there are pop, cm, ", "--recommend=x", f"--model={saved}")
 
@@ -1337,8 +1336,7 @@ def test_examples_in_docstrings(module):
 def by_itself(tmp_path, monkeypatch):         # what a page replaces, adds, writes is gone after it
     for name in ("RECIPES", "SAMPLERS", "REAL"):
         monkeypatch.setattr(gflowgr, name, copy.deepcopy(getattr(gflowgr, name)))
-    monkeypatch.setattr(reward, "TEACHERS", dict(TEACHERS))
-    monkeypatch.setattr(gflowgr, "TEACHERS", reward.TEACHERS)
+    monkeypatch.setitem(TEACHERS, "near", None)
     monkeypatch.chdir(tmp_path)
 
 @pytest.mark.parametrize("page", ["README", *"data/example data/own data/course data/log "
