@@ -12,7 +12,7 @@ The lecture comes first; it ends with the beam search. A step of training (`loss
         items = 8 different draws from P(· | U)
         L_GR  = −log P(v | U), the loss of SFT
         L_GFN = mean over the items of (log Z + log P − log R)², for instance: TB
-    loss = mean of L_GR + λ · L_GFN
+    loss = mean over all (U, v) of L_GR + λ · L_GFN
 
 A context (U, v) is a user's history, and the item that was logged next. An ID has L codes, each
 from 0 to K − 1. Its prefixes s_0 … s_L are a path: s_0 is empty, s_L is the item.
@@ -70,8 +70,8 @@ def huber_balance(log_z, log_pf, log_r):
 
 def vargrad(log_pf, log_r):
     """VarGrad (Richter et al. 2020), TB that needs no log Z: log P, log R of paths (C, J) → scalar.
-    At P = R/Z, log R − log P is log Z(U) on all paths of a context; its mean over them replaces
-    log Z(U). So TB becomes the variance (with 1/J) of log P − log R, averaged over contexts."""
+    At P = R/Z, log P − log R is −log Z(U) on all paths of a context. Its mean over them stands for
+    −log Z(U); so TB becomes the variance (with 1/J) of log P − log R, averaged over contexts."""
     return (log_pf - log_r).var(1, correction=0).mean()
 
 def detailed_balance(log_flow, log_steps):
@@ -164,7 +164,8 @@ class Paths:
         self.log_r = batch.r.gather(1, items).log()             # (C, J) log R
         # (C, J, L, K) exact F of all children of s_0 … s_{L-1}: sums of R over the items below
         self.child_flow = policy.semantic_ids.child_flows(batch.r, items)
-        # If exact, F of a prefix is the sum over its children; F(s_L) = R, F(s_0) = Z(U)
+        # If exact, F of a prefix is the sum over its children; F(s_L) = R, F(s_0) = Z(U), which is
+        # the sum of R
         log_flow = self.child_flow.sum(-1).log() if recipe.exact else learned_flow[:, -J:]
         self.log_flow = torch.cat([log_flow, self.log_r[..., None]], -1)    # (C, J, L+1) log F
         self.log_z = self.log_flow[:, 0, 0]                     # (C,) log Z(U)
@@ -183,8 +184,8 @@ TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))
 RECIPES = {
     "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
     # The paper's sampler (items of low score first, of high score later), its N, learned Z. Ours:
-    # the path of v trains L_GR alone; δ, sharp, λ. As others' notes on the paper have it, it is
-    # tb-paper:chosen=logged:debias=0:sharp=1:lam=1
+    # the path of v trains L_GR alone; δ, sharp, λ. As others' notes on the paper have it, but for
+    # the amounts in R, it is tb-paper:chosen=logged:debias=0:sharp=1:lam=1
     "tb-paper": dict(TB, sampler="curriculum", trajectories=3, exact=False, lam=0.3, dropout=0.4),
     "tb": TB,
     "tb-huber": dict(loss=lambda p: huber_balance(p.log_z, p.log_pf, p.log_r)),
@@ -380,17 +381,18 @@ class Policy(torch.nn.Module):
         right = len(histories) and k > 0 and sample >= 0
         check(right, "recommend needs at least one history, k from 1, sample from 0")
         guide = self.cm.scores(histories) if self.cm else guide
-        check(not sample or guide is None, "recommend: sample or guide, not both")
+        check(not sample or guide is None, "recommend: sample or guide (NAME+cm has one), not both")
         tree = Beams(self, histories, sample or 1.0, guide)
         search = drawn_search if sample else beam_search
         return search(tree, k, max(beams or self.beams, k))
 
 # --- Recommending: beam search down the tree ------------------------------------------------------
 def beam_search(tree, k, beams):
-    """The paper's: the best prefixes go on to the next level → as Policy.recommend. A beam is a
-    prefix that is left; `tree` has those of all users, and GPT-2's view of them (Beams, below)."""
-    log_p = torch.zeros_like(tree.node, dtype=torch.float)      # (B, W) log P of a beam; at first,
-    for _ in range(tree.ids.num_levels):                        # W = 1: the empty prefix s_0
+    """The best prefixes go on to the next level → items (B, k) and log P. Those that are left are
+    W beams of each user; `tree`, a Beams (below), has them all, and GPT-2's view of them."""
+    # log P of a beam (B, W); at first, W = 1: the empty prefix s_0
+    log_p = torch.zeros_like(tree.node, dtype=torch.float)
+    for _ in range(tree.ids.num_levels):
         # log P_F of all next codes, near NEVER if illegal; child: where they lead (B, W, K)
         child, log_steps = tree.children()
         log_p = (log_p[..., None] + log_steps).flatten(1)       # (B, W·K)

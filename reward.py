@@ -110,6 +110,7 @@ def fit_of(name, data):
     """The function fit(histories, num_items) of the teacher with this name."""
     check(name in TEACHERS, f"there is no teacher {name!r}; there are {', '.join(TEACHERS)}")
     if name == "blend":
+        # Of all users, in each fold, too: so R knows a little of what a user logged later
         features = item_features("mixed", data.texts, data.train, seed=0)
         return partial(Blend, similar=similar_items(features))
     return TEACHERS[name]
