@@ -107,16 +107,23 @@ class Recipe:
     epochs: int = 8                 # passes over the training log
 
 # --- What a loss learns from: contexts and paths --------------------------------------------------
-# What a policy reads of C contexts. tokens, row_of, ends: their histories, often several in one row
-# of tokens (for speed: `pack`, after the lecture). unseen: which items are not in the history
+# Each item v of a training history is a target once: its context is (U, v), U the items before it.
+# For speed, GPT-2 reads some contexts of a user in one go, as a row. Rows of a user who took the
+# items a b c d e f g h i j, of which GPT-2 may read 4 (the window):
+#     Row(user, start=0, places=0…4)   reads <user> a b c d   targets a b c d e, at places 0 to 4
+#     Row(user, start=2, places=5…6)   reads <user> c d e f   targets f g; before g are 4 items
+#     Row(user, start=4, places=7…8)   reads <user> e f g h   targets h i
+#     Row(user, start=5, places=9…9)   reads <user> f g h i   target j
+Row = namedtuple("Row", "user start places")
+# What GPT-2 reads of C contexts. tokens: their rows. row_of, ends: of each context, the number of
+# its row, and where U ends there (`pack`, after the lecture). unseen: which items are not in U
 Context = namedtuple("Context", "tokens row_of ends unseen")
 
 class Batch:
-    """C contexts (U, v) of the training log. Each item v of a user's log is a target once."""
+    """The C contexts (U, v) of some rows."""
     def __init__(self, rows, data, policy, reward=None):
-        """rows: parts of users' logs; row.places are the places there of some targets v. data: the
-        training items of users, oldest first, and which were liked. policy: it has the IDs.
-        reward: a Reward; None, for SFT: no scores, no r."""
+        """rows: Rows. data: the training items of users, oldest first, and which were liked.
+        policy: it has the IDs. reward: a Reward; None, for SFT: no scores, no r."""
         self.users = []             # C numbers
         self.histories = []         # C lists, U: the user's items before v
         self.following = []         # C lists: v and the user's later training items
@@ -447,15 +454,6 @@ RECIPES |= {
     "distill": dict(loss=lambda p: distillation(p.child_flow, p.log_probs), lam=30.0, dropout=0.2)}
 
 # --- Fast: GPT-2 reads a history once, for all contexts in it and all their paths -----------------
-# Each item v of a training history is a target once: its context is (U, v), U the items before it.
-# GPT-2 reads some contexts of a user in one go, as a row. Rows of a user who took the items
-# a b c d e f g h i j, of which GPT-2 may read 4 (the window):
-#     Row(user, start=0, places=0…4)   reads <user> a b c d   targets a b c d e, at places 0 to 4
-#     Row(user, start=2, places=5…6)   reads <user> c d e f   targets f g; before g are 4 items
-#     Row(user, start=4, places=7…8)   reads <user> e f g h   targets h i
-#     Row(user, start=5, places=9…9)   reads <user> f g h i   target j
-Row = namedtuple("Row", "user start places")
-
 def training_rows(histories, window):
     """Rows in which every item is a target once, and sees the items before it: window/2 to
     `window` of them, or all, if they are fewer."""
