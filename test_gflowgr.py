@@ -1257,9 +1257,10 @@ def folder_of(path, items=ITEMS, events=EVENTS):
 
 def test_ids_from_a_file_and_devices(tmp_path, capsys):
     folder = folder_of(tmp_path)
-    (folder / "ids.csv").write_text("item_id,x,y\na,70000,5\nb,9,0\nc,70001,0\nd,9,0\nz,7,7\n")
-    codes = prepared(f"--data={folder}", f"--ids={folder / 'ids.csv'}").ids.codes.tolist()
-    assert codes == [[1, 1, 0], [0, 0, 0], [2, 0, 0], [0, 0, 1]]    # no gaps; b and d had the same
+    for a, b, c in (("70000,5", "9,0", "70001,0"), ("1,1", "0,0", "2,0")):      # no gaps
+        (folder / "ids.csv").write_text(f"item_id,x,y\na,{a}\nb,{b}\nc,{c}\nd,{b}\nz,7,7\n")
+        codes = prepared(f"--data={folder}", f"--ids={folder / 'ids.csv'}").ids.codes.tolist()
+        assert codes == [[1, 1, 0], [0, 0, 0], [2, 0, 0], [0, 0, 1]]        # b and d had the same
     assert "1 items have the ID of another" in capsys.readouterr().out
     world = prepared("--data=toy")
     assert world.ids.num_codes == 32                            # 720 / 24 = 30; a power of 2
@@ -1271,6 +1272,7 @@ def test_two_users_and_nine_items_without_text_or_truth_work_as_they_are(tmp_pat
     folder = folder_of(tmp_path / "d", "\n".join(["item_id", *"abcdefghi"]), events)
     status, out, err = cli("--data", folder, "--out", tmp_path / "out", "--quick")
     assert status == 0, err
+    assert "dropped: 1 repeats of an item, 1 users with < 3 items" in out
     assert "| sft+cm | " in out
     assert "liked@10" not in out
 
