@@ -69,8 +69,8 @@ class CollaborativeModel:
 class SVD:
     """Matrix factorisation, PureSVD (Cremonesi et al. 2010), with the vectors of `item_vectors`:
     CM(U, i) ∝ max(0, Σ_j ⟨v_j, v_i⟩ / age(j)^.75) over all items j of U."""
-    def __init__(self, histories, num_items):
-        self.vectors = torch.tensor(item_vectors(histories, num_items))             # (n, rank)
+    def __init__(self, histories, num_items, rank=None):
+        self.vectors = torch.tensor(item_vectors(histories, num_items, rank))       # (n, rank)
         self.popular = self.vectors.norm(dim=1).clamp(min=1e-4)     # (n,) popular items: long ones
 
     def scores(self, histories):

@@ -751,6 +751,7 @@ def test_svd_and_blend_against_loops(vectors):
         alone = svd[user] / long.sqrt()
         halves = [shares_loops(half, popular, history) for half in (both, alone)]
         close(blend[user], shares_loops(sum(halves), popular, history))
+    assert SVD(LOG, 25, rank=3).vectors.shape == (25, 3)
     rounded = reward.shares(torch.tensor([[9.0, 1e-7, 0]]), [[0]], torch.tensor([9.0, 1, 3]))
     close(rounded, torch.tensor([[0, 0.25, 0.75]]))             # 1e-7 counts as 0
     for row in near:
@@ -1338,7 +1339,8 @@ def test_examples_in_docstrings(module):
 def by_itself(tmp_path, monkeypatch):         # what a page replaces, adds, writes is gone after it
     for name in ("RECIPES", "SAMPLERS", "REAL"):
         monkeypatch.setattr(gflowgr, name, copy.deepcopy(getattr(gflowgr, name)))
-    monkeypatch.setitem(TEACHERS, "near", None)
+    for name in ("near", "svd24"):
+        monkeypatch.setitem(TEACHERS, name, None)
     monkeypatch.chdir(tmp_path)
 
 @pytest.mark.parametrize("page", ["README", *"data/example data/own data/course data/log "

@@ -79,14 +79,13 @@ def ppmi(histories, num_items):
     ratio = near.values() * smooth.sum() / (count[a] * smooth[b])
     return sparse((a, b), ratio.log().clamp(min=0), near.shape).float()
 
-def item_vectors(histories, num_items):
+def item_vectors(histories, num_items, rank=None):
     """(n, rank) vectors of items: U of X ≈ U diag(s) Vᵀ, where X[i, u] is 1 / count(i)^.25 if item
-    i is in history u, else 0."""
+    i is in history u, else 0. No rank: n / 30, chosen on four data sets."""
     users, items = entries(histories)                           # of each interaction
     values = np.bincount(items)[items] ** -0.25
     x = sparse((items, users), values.astype(np.float32), (num_items, len(histories)))
-    rank = max(8, num_items // 30)                              # chosen on four data sets
-    return leading_vectors(x, rank, seed=0)
+    return leading_vectors(x, rank or max(8, num_items // 30), seed=0)
 
 def unit(rows):
     """Rows (n, d), divided by their lengths; those that are 0 stay 0."""
