@@ -7,7 +7,8 @@ import numpy as np
 BLUE = "C0"                            # of a style that colour-blind readers can tell apart
 ORANGE = "C5"
 GREY = "0.82"
-LINES = "#0072B2 0.5 #CC79A7 #D55E00 #009E73 black #E69F00 #56B4E9".split()  # as well
+# Of lines, to be told apart by colour-blind readers as well
+LINES = "#0072B2 0.5 #CC79A7 #D55E00 #009E73 black #E69F00 #56B4E9".split()
 STYLE = {"font.size": 9, "text.parse_math": False}             # a $ in a title stays a $
 
 @contextlib.contextmanager
