@@ -109,7 +109,7 @@ TEACHERS = {"pop": partial(CollaborativeModel.fit, popularity=1.0),     # popula
 def fit_of(name, data):
     """The function fit(histories, num_items) of the teacher with this name."""
     check(name in TEACHERS, f"there is no teacher {name!r}; there are {', '.join(TEACHERS)}")
-    if name == "blend":
+    if TEACHERS[name] is Blend:
         # Of all users, in each fold, too: so R knows a little of what a user logged later
         features = item_features("mixed", data.texts, data.train, seed=0)
         return partial(Blend, similar=similar_items(features))
@@ -185,7 +185,7 @@ class Reward:
     """The comprehensive reward R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/m of the m unseen
     items; R of an item of the history is 0. Each signal sums to 1 over the unseen items (r_a to .1
     where v was only clicked), so the heuristic weights are shares of Z. The paper's raw signals
-    are 10, a score, and up to L for each item: of thousands of items, similarity is most."""
+    are 10, a score, and up to L for each item: over thousands of items, L would outweigh 10."""
     def __init__(self, ids, teacher, weights, epsilon=1e-3):
         """ids: SemanticIDs; teacher: has scores(histories, users); weights w_a, w_ŷ, w_s."""
         self.ids = ids
