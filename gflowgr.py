@@ -163,23 +163,28 @@ class Paths:
         log_steps, log_probs, learned_flow = policy(batch.context, paths)   # Policy.forward, below
         J = items.shape[1]
         self.recipe = recipe
+        self.reference = reference
+        self.batch = batch
+        self.ids = policy.semantic_ids
         self.items = items                                      # (C, J)
         self.log_v = log_steps[:, 0].sum(-1)                    # (C,) log P(v | U), if gr > 0
         self.log_steps = log_steps[:, -J:]                      # (C, J, L) log P_F of each step
         self.log_probs = log_probs[:, -J:]                      # (C, J, L, K) of all codes there
         self.log_pf = self.log_steps.sum(-1)                    # (C, J) log P of whole paths
         self.log_r = batch.r.gather(1, items).log()             # (C, J) log R
-        # (C, J, L, K) exact F of all children of s_0 … s_{L-1}: sums of R over the items below
-        self.child_flow = policy.semantic_ids.child_flows(batch.r, items)
         # If exact, F of a prefix is the sum over its children; F(s_L) = R, F(s_0) = Z(U), which is
         # the sum of R
         log_flow = self.child_flow.sum(-1).log() if recipe.exact else learned_flow[:, -J:]
         self.log_flow = torch.cat([log_flow, self.log_r[..., None]], -1)    # (C, J, L+1) log F
         self.log_z = self.log_flow[:, 0, 0]                     # (C,) log Z(U)
-        self.reference = reference
-        self.batch = batch
 
-    @cached_property                                            # costs a pass; few losses read it
+    # These take time; they are computed if they are read
+    @cached_property
+    def child_flow(self):
+        """(C, J, L, K) exact F of all children of s_0 … s_{L-1}: sums of R over the items below."""
+        return self.ids.child_flows(self.batch.r, self.items)
+
+    @cached_property
     def log_ref(self):
         """(C, J) log P by the reference."""
         with torch.no_grad():
@@ -387,7 +392,8 @@ class Policy(torch.nn.Module):
         Raises InputError for an item that is not in the catalogue, or if nothing is asked for."""
         right = len(histories) and k > 0 and sample >= 0
         check(right, "recommend needs at least one history, k from 1, sample from 0")
-        guide = self.cm.scores(histories) if self.cm else guide
+        if guide is None and self.cm:
+            guide = self.cm.scores(histories)
         check(not sample or guide is None, "recommend: sample or guide (NAME+cm has one), not both")
         tree = Beams(self, histories, sample or 1.0, guide)
         search = drawn_search if sample else beam_search

@@ -780,7 +780,9 @@ def test_scores_are_divided_by_popularity_or_length_and_guide_beams(fit, vectors
     close(Debiased(cm, 0.7, sharp=3.0).scores(users), wanted / wanted.sum(1, keepdim=True))
     policy = made(25)
     policy.cm = cm
-    close(policy.recommend(users, 4), recommend_loops(made(25), users, 4, None, cm.scores(users)))
+    for own, guide in ((None, cm.scores(users)), (wanted, wanted)):     # its CM, if there is no other
+        found = policy.recommend(users, 4, guide=own)
+        close(found, recommend_loops(made(25), users, 4, None, guide))
 
 # --- Rows of a batch, P, beams, drawn lists -------------------------------------------------------
 @pytest.mark.parametrize("window", [1, 4, 7])
