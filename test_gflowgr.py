@@ -780,7 +780,7 @@ def test_scores_are_divided_by_popularity_or_length_and_guide_beams(fit, vectors
     close(Debiased(cm, 0.7, sharp=3.0).scores(users), wanted / wanted.sum(1, keepdim=True))
     policy = made(25)
     policy.cm = cm
-    for own, guide in ((None, cm.scores(users)), (wanted, wanted)):     # its CM, if there is no other
+    for own, guide in ((None, cm.scores(users)), (wanted, wanted)):     # its CM, if no other
         found = policy.recommend(users, 4, guide=own)
         close(found, recommend_loops(made(25), users, 4, None, guide))
 
