@@ -88,9 +88,9 @@ def similar_items(features, most=200):
 class Blend:
     """Ours, for real logs: √(counts · neighbours) + SVD / √(length of vector), both with sum 1.
     Neighbours: Σ_j similar[j, i] / age(j) over the last 20 items j, similar by `similar_items`."""
-    def __init__(self, histories, num_items, similar):
+    def __init__(self, histories, num_items, similar, rank=None):
         self.counts = CollaborativeModel.fit(histories, num_items)
-        self.svd = SVD(histories, num_items)
+        self.svd = SVD(histories, num_items, rank)
         self.similar = similar                                  # sparse (n, n)
         self.popular = self.counts.popular
 
@@ -105,15 +105,6 @@ class Blend:
 # A teacher's name: its fit(histories, num_items)
 TEACHERS = {"pop": partial(CollaborativeModel.fit, popularity=1.0),     # popularity alone
             "cm": CollaborativeModel.fit, "svd": SVD, "blend": Blend}
-
-def fit_of(name, data):
-    """The function fit(histories, num_items) of the teacher with this name."""
-    check(name in TEACHERS, f"there is no teacher {name!r}; there are {', '.join(TEACHERS)}")
-    if TEACHERS[name] is Blend:
-        # Of all users, in each fold, too: so R knows a little of what a user logged later
-        features = item_features("mixed", data.texts, data.train, seed=0)
-        return partial(Blend, similar=similar_items(features))
-    return TEACHERS[name]
 
 class Folds:
     """For training: scores that do not know what the user logged later. Users are split into 20
@@ -159,6 +150,18 @@ class Folds:
             rows = np.flatnonzero(folds == fold)
             scores[rows] = self.checked(self.parts[fold], [histories[row] for row in rows])
         return scores
+
+def folds_of(name, data, rank):
+    """The teacher with this name, fitted on training items, as Folds. rank: of SVD."""
+    check(name in TEACHERS, f"there is no teacher {name!r}; there are {', '.join(TEACHERS)}")
+    fit = TEACHERS[name]
+    if fit is SVD:
+        fit = partial(SVD, rank=rank)
+    if fit is Blend:
+        # Of all users, in each fold, too: so R knows a little of what a user logged later
+        features = item_features("mixed", data.texts, data.train, seed=0)
+        fit = partial(Blend, similar=similar_items(features), rank=rank)
+    return Folds(fit, data.train, len(data.titles))
 
 class Debiased:
     """A recommender whose scores are (score / popularity^δ)^sharp, ours. δ: what is shown more is

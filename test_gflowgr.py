@@ -51,7 +51,7 @@ import reward
 import tokenizer
 from data import InputError, figures, load_data, report
 from gflowgr import NEVER, Policy, RECIPES, Recipe, SAMPLERS, World, policy_draws, recipe_of
-from reward import SVD, TEACHERS, CollaborativeModel, Debiased, Folds, Reward, fit_of
+from reward import SVD, TEACHERS, CollaborativeModel, Debiased, Folds, Reward, folds_of
 from tokenizer import SemanticIDs
 
 ROOT = Path(gflowgr.__file__).parent
@@ -719,6 +719,30 @@ def test_features_against_loops():
     for kind, log in logs.items():
         found = tokenizer.item_features(kind, texts, histories, seed=0)
         np.testing.assert_allclose(found @ found.T, text @ text.T + 4 * log @ log.T, atol=1e-4)
+    assert tokenizer.item_features("svd", texts, histories, 0, rank=2).shape == (5, 7)
+
+@pytest.mark.parametrize("score, rank", [
+    ({24: 1.0, 48: 1.04}, 24), ({24: 1.0, 48: 1.06, 96: 1.2}, 96), ({24: 1.0, 12: 1.1}, 12), ({}, 24)])
+def test_svd_has_the_rank_that_finds_last_training_items(score, rank, monkeypatch):
+    def svd(histories, num_items, rank):
+        assert (histories, num_items) == ([[0, 1], [3]], 720)
+        return SimpleNamespace(popular=torch.ones(720), rank=rank)
+    def ndcg(ranked, target, k):
+        assert (target.tolist(), k) == ([2, 4], 10)
+        return torch.tensor([score.get(ranked, 0.0)])
+    monkeypatch.setattr(gflowgr, "SVD", svd)
+    monkeypatch.setattr(gflowgr, "rank_all", lambda recommend, _: recommend.__self__.cm.rank)
+    monkeypatch.setattr(gflowgr, "ndcg_at", ndcg)
+    data = SimpleNamespace(train=[[0, 1, 2], [3, 4]], titles=720 * [""], texts=720 * ["a"])
+    world = World(0, data, gflowgr.parse([]))
+    assert world.rank == rank
+    def asked(*given):
+        raise InterruptedError(f"rank {given[-1]}")
+    for what in ("item_features", "folds_of"):
+        monkeypatch.setattr(gflowgr, what, asked)
+    for use in (lambda: world.ids, lambda: world.cm_of(Recipe())):
+        with pytest.raises(InterruptedError, match=f"rank {rank}$"):
+            use()
 
 # --- Traditional recommenders ---------------------------------------------------------------------
 @pytest.fixture(scope="module")
@@ -736,9 +760,8 @@ def test_svd_and_blend_against_loops(vectors):
     popular = torch.tensor([1.0 + sum(LOG, []).count(v) for v in range(25)])
     long = vectors.norm(dim=1).clamp(min=1e-4)
     users = [*USERS, list(range(23))]                           # 20 of them count
-    counts = fit_of("cm", None)(LOG, 25).scores(users)
-    svd = fit_of("svd", None)(LOG, 25).scores(users)
-    blend = fit_of("blend", SimpleNamespace(texts=texts, train=LOG))(LOG, 25).scores(users)
+    data = SimpleNamespace(texts=texts, titles=texts, train=LOG)
+    counts, svd, blend = [folds_of(name, data, 8).scores(users) for name in ("cm", "svd", "blend")]
     for user, history in enumerate(users):
         score = torch.zeros(25)
         similar = torch.zeros(25)
@@ -751,7 +774,8 @@ def test_svd_and_blend_against_loops(vectors):
         alone = svd[user] / long.sqrt()
         halves = [shares_loops(half, popular, history) for half in (both, alone)]
         close(blend[user], shares_loops(sum(halves), popular, history))
-    assert SVD(LOG, 25, rank=3).vectors.shape == (25, 3)
+    for cm in (folds_of("svd", data, 3).whole, folds_of("blend", data, 3).whole.svd):
+        assert cm.vectors.shape == (25, 3)
     rounded = reward.shares(torch.tensor([[9.0, 1e-7, 0]]), [[0]], torch.tensor([9.0, 1, 3]))
     close(rounded, torch.tensor([[0, 0.25, 0.75]]))             # 1e-7 counts as 0
     for row in near:
