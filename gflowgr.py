@@ -158,23 +158,22 @@ class Paths:
             items = torch.cat([positives, items], 1)            # (C, J = 1 + N)
         if recipe.chosen == "reward":
             items = torch.cat([draw(batch.r, 1), items], 1)
-        # L_GR asks for the path of v, at index 0; the J paths that L_GFN reads come last
-        paths = torch.cat([positives, items], 1) if recipe.gr else items
+        # The path of v, at index 0, is for L_GR; L_GFN reads the J others
+        paths = torch.cat([positives, items], 1)
         log_steps, log_probs, learned_flow = policy(batch.context, paths)   # Policy.forward, below
-        J = items.shape[1]
         self.recipe = recipe
         self.reference = reference
         self.batch = batch
         self.ids = policy.semantic_ids
         self.items = items                                      # (C, J)
-        self.log_v = log_steps[:, 0].sum(-1)                    # (C,) log P(v | U), if gr > 0
-        self.log_steps = log_steps[:, -J:]                      # (C, J, L) log P_F of each step
-        self.log_probs = log_probs[:, -J:]                      # (C, J, L, K) of all codes there
+        self.log_v = log_steps[:, 0].sum(-1)                    # (C,) log P(v | U)
+        self.log_steps = log_steps[:, 1:]                       # (C, J, L) log P_F of each step
+        self.log_probs = log_probs[:, 1:]                       # (C, J, L, K) of all codes there
         self.log_pf = self.log_steps.sum(-1)                    # (C, J) log P of whole paths
         self.log_r = batch.r.gather(1, items).log()             # (C, J) log R
         # If exact, F of a prefix is the sum over its children; F(s_L) = R, F(s_0) = Z(U), which is
         # the sum of R
-        log_flow = self.child_flow.sum(-1).log() if recipe.exact else learned_flow[:, -J:]
+        log_flow = self.child_flow.sum(-1).log() if recipe.exact else learned_flow[:, 1:]
         self.log_flow = torch.cat([log_flow, self.log_r[..., None]], -1)    # (C, J, L+1) log F
         self.log_z = self.log_flow[:, 0, 0]                     # (C,) log Z(U)
 
@@ -219,8 +218,8 @@ def loss_of(recipe, policy, reference, batch, progress):
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
     p = Paths(recipe, policy, reference, batch, items)
+    L_GR = -p.log_v.mean()
     L_GFN = recipe.loss(p)
-    L_GR = -p.log_v.mean() if recipe.gr else 0.0
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
 def train(name, recipe, policy, world):
