@@ -325,7 +325,7 @@ class Policy(torch.nn.Module):
     Tokens: code c of level l is l·K + c; L·K is <user>, which begins each row, and pads it. An item
     i of a history is one token, L·K + 1 + i (ours: its L codes would take L tokens).
     Letters in shapes: H tokens of a history, d width of the model, W beams of a user."""
-    def __init__(self, semantic_ids, window=20, width=128, layers=3, dropout=0.2, beams=20,
+    def __init__(self, semantic_ids, window=20, width=64, layers=2, dropout=0.0, beams=20,
                  catalogue=None, lm=None):
         super().__init__()
         self.semantic_ids = semantic_ids
