@@ -111,13 +111,13 @@ class Recipe:
 # For speed, GPT-2 reads some contexts of a user in one go, as a row. Rows of a user who took the
 # items a b c d e f g h i j, of which GPT-2 may read 4 (the window):
 #     Row(user, start=0, places=0…4)   reads <user> a b c d   targets a b c d e, at places 0 to 4
-#     Row(user, start=2, places=5…6)   reads <user> c d e f   targets f g; before g are 4 items
+#     Row(user, start=2, places=5…6)   reads <user> c d e f   targets f g; U of g ends at token 4
 #     Row(user, start=4, places=7…8)   reads <user> e f g h   targets h i
 #     Row(user, start=5, places=9…9)   reads <user> f g h i   target j
 Row = namedtuple("Row", "user start places")
-# What GPT-2 reads of C contexts. tokens: their rows. row_of, ends: of each context, the number of
-# its row, and where U ends there (`pack`, after the lecture). unseen: which items are not in U
-Context = namedtuple("Context", "tokens row_of ends unseen")
+# C histories U as GPT-2 reads them. tokens: the rows. row_of, ends: of each U, the number of its
+# row, and its last token there (by `pack`, after the lecture). unseen: which items are not in U
+Packed = namedtuple("Packed", "tokens row_of ends unseen")
 
 class Batch:
     """The C contexts (U, v) of some rows."""
@@ -141,7 +141,7 @@ class Batch:
         self.liked = torch.tensor(liked, device=device)         # (C,) bool: v was not only clicked
         unseen = ids.unseen(self.histories)     # (C, M + n) bool: of each prefix, is an item below
                                                 # it unseen? And of each item, is it?
-        self.context = Context(*pack(rows, data.train, policy), unseen)
+        self.packed = Packed(*pack(rows, data.train, policy), unseen)
         if reward:
             # Scores that do not know v, by a recommender that was fitted without this user
             scores = reward.teacher.scores(self.histories, self.users)
@@ -159,8 +159,8 @@ class Paths:
         if recipe.chosen == "reward":
             items = torch.cat([draw(batch.r, 1), items], 1)
         # The path of v, at index 0, is for L_GR; L_GFN reads the J others
-        paths = torch.cat([positives, items], 1)
-        log_steps, log_probs, learned_flow = policy(batch.context, paths)   # Policy.forward, below
+        all_items = torch.cat([positives, items], 1)
+        log_steps, log_probs, learned_flow = policy(batch.packed, all_items)    # Policy.forward
         self.recipe = recipe
         self.reference = reference
         self.batch = batch
@@ -187,7 +187,7 @@ class Paths:
     def log_ref(self):
         """(C, J) log P by the reference."""
         with torch.no_grad():
-            return self.reference(self.batch.context, self.items)[0].sum(-1)
+            return self.reference(self.batch.packed, self.items)[0].sum(-1)
 
 # In what a method differs from Recipe's defaults; p: a Paths. The trials that chose the numbers are
 # in data/log.md
@@ -209,7 +209,7 @@ def loss_of(recipe, policy, reference, batch, progress):
     of a Batch. reference: the policy after SFT, frozen. progress: the share of training that is
     done, which the curriculum asks for."""
     if not recipe.loss:                                         # SFT
-        log_steps, *_ = policy(batch.context, batch.positives[:, None])             # (C, 1, L)
+        log_steps, *_ = policy(batch.packed, batch.positives[:, None])             # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
     # The N items of each context, (C, N), for instance drawn from P. They may come from anywhere
     # (off-policy): at P = R/Z, TB is 0 on every path. But R depends on v, which P does not know. So
@@ -301,10 +301,9 @@ def curriculum(batch, count, policy, progress):
 def policy_beam(batch, count, policy, progress):
     """The paper's fourth: the N best items by P itself, without v (the paper: N−1)."""
     items, _ = policy.recommend(batch.histories, count + 1, beams=count + 1)    # best first
-    positives = batch.positives[:, None]
-    order = (items == positives).int().argsort(dim=1, stable=True)      # v goes last, is cut off;
-    items = items.gather(1, order)[:, :count]                           # else the worst item is
-    return items.where(items >= 0, positives)                   # −1: fewer than N unseen; v instead
+    rows = [row[row != v][:count] for row, v in zip(items, batch.positives)]
+    items = torch.stack(rows)       # a row without v has lost its last
+    return items.where(items >= 0, batch.positives[:, None])    # −1: fewer than N unseen; v instead
 
 def policy_draws(batch, count, policy, progress):
     """Ours: N different items drawn from P itself."""
@@ -354,21 +353,21 @@ class Policy(torch.nn.Module):
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
         return tokens.to(device) + self.user_token + 1, torch.tensor(ends, device=device)
 
-    def forward(self, context, items):
-        """P on the paths of items (C, J), J of each context; context: a Context, C histories U with
-        their unseen items. Returns log P_F of each step (C, J, L), log P_F of all codes there
-        (C, J, L, K), near NEVER if illegal, and the learned log F of s_0 … s_{L-1} (C, J, L)."""
+    def forward(self, packed, items):
+        """P on the paths of items (C, J), J of each of the C histories U that are `packed`. Returns
+        log P_F of each step (C, J, L), log P_F of all codes there (C, J, L, K), near NEVER if
+        illegal, and the learned log F of s_0 … s_{L-1} (C, J, L)."""
         ids = self.semantic_ids
         L = ids.num_levels
         # GPT-2's hidden states at s_0 … s_{L-1}: it has read U and the codes so far. They are the
         # same as if each path was read alone; how all are read at once comes after the lecture
-        prefixes = read_packed(self, context, items)                                # (C, J, L, d)
+        prefixes = read_packed(self, packed, items)                                 # (C, J, L, d)
         # A level's output weights are the embeddings of its codes, which are the first L·K tokens
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("cjld,lkd->cjlk", prefixes, heads).float()            # (C, J, L, K)
         # Legal codes lead to an unseen item. In the tree of IDs, each prefix has a number, its node
         nodes = ids.nodes[items][..., :-1]                      # (C, J, L) those of s_0 … s_{L-1}
-        child = ids.legal_children(nodes, context.unseen)       # (C, J, L, K) nodes, −1 if illegal
+        child = ids.legal_children(nodes, packed.unseen)        # (C, J, L, K) nodes, −1 if illegal
         log_probs = logits.masked_fill(child < 0, NEVER).log_softmax(-1)
         log_steps = log_probs.gather(-1, ids.codes[items][..., None])[..., 0]       # (C, J, L)
         return log_steps, log_probs, self.flow_head(prefixes)[..., 0]
@@ -378,8 +377,8 @@ class Policy(torch.nn.Module):
         path of a seen item, one step is near NEVER, and so is the sum."""
         tokens, ends = self.tokens(histories)
         rows = torch.arange(len(ends), device=ends.device)      # one context a row
-        context = Context(tokens, rows, ends, self.semantic_ids.unseen(histories))
-        return self(context, torch.as_tensor(items, device=tokens.device))[0]
+        packed = Packed(tokens, rows, ends, self.semantic_ids.unseen(histories))
+        return self(packed, torch.as_tensor(items, device=tokens.device))[0]
 
     @torch.no_grad()
     def recommend(self, histories, k=10, beams=None, guide=None, sample=0.0):
@@ -468,7 +467,7 @@ def training_rows(histories, window):
             yield Row(user, max(0, stop - 1 - window), range(first, stop))
 
 def pack(rows, train, policy):
-    """The tokens, row_of and ends of a Context. tokens (B, H): B rows, padded. Of each of C
+    """The tokens, row_of and ends of a Packed. tokens (B, H): B rows, padded. Of each of C
     contexts, row by row: row_of (C,), the row of its history, and ends (C,), its end there."""
     tokens, _ = policy.tokens([train[user][start:places[-1]] for user, start, places in rows])
     ends = [np.array(places) - start for _, start, places in rows]  # 0: at <user>, so U is empty
@@ -505,10 +504,10 @@ def tree_mask(ends, H, J, L):
     seen = torch.cat([past.expand(-1, len(own), -1), own.expand(len(ends), -1, -1)], 2)
     return torch.where(seen, 0.0, NEVER)
 
-def read_packed(policy, context, items):
+def read_packed(policy, packed, items):
     """Hidden states (C, J, L, d) of the prefixes s_0 … s_{L-1} on the paths of items (C, J). GPT-2
     reads each history once: its keys and values stay in a cache, which all paths share."""
-    tokens, row_of, ends, _ = context
+    tokens, row_of, ends, _ = packed
     ids = policy.semantic_ids
     J = items.shape[1]
     cache = DynamicCache()
@@ -593,19 +592,21 @@ def drawn_search(tree, k, beams):
     stochastic beams). The idea is a race: each item arrives after a random time, Exp(1) / P; the k
     first ones are such a draw. A prefix arrives with the first item below it, which is after
     Exp(1) / P of the prefix. So go down the tree, and let the children of each prefix race: the
-    winner arrives when the prefix does, the others as much later as they lost. Scores: −log(time).
-    """
+    winner arrives when the prefix does, the others as much later as they lost: of two children of a
+    prefix that arrives at 1, with times .5 and .8 in their race, one arrives at 1, one at 1.3.
+    Scores: −log(time)."""
     # The root's time is 1, score 0: which time it is does not change who comes first
     log_p = score = torch.zeros_like(tree.node, dtype=torch.float)                  # (B, W)
     for _ in range(tree.ids.num_levels):
         child, log_steps = tree.children()
         log_p = log_p[..., None] + log_steps                                        # (B, W, K)
-        own = log_p - torch.empty_like(log_p).exponential_().log_()     # −log(Exp(1) / P)
-        first = own.amax(-1, keepdim=True)                                          # of the winner
+        # Scores in their race, −log(Exp(1) / P); that of its winner; that of the prefix
+        race = log_p - torch.empty_like(log_p).exponential_().log_()
+        winner = race.amax(-1, keepdim=True)                                        # (B, W, 1)
         parent = score[..., None]                                                   # (B, W, 1)
-        # time = the parent's + its own − the winner's; in scores, without overflow,
-        # −log(exp(−parent) + exp(−own) − exp(−first)) = parent − log(1 + exp(x)), where x is
-        x = parent - own + torch.log1p(-torch.exp(own - first))
+        # time = the prefix's + (its own in the race − the winner's) = the prefix's · (1 + exp(x)),
+        # x the log of how much later it is, as a share of the prefix's time
+        x = parent - race + torch.log1p(-torch.exp(race - winner))
         score = (parent - functional.softplus(x)).flatten(1)                        # (B, W·K)
         score, best = score.topk(min(beams, score.shape[1]), 1)
         log_p = log_p.flatten(1).gather(1, best)
@@ -667,6 +668,7 @@ def save_policy(policy, folder):
     path = Path(folder) / "semantic_ids.json"
     path.unlink(missing_ok=True)                                # written last: the model is whole
     policy.lm.save_pretrained(folder)
+    # Who may read config.json, may read the weights; safetensors lets the owner alone
     shutil.copymode(path.with_name("config.json"), path.with_name("model.safetensors"))
     ids = policy.semantic_ids
     report.write(path, {"num_codes": ids.num_codes, "codes": ids.codes.tolist(),
@@ -782,20 +784,21 @@ def recipe_of(name, settings):
     that of tb-paper, `teacher` that of real logs."""
     base, *changes = name.split(":")
     real = real_of(settings.data)
-    fields = RECIPES.get(base, dict(sharp=9.0))                 # NAME+cm
-    check(isinstance(fields, dict), f"RECIPES[{base!r}] is a {type(fields).__name__}, no dict")
-    if base in TEACHERS or "+cm" in base:
-        used = ["debias"] if base in TEACHERS else ["teacher", "debias", "sharp"]
-        odd = [change for change in changes if change.partition("=")[0] not in used]
-        check(not odd, f"{name}: of {base}, one can change {used}, not {odd}")
+    common = real.get("Recipe", {})
+    own = RECIPES.get(base, {})
+    check(isinstance(own, dict), f"RECIPES[{base!r}] is a {type(own).__name__}, no dict")
     if base in TEACHERS:
-        fields = dict(teacher=base, debias=0.0, sharp=1.0)
+        used, flag, fields = ["debias"], "", dict(teacher=base, debias=0.0, sharp=1.0)
+    elif "+cm" in base:
+        used, flag, fields = ["teacher", "debias", "sharp"], settings.recipe, common | {"sharp": 9.0}
     elif base == "sft":
-        changes = settings.sft.split(":") + changes
+        used, flag, fields = FIELDS, settings.sft, own
     else:
-        fields = real.get("Recipe", {}) | fields
-        changes = settings.recipe.split(":") + changes
+        used, flag, fields = FIELDS, settings.recipe, common | own
+    odd = [change for change in changes if change.partition("=")[0] not in used]
+    check(not odd, f"{name}: of {base}, one can change {', '.join(used)}, not {odd}")
     fields = fields | real.get(base, {})
+    changes = flag.split(":") + changes
     parser = HfArgumentParser(Recipe, allow_abbrev=False, add_help=False)
     parser.set_defaults(loss=fields.pop("loss", None))
     parser.error = lambda message: check(False, f"{name}: {message}; fields are {[*FIELDS]}")

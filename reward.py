@@ -24,9 +24,9 @@ def weighted(table, histories, weight, length=10 ** 9):
     """Σ_j weight(age(j)) · table[j] over the last `length` items j of each history, age 1: the
     newest. The history [5, 2] with weight 1/age: table[2] + table[5] / 2. table (n, m) → (B, m)."""
     lists = [history[-length:] for history in histories]
-    _, ages = entries([range(len(items), 0, -1) for items in lists])    # of all items, in one array
-    weights = weight(torch.tensor(ages).float())
     places = entries(lists, len(table))                         # row b, column j of each item
+    ages = np.concatenate([np.arange(len(items), 0, -1) for items in lists])
+    weights = weight(torch.tensor(ages).float())
     return (sparse(places, weights, (len(lists), len(table))) @ table).to_dense()
 
 def shares(scores, histories, popular, s=0.001):

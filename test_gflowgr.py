@@ -818,7 +818,7 @@ def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
     policy = Policy(SemanticIDs([[0, i] for i in range(200)], 200), window, 65, 1)  # one head
     order = []
     for batch in gflowgr.batches(world, policy, None, np.random.default_rng(0)):
-        tokens, rows, ends, _ = batch.context
+        tokens, rows, ends, _ = batch.packed
         for c, (row, end) in enumerate(zip(rows.tolist(), ends.tolist())):
             past = batch.histories[c]
             v = batch.positives[c].item()
@@ -1425,10 +1425,11 @@ def test_scripts_on_the_pages_in_short(page, pictures, by_itself, monkeypatch):
     ("--oracle sft", "--oracle=sft"),
     ("there is no ''; there are pop, ", "--methods=tb,"),
     ("tb:sampler=x: sampler has to be one of session, ", "--data=nowhere --methods=tb:sampler=x"),
-    ("fields are ['gr', 'lam', 'sampler', ", "--methods=tb:loss=x"),
+    ("fields are ['gr', 'lam', 'sampler', ", "--recipe=loss=x"),
+    ("of tb, one can change gr, lam, ", "--methods=tb:loss=x"),
     ("rate nan is out of range", "--methods=tb:rate=nan"),
     ("there is no 'cm+cm'", "--methods=cm+cm"),
-    ("'sharp'], not ['lam=9']", "--methods=tb+cm:lam=9"),
+    ("sharp, not ['lam=9']", "--methods=tb+cm:lam=9"),
     ("nowhere.csv", "--ids=nowhere.csv"),
     ("it compares paths: trajectories > 1", "--methods=vargrad:trajectories=1")])
 def test_a_wrong_flag_is_one_line_and_status_2(said, flag, told, tmp_path):
@@ -1476,12 +1477,12 @@ def packing(policy, histories):               # a step on rows of 8 branches; on
     items = torch.randint(720, (len(histories), 8))
     tokens, ends = policy.tokens(histories)
     rows = torch.arange(len(ends))
-    context = gflowgr.Context(tokens, rows, ends, policy.semantic_ids.unseen(histories))
-    one_a_row = gflowgr.Context(*[x.repeat_interleave(8, 0) for x in context])
+    packed = gflowgr.Packed(tokens, rows, ends, policy.semantic_ids.unseen(histories))
+    one_a_row = gflowgr.Packed(*[x.repeat_interleave(8, 0) for x in packed])
     one_a_row = one_a_row._replace(row_of=torch.arange(8 * len(ends)))
-    def step(context, items):
-        policy(context, items)[0].sum().backward()
-    return {"packed": partial(step, context, items),
+    def step(packed, items):
+        policy(packed, items)[0].sum().backward()
+    return {"packed": partial(step, packed, items),
             "one a row": partial(step, one_a_row, items.view(-1, 1))}
 
 def steps(policy, world):                     # four steps of methods
