@@ -892,19 +892,18 @@ class World:
     def ids(self):
         """The SemanticIDs that --ids asks for: k-means on features of items, or those of a file."""
         settings = self.settings
-        n = len(self.data.titles)
+        data = self.data
+        n = len(data.titles)
         if settings.ids in ("content", "mixed", "svd"):
             least = max(2, min(n / 24, 512), n ** (1 / settings.levels))
             K = settings.codes or 2 ** math.ceil(math.log2(least))
-            rank = self.rank if settings.ids == "svd" else None
-            features = item_features(settings.ids, self.data.texts, self.data.train, self.seed,
-                                     rank)
+            features = item_features(settings.ids, data.texts, data.train, self.seed, self.rank)
             text = settings.ids != "content" or features.any()
             check(text, "--ids content needs text in items.csv")
             ids = SemanticIDs.fit(features, K, settings.levels, self.seed)
         else:
             check("." in settings.ids, f"--ids {settings.ids} is not content, mixed, svd or a file")
-            codes = read_ids(settings.ids, self.data.item_ids)
+            codes = read_ids(settings.ids, data.item_ids)
             ids = SemanticIDs(codes, max(map(max, codes)) + 1)
         print(f"seed {self.seed}: {n} semantic IDs of {ids.num_levels} codes")
         return ids.to(settings.device)
@@ -927,8 +926,7 @@ class World:
         """The teacher of a recipe, its scores as debias and sharp say. It is fitted once."""
         name = recipe.teacher
         if name not in self.cms:
-            rank = self.rank if name in ("svd", "blend") else None
-            self.cms[name] = folds_of(name, self.data, rank)
+            self.cms[name] = folds_of(name, self.data, self.rank)
         return Debiased(self.cms[name], recipe.debias, recipe.sharp)
 
     def reward(self, recipe):
