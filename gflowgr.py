@@ -15,9 +15,9 @@ The lecture comes first; it ends with the beam search. A step of training (`loss
     loss = mean over all (U, v) of L_GR + λ · L_GFN
 
 A context (U, v) is a user's history, and the item that was logged next. An ID has L codes, each
-from 0 to K − 1. Its prefixes s_0 … s_L are a path: s_0 is empty, s_L is the item.
-Letters in shapes: C contexts, J paths of each context, n items, M prefixes (those of n items, once
-each), B users (or rows of a batch).
+from 0 to K − 1. Its path is s_0 … s_L: prefixes, of which s_0 is empty, and the item s_L. All IDs
+make a tree. Its nodes are numbers: 0 … M − 1 are prefixes, 0 is s_0; M + i is item i.
+Letters in shapes: C contexts, J paths of each context, n items, B users (or rows of a batch).
 """
 import copy
 import json
@@ -110,13 +110,13 @@ class Recipe:
 # Each item v of a training history is a target once: its context is (U, v), U the items before it.
 # For speed, GPT-2 reads some contexts of a user in one go, as a row. Rows of a user who took the
 # items a b c d e f g h i j, of which GPT-2 may read 4 (the window):
-#     Row(user, start=0, places=0…4)   reads <user> a b c d   targets a b c d e, at places 0 to 4
-#     Row(user, start=2, places=5…6)   reads <user> c d e f   targets f g; U of g ends at token 4
-#     Row(user, start=4, places=7…8)   reads <user> e f g h   targets h i
-#     Row(user, start=5, places=9…9)   reads <user> f g h i   target j
+#     Row(user, start=0, places=0…4)   reads <user> a b c d   targets a (U is empty) … e (a b c d)
+#     Row(user, start=2, places=5…6)   reads <user> c d e f   targets f (c d e), g (c d e f)
+#     Row(user, start=4, places=7…8)   reads <user> e f g h   targets h (e f g), i (e f g h)
+#     Row(user, start=5, places=9…9)   reads <user> f g h i   target j (f g h i)
 Row = namedtuple("Row", "user start places")
-# C histories U as GPT-2 reads them. tokens: the rows. row_of, ends: of each U, the number of its
-# row, and its last token there (by `pack`, after the lecture). unseen: which items are not in U
+# C histories U as GPT-2 reads them: U of context c is tokens[row_of[c], :ends[c] + 1]; which items
+# are not in it: unseen[c]. Made by `pack`, after the lecture
 Packed = namedtuple("Packed", "tokens row_of ends unseen")
 
 class Batch:
@@ -139,9 +139,9 @@ class Batch:
         device = ids.codes.device
         self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
         self.liked = torch.tensor(liked, device=device)         # (C,) bool: v was not only clicked
-        unseen = ids.unseen(self.histories)     # (C, M + n) bool: of each prefix, is an item below
-                                                # it unseen? And of each item, is it?
-        self.packed = Packed(*pack(rows, data.train, policy), unseen)
+        # (C, M + n) bool: is an unseen item at this node of the tree, or below it?
+        unseen = ids.unseen(self.histories)
+        self.packed = pack(rows, data.train, policy, unseen)
         if reward:
             # Scores that do not know v, by a recommender that was fitted without this user
             scores = reward.teacher.scores(self.histories, self.users)
@@ -171,13 +171,20 @@ class Paths:
         self.log_probs = log_probs[:, 1:]                       # (C, J, L, K) of all codes there
         self.log_pf = self.log_steps.sum(-1)                    # (C, J) log P of whole paths
         self.log_r = batch.r.gather(1, items).log()             # (C, J) log R
-        # If exact, F of a prefix is the sum over its children; F(s_L) = R, F(s_0) = Z(U), which is
-        # the sum of R
-        log_flow = self.child_flow.sum(-1).log() if recipe.exact else learned_flow[:, 1:]
-        self.log_flow = torch.cat([log_flow, self.log_r[..., None]], -1)    # (C, J, L+1) log F
-        self.log_z = self.log_flow[:, 0, 0]                     # (C,) log Z(U)
+        self.learned_flow = learned_flow[:, 1:]                 # (C, J, L) of s_0 … s_{L-1}
 
     # These take time; they are computed if they are read
+    @cached_property
+    def log_z(self):
+        """(C,) log Z(U): of the sum of R, or learned. It is log F(s_0), the same on all paths."""
+        return self.log_flow[:, 0, 0]
+
+    @cached_property
+    def log_flow(self):
+        """(C, J, L+1) log F of s_0 … s_L. If exact, F of a prefix is the sum over its children."""
+        flow = self.child_flow.sum(-1).log() if self.recipe.exact else self.learned_flow
+        return torch.cat([flow, self.log_r[..., None]], -1)     # F(s_L) = R
+
     @cached_property
     def child_flow(self):
         """(C, J, L, K) exact F of all children of s_0 … s_{L-1}: sums of R over the items below."""
@@ -194,9 +201,9 @@ class Paths:
 TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))
 RECIPES = {
     "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
-    # The paper's sampler (items of low score first, of high score later), its N, learned Z. Ours:
-    # the path of v trains L_GR alone; δ, sharp, λ. As others' notes on the paper have it, but for
-    # the amounts in R, it is tb-paper:chosen=logged:debias=0:sharp=1:lam=1
+    # As in the paper: its sampler (items of low score first, of high score later), N, learned Z.
+    # Not as there: L_GFN does not read v; the teacher's scores, divided (δ) and cubed (sharp); λ.
+    # All undone, but for the amounts in R: tb-paper:chosen=logged:debias=0:sharp=1:lam=1
     "tb-paper": dict(TB, sampler="curriculum", trajectories=3, exact=False, lam=0.3, dropout=0.4),
     "tb": TB,
     "tb-huber": dict(loss=lambda p: huber_balance(p.log_z, p.log_pf, p.log_r)),
@@ -307,7 +314,8 @@ def policy_beam(batch, count, policy, progress):
 
 def policy_draws(batch, count, policy, progress):
     """Ours: N different items drawn from P itself."""
-    # sample=1: recommend draws with probability P, in place of searching. How: after the lecture
+    # sample=1: recommend draws with probability P, in place of searching (how: after the lecture).
+    # It reads the last `window` items; of long histories, the loss may read fewer, see Row
     items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)
     return items.where(items >= 0, batch.positives[:, None])
 
@@ -401,14 +409,15 @@ class Policy(torch.nn.Module):
 def beam_search(tree, k, beams):
     """The best prefixes go on to the next level → items (B, k) and log P. Those that are left are
     W beams of each user; `tree`, a Beams (below), has them all, and GPT-2's view of them."""
-    # log P of a beam (B, W); at first, W = 1: the empty prefix s_0
+    # log P of the beams (B, W), which are at tree.node (B, W). At first, W = 1: the root, s_0
     log_p = torch.zeros_like(tree.node, dtype=torch.float)
     for _ in range(tree.ids.num_levels):
         # log P_F of all next codes, near NEVER if illegal; child: where they lead (B, W, K)
         child, log_steps = tree.children()
         log_p = (log_p[..., None] + log_steps).flatten(1)       # (B, W·K)
-        log_p, best = log_p.topk(min(beams, log_p.shape[1]), 1)                     # (B, new W)
-        tree.keep(child, best)              # these children are the new beams: GPT-2 reads them
+        # best (B, new W): w·K + c, code c after beam w; these are the new beams: GPT-2 reads them
+        log_p, best = log_p.topk(min(beams, log_p.shape[1]), 1)
+        tree.keep(child, best)
     return tree.items(log_p, k)             # after L codes, a beam is an item; (B, k)
 
 # === The lecture ends here. Below: rivals, how it is fast, other searches, the experiment =========
@@ -466,13 +475,13 @@ def training_rows(histories, window):
         for first, stop in zip(cuts, cuts[1:]):
             yield Row(user, max(0, stop - 1 - window), range(first, stop))
 
-def pack(rows, train, policy):
-    """The tokens, row_of and ends of a Packed. tokens (B, H): B rows, padded. Of each of C
-    contexts, row by row: row_of (C,), the row of its history, and ends (C,), its end there."""
+def pack(rows, train, policy, unseen):
+    """The Packed of C contexts. tokens (B, H): B rows, padded. Of each context, row by row: row_of
+    (C,), the row of its history, and ends (C,), its end there; unseen (C, M + n), as given."""
     tokens, _ = policy.tokens([train[user][start:places[-1]] for user, start, places in rows])
     ends = [np.array(places) - start for _, start, places in rows]  # 0: at <user>, so U is empty
     row_of, ends = torch.tensor(np.array(entries(ends)), device=tokens.device)
-    return tokens, row_of, ends
+    return Packed(tokens, row_of, ends, unseen)
 
 def batches(world, policy, reward, rng):
     """One epoch of Batches in random order; rows of similar length together, for less padding."""
@@ -566,14 +575,15 @@ class Beams:
         """Go on with W of the children; best (B, W): w·K + c is code c of the old beam w. If fewer
         than W are legal, some new nodes are −1; their log P is near NEVER, and stays there."""
         K = self.ids.num_codes
+        parent, code = best // K, best % K
         self.node = child.flatten(1).gather(1, best)
         if self.level < self.ids.num_levels - 1:
             # A new beam sees all that its parent saw, and itself: each level adds W keys
             W = best.shape[1]
-            old = self.mask.take_along_dim((best // K)[..., None], 1)               # (B, W, keys)
+            old = self.mask.take_along_dim(parent[..., None], 1)                    # (B, W, keys)
             itself = torch.full((W, W), NEVER, device=old.device).fill_diagonal_(0)
             self.mask = torch.cat([old, itself.expand(len(old), W, W)], 2)
-            tokens = self.level * K + best % K                  # code c of level l: l·K + c
+            tokens = self.level * K + code                      # code c of level l: l·K + c
             self.hidden = self.lm(
                 tokens, self.cache, attention_mask=self.mask[:, None],
                 position_ids=(self.ends + 1 + self.level).expand_as(best)).last_hidden_state
@@ -790,7 +800,8 @@ def recipe_of(name, settings):
     if base in TEACHERS:
         used, flag, fields = ["debias"], "", dict(teacher=base, debias=0.0, sharp=1.0)
     elif "+cm" in base:
-        used, flag, fields = ["teacher", "debias", "sharp"], settings.recipe, common | {"sharp": 9.0}
+        used, flag = ["teacher", "debias", "sharp"], settings.recipe
+        fields = common | dict(sharp=9.0)
     elif base == "sft":
         used, flag, fields = FIELDS, settings.sft, own
     else:

@@ -722,7 +722,8 @@ def test_features_against_loops():
     assert tokenizer.item_features("svd", texts, histories, 0, rank=2).shape == (5, 7)
 
 @pytest.mark.parametrize("score, rank", [
-    ({24: 1.0, 48: 1.04}, 24), ({24: 1.0, 48: 1.06, 96: 1.2}, 96), ({24: 1.0, 12: 1.1}, 12), ({}, 24)])
+    ({24: 1.0, 48: 1.04}, 24), ({24: 1.0, 48: 1.06, 96: 1.2}, 96), ({24: 1.0, 12: 2.0}, 12),
+    ({}, 24)])
 def test_svd_has_the_rank_that_finds_last_training_items(score, rank, monkeypatch):
     def svd(histories, num_items, rank):
         assert (histories, num_items) == ([[0, 1], [3]], 720)
