@@ -229,26 +229,26 @@ def loss_of(recipe, policy, reference, batch, progress):
     L_GFN = recipe.loss(p)
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
-def train(name, recipe, policy, world):
+def train(name, recipe, policy, setup):
     """The one training loop → the curve, a list of {"epoch", "loss", "score"}, epoch 0: before.
-    The rate rises to its peak and falls to 0; the weights after the last epoch are kept. world has
+    The rate rises to its peak and falls to 0; the weights after the last epoch are kept. setup has
     what all methods share: `rows` of the log, `size` of a batch, the Reward of a recipe, and
     `measure`, whose score is printed after each epoch: NDCG@10 on validation items, `measured`."""
-    reward = world.reward(recipe) if recipe.loss else None      # computes R; SFT needs none
+    reward = setup.reward(recipe) if recipe.loss else None      # computes R; SFT needs none
     reference = copy.deepcopy(policy).eval()                    # frozen
-    per_epoch = math.ceil(len(world.rows) / world.size)
+    per_epoch = math.ceil(len(setup.rows) / setup.size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},               # GPT-2
               {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # learned flows
     optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10 + 1), steps)
-    curve = [{"epoch": 0, "loss": None, "score": world.measure(policy)}]
+    curve = [{"epoch": 0, "loss": None, "score": setup.measure(policy)}]
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = world.seed, epoch                                # all draws depend on these alone
+        seed = setup.seed, epoch                                # all draws depend on these alone
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
-        epoch_batches = batches(world, policy, reward, np.random.default_rng(seed))
+        epoch_batches = batches(setup, policy, reward, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
             loss = loss_of(recipe, policy, reference, batch, len(losses) / steps)
             if not torch.isfinite(loss):
@@ -262,8 +262,8 @@ def train(name, recipe, policy, world):
             schedule.step()
             losses.append(loss.item())
         loss = float(np.mean(losses[-per_epoch:]))
-        curve.append({"epoch": epoch, "loss": loss, "score": world.measure(policy)})
-        print(f"  {name}: epoch {epoch}/{recipe.epochs}, loss {loss:.3f}, {world.measured} "
+        curve.append({"epoch": epoch, "loss": loss, "score": setup.measure(policy)})
+        print(f"  {name}: epoch {epoch}/{recipe.epochs}, loss {loss:.3f}, {setup.measured} "
               f"{curve[-1]['score']:.4f}", flush=True)
     return curve
 
@@ -483,15 +483,15 @@ def pack(rows, train, policy, unseen):
     row_of, ends = torch.tensor(np.array(entries(ends)), device=tokens.device)
     return Packed(tokens, row_of, ends, unseen)
 
-def batches(world, policy, reward, rng):
+def batches(setup, policy, reward, rng):
     """One epoch of Batches in random order; rows of similar length together, for less padding."""
-    rows = [world.rows[r] for r in rng.permutation(len(world.rows))]
-    size = world.size
+    rows = [setup.rows[r] for r in rng.permutation(len(setup.rows))]
+    size = setup.size
     # By length, but only within 32 batches: the order of an epoch has to stay random
     lengths = [row.places.stop - row.start for row in rows]
     order = sorted(range(len(rows)), key=lambda i: (i // (32 * size), lengths[i]))
     for start in rng.permutation(range(0, len(rows), size)):
-        yield Batch([rows[i] for i in order[start:start + size]], world.data, policy, reward)
+        yield Batch([rows[i] for i in order[start:start + size]], setup.data, policy, reward)
 
 def tree_mask(ends, H, J, L):
     """After H tokens of a history come J branches, the first L−1 codes of a path each (the last one
@@ -832,16 +832,16 @@ def run(settings):
     data = load_data(settings.data, settings.quick)             # a Dataset
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
-    worlds = [World(seed, data, settings) for seed in seeds]
-    jobs = [(name, world) for world in worlds for name in names]
+    setups = [Setup(seed, data, settings) for seed in seeds]
+    jobs = [(name, setup) for setup in setups for name in names]
     kept = []                                   # of each job: the finished run, or False
-    for name, world in jobs:                    # refuses a run that was made otherwise
-        path = world.folder(name) / "run.json"
-        run = path.exists() and report.earlier_run(path, made_with(name, world))
+    for name, setup in jobs:                    # refuses a run that was made otherwise
+        path = setup.folder(name) / "run.json"
+        run = path.exists() and report.earlier_run(path, made_with(name, setup))
         kept.append(settings.resume and run)
         if kept[-1]:
-            print(f"{name}, seed {world.seed}: kept, as it was finished")
-    try_out([name for name, run in zip(names, kept) if not run], worlds[0])
+            print(f"{name}, seed {setup.seed}: kept, as it was finished")
+    try_out([name for name, run in zip(names, kept) if not run], setups[0])
     runs = [run or run_method(*job) for run, job in zip(kept, jobs)]
     return report.finish(settings.out, runs, about, data)
 
@@ -867,7 +867,7 @@ def check_settings(settings):
         print("--quick: the figures below mean nothing; they only show that everything works")
     return list(dict.fromkeys(names)), list(dict.fromkeys(map(int, seeds)))
 
-class World:
+class Setup:
     """What all methods of one seed share, made from training items alone."""
     def __init__(self, seed, data, settings):
         self.seed = seed                                        # of IDs, new policies, training
@@ -944,27 +944,27 @@ class World:
         """The comprehensive reward of a recipe."""
         return Reward(self.ids, self.cm_of(recipe), (recipe.w_a, recipe.w_y, recipe.w_s))
 
-def made_with(name, world):
+def made_with(name, setup):
     """All inputs of a run that --resume compares, but code."""
-    data = {what: value for what, value in world.data.sizes.items() if what != "name"}
+    data = {what: value for what, value in setup.data.sizes.items() if what != "name"}
     made = {"data": data}
     if name.partition(":")[0] not in TEACHERS:
-        made["IDs"] = zlib.crc32(world.ids.codes.cpu().numpy())
+        made["IDs"] = zlib.crc32(setup.ids.codes.cpu().numpy())
     for what in "window width layers batch beams".split():
-        made[f"--{what}"] = getattr(world.settings, what)
+        made[f"--{what}"] = getattr(setup.settings, what)
     for part in ("sft", name.partition("+cm")[0], name):        # NAME of NAME+cm, and itself
-        recipe = recipe_of(part, world.settings)
+        recipe = recipe_of(part, setup.settings)
         made |= {f"{part}: {what}": getattr(recipe, what) for what in FIELDS}
     return made
 
-def try_out(names, world):
+def try_out(names, setup):
     """One step of each recipe with an untrained policy: a mistake in your own teacher, sampler or
     loss shows now, not after hours."""
     for name in names:
-        recipe = recipe_of(name, world.settings)
+        recipe = recipe_of(name, setup.settings)
         if recipe.loss:
-            policy = world.policy()
-            batch = next(batches(world, policy, world.reward(recipe), np.random.default_rng(0)))
+            policy = setup.policy()
+            batch = next(batches(setup, policy, setup.reward(recipe), np.random.default_rng(0)))
             items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, 0.0)
             C, n = batch.r.shape
             wanted = (torch.int64, C, recipe.trajectories)
@@ -979,47 +979,47 @@ def try_out(names, world):
                   f"finite number that depends on P, not {loss!r}")
             loss.backward()
         elif "+cm" in name or name.partition(":")[0] in TEACHERS:
-            world.cm_of(recipe).scores(world.data.train[:2])
+            setup.cm_of(recipe).scores(setup.data.train[:2])
 
-def run_method(name, world):
+def run_method(name, setup):
     """Train and test one method with one seed → its entry of results.json["runs"]."""
-    data = world.data
-    recipe = recipe_of(name, world.settings)
+    data = setup.data
+    recipe = recipe_of(name, setup.settings)
     fields = {what: getattr(recipe, what) for what in FIELDS}
     changes = [f"{what}={value}" for what, value in fields.items() if value != FIELDS[what]]
-    print(f"{name}, seed {world.seed}: {':'.join(changes) or 'as Recipe says'}")
-    finished = world.folder(name) / "run.json"
+    print(f"{name}, seed {setup.seed}: {':'.join(changes) or 'as Recipe says'}")
+    finished = setup.folder(name) / "run.json"
     finished.parent.mkdir(parents=True, exist_ok=True)          # fails now, not after training
     for file in (finished, finished.with_name("semantic_ids.json")):
         file.unlink(missing_ok=True)                            # now, not before: it begins anew
     started = time.time()
-    model, curve = model_of(name, recipe, world)
+    model, curve = model_of(name, recipe, setup)
     middle = time.time()
     metrics, by_user, ranked = evaluate(model.recommend, data)
-    entry = {"method": name, "seed": world.seed, "data": data.sizes["name"], "recipe": fields,
+    entry = {"method": name, "seed": setup.seed, "data": data.sizes["name"], "recipe": fields,
              "metrics": metrics, "curve": curve, "by_user": by_user,
              "lists": ranked.tolist() if data.truth else [],
              "seconds": {"train": middle - started, "eval": time.time() - middle}}
-    report.write(finished, {"made_with": made_with(name, world), **entry})
+    report.write(finished, {"made_with": made_with(name, setup), **entry})
     return entry
 
-def model_of(name, recipe, world):
+def model_of(name, recipe, setup):
     """Train a method, or put it together → its model, with recommend(histories), and its curve."""
     base = name.partition(":")[0]
     if base in TEACHERS:
-        return world.cm_of(recipe), []
+        return setup.cm_of(recipe), []
     if base.endswith("+cm"):
-        policy = world.policy(base.removesuffix("+cm"))
-        policy.catalogue["guide"] = {"data": world.data.sizes, "teacher": recipe.teacher,
+        policy = setup.policy(base.removesuffix("+cm"))
+        policy.catalogue["guide"] = {"data": setup.data.sizes, "teacher": recipe.teacher,
                                      "debias": recipe.debias, "sharp": recipe.sharp,
-                                     "rank": world.rank}
-        save_policy(policy, world.folder(name))
-        policy.cm = world.cm_of(recipe)
+                                     "rank": setup.rank}
+        save_policy(policy, setup.folder(name))
+        policy.cm = setup.cm_of(recipe)
         return policy, []
-    policy = world.policy("" if base == "sft" else "sft", recipe.dropout)
-    curve = train(name, recipe, policy, world)
-    save_policy(policy, world.folder(name))
-    return world.policy(name), curve                            # tested as it was saved
+    policy = setup.policy("" if base == "sft" else "sft", recipe.dropout)
+    curve = train(name, recipe, policy, setup)
+    save_policy(policy, setup.folder(name))
+    return setup.policy(name), curve                            # tested as it was saved
 
 # --- The oracle: does P reach R/Z? ----------------------------------------------------------------
 def run_oracle(settings):
@@ -1030,26 +1030,26 @@ def run_oracle(settings):
     recipe = recipe_of(settings.oracle, settings)
     check(recipe.loss, f"--oracle {settings.oracle}: it needs a method with a loss of paths")
     data = load_data(settings.data, settings.quick)
-    world = World(seeds[0], data, settings)
-    policy = world.policy()
-    last = {row.user: row for row in world.rows if row.user < 4}        # the last row of each user
+    setup = Setup(seeds[0], data, settings)
+    policy = setup.policy()
+    last = {row.user: row for row in setup.rows if row.user < 4}        # the last row of each user
     rows = [row._replace(places=row.places[-1:]) for row in last.values()]  # its last item alone
-    batch = Batch(rows, data, policy, world.reward(recipe))
+    batch = Batch(rows, data, policy, setup.reward(recipe))
     target = (batch.r / batch.r.sum(1, keepdim=True)).cpu()     # P* = R/Z
     def distance(policy):                                       # mean L1 of P from R/Z
         return (distribution(policy, batch.histories) - target).abs().sum(1).mean().item()
-    world.rows = 100 * rows                                     # 100 steps an epoch
-    world.size = 4
-    try_out([settings.oracle], world)
+    setup.rows = 100 * rows                                     # 100 steps an epoch
+    setup.size = 4
+    try_out([settings.oracle], setup)
     path = Path(settings.out) / "oracle.png"
     path.parent.mkdir(parents=True, exist_ok=True)              # fails now, not after training
-    world.measure = distance
-    world.measured = "L1 distance of P from R/Z"
-    curve = train(settings.oracle, recipe, policy, world)
+    setup.measure = distance
+    setup.measured = "L1 distance of P from R/Z"
+    curve = train(settings.oracle, recipe, policy, setup)
     print("mean L1 distance of P from R/Z (2 at most): {:.4f} before, {:.4f} after; {}".format(
         curve[0]["score"], curve[-1]["score"], path))
     learned = distribution(policy, batch.histories)[0]
-    report.figures.plot_flows(path, world.ids.codes.cpu(), data.titles, batch.histories[0],
+    report.figures.plot_flows(path, setup.ids.codes.cpu(), data.titles, batch.histories[0],
                               {"R/Z": target[0], "P": learned})
 
 # --- Command line ---------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ import gflowgr
 import reward
 import tokenizer
 from data import InputError, figures, load_data, report
-from gflowgr import NEVER, Policy, RECIPES, Recipe, SAMPLERS, World, policy_draws, recipe_of
+from gflowgr import NEVER, Policy, RECIPES, Recipe, SAMPLERS, Setup, policy_draws, recipe_of
 from reward import SVD, TEACHERS, CollaborativeModel, Debiased, Folds, Reward, folds_of
 from tokenizer import SemanticIDs
 
@@ -672,7 +672,7 @@ def prepared(*flags, shift=0):                # shift changes the validation and
     settings.device = "cpu"
     data = load_data(settings.data)
     data.histories = [h[:-2] + [(item + shift) % 48 for item in h[-2:]] for h in data.histories]
-    return World(0, data, settings)
+    return Setup(0, data, settings)
 
 # --- Semantic IDs ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("features, K, L", [
@@ -735,13 +735,13 @@ def test_svd_has_the_rank_that_finds_last_training_items(score, rank, monkeypatc
     monkeypatch.setattr(gflowgr, "rank_all", lambda recommend, _: recommend.__self__.cm.rank)
     monkeypatch.setattr(gflowgr, "ndcg_at", ndcg)
     data = SimpleNamespace(train=[[0, 1, 2], [3, 4]], titles=720 * [""], texts=720 * ["a"])
-    world = World(0, data, gflowgr.parse([]))
-    assert world.rank == rank
+    setup = Setup(0, data, gflowgr.parse([]))
+    assert setup.rank == rank
     def asked(*given):
         raise InterruptedError(f"rank {given[-1]}")
     for what in ("item_features", "folds_of"):
         monkeypatch.setattr(gflowgr, what, asked)
-    for use in (lambda: world.ids, lambda: world.cm_of(Recipe())):
+    for use in (lambda: setup.ids, lambda: setup.cm_of(Recipe())):
         with pytest.raises(InterruptedError, match=f"rank {rank}$"):
             use()
 
@@ -814,11 +814,11 @@ def test_scores_are_divided_by_popularity_or_length_and_guide_beams(fit, vectors
 def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
     histories = [list(range(length)) for length in (1, 2, 4, 5, 8, 9, 30)]
     liked = [[item % 3 > 0 for item in history] for history in histories]
-    world = SimpleNamespace(data=SimpleNamespace(train=histories, liked=liked), size=3,
+    setup = SimpleNamespace(data=SimpleNamespace(train=histories, liked=liked), size=3,
                             rows=list(gflowgr.training_rows(histories, window)))
     policy = Policy(SemanticIDs([[0, i] for i in range(200)], 200), window, 65, 1)  # one head
     order = []
-    for batch in gflowgr.batches(world, policy, None, np.random.default_rng(0)):
+    for batch in gflowgr.batches(setup, policy, None, np.random.default_rng(0)):
         tokens, rows, ends, _ = batch.packed
         for c, (row, end) in enumerate(zip(rows.tolist(), ends.tolist())):
             past = batch.histories[c]
@@ -913,11 +913,11 @@ def test_where_one_item_is_left_it_is_drawn(name):
     items = SAMPLERS[name](batch, 5, made(), 0.5)
     assert items.tolist() == [[8] * 5]
 
-def paths_by_hand(recipe, world, models, user, past, items):    # {attribute of Paths: its row}
-    after = world.data.train[user][len(past):]
-    codes = world.ids.codes.tolist()
+def paths_by_hand(recipe, setup, models, user, past, items):    # {attribute of Paths: its row}
+    after = setup.data.train[user][len(past):]
+    codes = setup.ids.codes.tolist()
     log_pf, learned_flow = one_by_one(models[0], past)
-    teacher = world.cms[recipe.teacher]
+    teacher = setup.cms[recipe.teacher]
     signal = teacher.scores([past], [user])[0] / teacher.whole.popular ** recipe.debias
     signal = signal ** recipe.sharp
     alike = torch.tensor([sum(x == y for x, y in zip(row, codes[after[0]])) for row in codes])
@@ -932,7 +932,7 @@ def paths_by_hand(recipe, world, models, user, past, items):    # {attribute of 
     log_flow = flow.log()
     if not recipe.exact:
         log_flow[:, :-1] = learned_flow
-    child_flow = torch.zeros(len(items), len(codes[0]), world.ids.num_codes)
+    child_flow = torch.zeros(len(items), len(codes[0]), setup.ids.num_codes)
     log_probs = torch.full_like(child_flow, NEVER)
     for j, l in np.ndindex(child_flow.shape[:2]):
         for w in under(codes, items[j], l):
@@ -963,15 +963,15 @@ def losses_by_hand(p):                        # {recipe: its loss}, of a Paths
     ("tb:chosen=reward:gr=0", 3, 4), ("tb:debias=0", 48, 1), ("tb:teacher=cm", 2, 6)])
 def test_what_a_loss_is_given_and_what_is_made_of_it(name, K, L, tiny, monkeypatch):
     weights = "--recipe=w_a=.3:w_y=.5:w_s=.2:debias=.5:trajectories=3:sharp=2"
-    world = prepared(*tiny, weights, f"--codes={K}", f"--levels={L}")
-    recipe = recipe_of(name, world.settings)
+    setup = prepared(*tiny, weights, f"--codes={K}", f"--levels={L}")
+    recipe = recipe_of(name, setup.settings)
     recipe.loss = lambda p: p.log_pf.cumsum(1).square().mean()      # asks for the order
-    policy = made(ids=world.ids)
-    frozen = made(ids=world.ids, seed=1)
-    train = world.data.train = [history[:5] for history in world.data.train]    # all is read
-    world.data.liked = [[item % 3 > 0 for item in history] for history in train]
+    policy = made(ids=setup.ids)
+    frozen = made(ids=setup.ids, seed=1)
+    train = setup.data.train = [history[:5] for history in setup.data.train]    # all is read
+    setup.data.liked = [[item % 3 > 0 for item in history] for history in train]
     rows = [*gflowgr.training_rows(train, 4)][:3]
-    batch = gflowgr.Batch(rows, world.data, policy, world.reward(recipe))
+    batch = gflowgr.Batch(rows, setup.data, policy, setup.reward(recipe))
     chosen = batch.r.bool().float().multinomial(1)              # what shall be drawn ∝ R
     drawn = batch.r.bool().float().multinomial(3)
     drawn[0, 1] = batch.positives[0]                            # path 0 again, if v is chosen
@@ -987,7 +987,7 @@ def test_what_a_loss_is_given_and_what_is_made_of_it(name, K, L, tiny, monkeypat
     items = torch.cat([first[recipe.chosen], drawn], 1)
     p = gflowgr.Paths(recipe, policy, frozen, batch, drawn)
     for c, past in enumerate(batch.histories):
-        wanted = paths_by_hand(recipe, world, (policy, frozen), batch.users[c], past,
+        wanted = paths_by_hand(recipe, setup, (policy, frozen), batch.users[c], past,
                                items[c].tolist())
         for what, row in wanted.items():
             close(getattr(p, what)[c].clamp(min=-99), row.clamp(min=-99), msg=what)
@@ -1001,11 +1001,11 @@ def test_what_a_loss_is_given_and_what_is_made_of_it(name, K, L, tiny, monkeypat
 
 # --- Training, changes in recipes -----------------------------------------------------------------
 def trained(flags, name="sft", shift=0):      # from random weights → curve, all that was used
-    world = prepared(*flags, shift=shift)
-    recipe = recipe_of(name, world.settings)
-    policy = world.policy("", 0.1)
-    curve = gflowgr.train(name, recipe, policy, world)
-    return curve, [world.ids.codes, *policy.parameters()]
+    setup = prepared(*flags, shift=shift)
+    recipe = recipe_of(name, setup.settings)
+    policy = setup.policy("", 0.1)
+    curve = gflowgr.train(name, recipe, policy, setup)
+    return curve, [setup.ids.codes, *policy.parameters()]
 
 def test_same_seed_same_curve_and_no_leak_from_test_or_validation_items(tiny):
     one, again, other = [trained(tiny, "distill:teacher=blend", shift) for shift in (0, 0, 1)]
@@ -1033,8 +1033,8 @@ def test_a_loss_that_is_nan_stops_its_run(tiny, monkeypatch):
         trained(tiny, "mine")
 
 def test_changes_come_in_the_order_real_recipe_name(monkeypatch):
-    world = gflowgr.parse([f"--data={ROOT / 'data/toy'}"])      # its truth.csv says: made up
-    assert recipe_of("tb", world) == recipe_of("tb", gflowgr.parse([])) == Recipe(**RECIPES["tb"])
+    toy = gflowgr.parse([f"--data={ROOT / 'data/toy'}"])      # its truth.csv says: made up
+    assert recipe_of("tb", toy) == recipe_of("tb", gflowgr.parse([])) == Recipe(**RECIPES["tb"])
     monkeypatch.setitem(RECIPES, "mine", dict(lam=10.0))
     monkeypatch.setattr(gflowgr, "REAL", {
         "Settings": dict(width=96), "sft": dict(epochs=3), "tb": dict(lam=5.0),
@@ -1290,10 +1290,10 @@ def test_ids_from_a_file_and_devices(tmp_path, capsys):
         codes = prepared(f"--data={folder}", f"--ids={folder / 'ids.csv'}").ids.codes.tolist()
         assert codes == [[1, 1, 0], [0, 0, 0], [2, 0, 0], [0, 0, 1]]        # b and d had the same
     assert "1 items have the ID of another" in capsys.readouterr().out
-    world = prepared("--data=toy")
-    assert world.ids.num_codes == 32                            # 720 / 24 = 30; a power of 2
-    world.settings.device = "meta"
-    assert all(x.is_meta for x in world.policy().state_dict().values())
+    setup = prepared("--data=toy")
+    assert setup.ids.num_codes == 32                            # 720 / 24 = 30; a power of 2
+    setup.settings.device = "meta"
+    assert all(x.is_meta for x in setup.policy().state_dict().values())
 
 def test_two_users_and_nine_items_without_text_or_truth_work_as_they_are(tmp_path):
     events = EVENTS.replace("b,1", "b,2") + "u,a,9\nw,a,1\nw,b,1\n"
@@ -1387,7 +1387,7 @@ def test_the_figures_on_the_pages_were_made_with_these_defaults():
         settings = gflowgr.parse([f"--data={data}"])
         made += [settings, *[recipe_of(name, settings) for name in (*RECIPES, "sft+cm")]]
     for function in (CollaborativeModel.fit, Folds, Policy, Reward, TOY["write"],
-                     tokenizer.item_features, tokenizer.kmeans, World.policy):
+                     tokenizer.item_features, tokenizer.kmeans, Setup.policy):
         made.append(inspect.signature(function))
     text = re.sub(" at 0x[0-9a-f]+", "", repr(made))
     checksum = zlib.crc32(text.encode())
@@ -1486,21 +1486,21 @@ def packing(policy, histories):               # a step on rows of 8 branches; on
     return {"packed": partial(step, packed, items),
             "one a row": partial(step, one_a_row, items.view(-1, 1))}
 
-def steps(policy, world):                     # four steps of methods
+def steps(policy, setup):                     # four steps of methods
     def run(method):
-        recipe = recipe_of(method, world.settings)
-        reward = recipe.loss and world.reward(recipe)
-        some = gflowgr.batches(world, policy, reward, np.random.default_rng(0))
+        recipe = recipe_of(method, setup.settings)
+        reward = recipe.loss and setup.reward(recipe)
+        some = gflowgr.batches(setup, policy, reward, np.random.default_rng(0))
         for batch in itertools.islice(some, 4):
             gflowgr.loss_of(recipe, policy, policy, batch, 0.5).backward()
     return {method: partial(run, method) for method in ("sft", "distill", "tb")}
 
 def speed(tiny):                              # least seconds of each; how many times the first's
-    world = World(0, load_data("toy", quick=tiny), gflowgr.parse(["--device=cpu"]))
-    policy = world.policy().eval()
+    setup = Setup(0, load_data("toy", quick=tiny), gflowgr.parse(["--device=cpu"]))
+    policy = setup.policy().eval()
     histories = [list(range(user, user + 20)) for user in range(4 if tiny else 64)]
     for what, jobs in (("lists", decoding(policy, histories)),
-                       ("8 paths", packing(policy, histories)), ("4 steps", steps(policy, world))):
+                       ("8 paths", packing(policy, histories)), ("4 steps", steps(policy, setup))):
         seconds = [min(timeit.repeat(job, number=1, repeat=4)) for job in jobs.values()]
         cells = [f"{name} {s:.3f} ({s / seconds[0]:.1f})" for name, s in zip(jobs, seconds)]
         print(f"{what:8}", *cells, sep="  ", flush=True)
