@@ -284,7 +284,8 @@ def session(batch, count, policy, progress):
     return draw(weight, count)
 
 def unlogged(batch, weight):
-    """weight (C, n), set to 0 at the user's logged items, to 1e-12 at v: no row is all 0."""
+    """weight (C, n), but 0 at the user's logged items, 1e-12 at v: no row is all 0."""
+    weight = weight.clone()
     weight[entries(batch.histories)] = 0
     weight[entries(batch.following)] = 0
     return weight.scatter_(1, batch.positives[:, None], 1e-12)

@@ -115,7 +115,7 @@ class Folds:
         self.histories = histories
         checksums = [zlib.crc32(np.array(history, np.int64).tobytes()) for history in histories]
         self.fold = np.array(checksums) % folds                 # of each user
-        self.whole = fit(histories, num_items)                  # on all users: to serve them
+        self.whole = fit([[*history] for history in histories], num_items)  # on all: to serve them
         count = np.bincount(entries(histories)[1], minlength=num_items)
         self.popular = torch.tensor(count + 1.0).float()                            # (n,)
         if isinstance(self.whole, SVD):
@@ -127,8 +127,9 @@ class Folds:
         scores = cm.scores(histories)
         shape = (len(histories), len(self.popular))
         right = torch.is_tensor(scores) and scores.shape == shape and scores.is_floating_point()
-        right = right and scores.min() >= 0                     # all 0: of who saw all items
-        right = right and ((scores.sum(1) - 1) * scores.any(1)).abs().max() < 1e-3
+        total = torch.tensor([len(history) < shape[1] for history in histories]).float()
+        right = right and scores.min() >= 0                     # total: 0 if all items are seen
+        right = right and (scores.sum(1) - total).abs().max() < 1e-3
         if not right or scores[entries(histories)].any():
             name = type(cm).__name__
             found = " ".join(str(scores).split())[:100]
@@ -145,7 +146,7 @@ class Folds:
         folds = self.fold[users]
         for fold in np.unique(folds):
             if fold not in self.parts:                          # fitted when it is first asked for
-                others = [self.histories[user] for user in np.flatnonzero(self.fold != fold)]
+                others = [[*self.histories[user]] for user in np.flatnonzero(self.fold != fold)]
                 self.parts[fold] = self.fit(others, len(self.popular))
             rows = np.flatnonzero(folds == fold)
             scores[rows] = self.checked(self.parts[fold], [histories[row] for row in rows])
@@ -174,8 +175,12 @@ class Debiased:
 
     def scores(self, histories, *users):
         """(B, n) ≥ 0, rows sum to 1."""
-        scores = (self.cm.scores(histories, *users) / self.divisor) ** self.sharp
-        return scores / scores.sum(1, keepdim=True).clamp(min=1e-30)
+        scores = self.cm.scores(histories, *users)
+        powers = (scores / self.divisor) ** self.sharp
+        total = powers.sum(1, keepdim=True)
+        right = (total > 0) & (total < torch.inf) | ~scores.any(1, keepdim=True)
+        check(right.all(), "the scores of a teacher vanish: debias or sharp is too large")
+        return powers / total.clamp(min=1e-30)
 
     def recommend(self, histories, k=10):
         """The k unseen items (B, k) with the highest scores, −1 where none is left; the scores."""

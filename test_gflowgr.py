@@ -1055,11 +1055,14 @@ def test_changes_come_in_the_order_real_recipe_name(monkeypatch):
 
 # --- Own code: a mistake is one line, status 2, nothing trained, nothing written ------------------
 def own(returned):                            # fit of a CM; returned: right scores → its scores
+    def fit(histories, num_items):
+        histories[0].clear()                                    # a copy: the data stay as they are
+        return SimpleNamespace(scores=scores, popular="not used")
     def scores(histories):
         right = torch.ones(len(histories), 48)
         right[tokenizer.entries(histories)] = 0
         return returned(right / right.sum(1, keepdim=True))
-    return lambda histories, num_items: SimpleNamespace(scores=scores, popular="not used")
+    return fit
 
 def test_an_own_teacher(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(TEACHERS, "mine", own(torch.Tensor.double))     # as numpy has it
@@ -1086,6 +1089,7 @@ LINE = f"test_gflowgr.py, line {raises.__code__.co_firstlineno + 1}, in raises: 
     ("cm", own(lambda right: right * math.nan), NO_CM),
     ("cm", own(lambda right: right * 48), NO_CM), ("cm", own(lambda right: right / 48), NO_CM),
     ("cm", own(lambda right: 2 * right - torch.eye(48)[0]), NO_CM),
+    ("cm", own(lambda right: right * 0), NO_CM),
     ("cm", own(lambda right: right[:, 1:]), NO_CM), ("cm", own(lambda right: None), NO_CM),
     ("cm", own(lambda right: torch.full_like(right, 1 / 48)), NO_CM),
     ("cm", own(raises), LINE), ("cm", raises, LINE), ("sampler", raises, LINE),
@@ -1430,6 +1434,7 @@ def test_scripts_on_the_pages_in_short(page, pictures, by_itself, monkeypatch):
     ("fields are ['gr', 'lam', 'sampler', ", "--recipe=loss=x"),
     ("of tb, one can change gr, lam, ", "--methods=tb:loss=x"),
     ("rate nan is out of range", "--methods=tb:rate=nan"),
+    ("debias or sharp is too large", "--methods=sft+cm:teacher=pop:sharp=19"),
     ("there is no 'cm+cm'", "--methods=cm+cm"),
     ("sharp, not ['lam=9']", "--methods=tb+cm:lam=9"),
     ("nowhere.csv", "--ids=nowhere.csv"),
