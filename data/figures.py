@@ -8,7 +8,7 @@ BLUE = "C0"                            # of a style that colour-blind readers ca
 ORANGE = "C5"
 GREY = "0.82"
 # Of lines, to be told apart by colour-blind readers as well
-LINES = "#0072B2 0.5 #CC79A7 #D55E00 #009E73 black #E69F00 #56B4E9".split()
+LINES = "#0072B2 #D55E00 #009E73 #CC79A7 0.5 #E69F00 #56B4E9".split()
 STYLE = {"font.size": 9, "text.parse_math": False}             # a $ in a title stays a $
 
 @contextlib.contextmanager
@@ -69,12 +69,16 @@ def plot_flows(path, codes, titles, history, panels):
         axes[0].text(0, -0.09, textwrap.fill(text, int(22 * width)), va="top")
 
 def plot_lines(path, lines, xlabel, ylabel):
-    """Draw {name: [(x, y), …]}: a line of points, or a point alone, with its name at the end."""
+    """Draw {name: [(x, y), …]}: a line of points, named in a legend, or a point beside its name."""
     with picture(path, 1, 1, (7.5, 5.5)) as [axis]:
         axis.set_prop_cycle(color=LINES)
         for name, points in lines.items():
-            [line] = axis.plot(*zip(*points), marker="o", markersize=4)
-            axis.annotate(name, points[-1], (5, 3), textcoords="offset points",
-                          color=line.get_color())
+            if len(points) > 1:
+                axis.plot(*zip(*points), marker="o", markersize=4, label=name)
+            else:
+                axis.plot(*points[0], marker="o", markersize=4, color="black", zorder=3)
+                axis.annotate(name, points[0], (5, 3), textcoords="offset points")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend()
         axis.set(xlabel=xlabel, ylabel=ylabel)
         axis.margins(0.15)                                     # room for the names
