@@ -1308,6 +1308,7 @@ def test_two_users_and_nine_items_without_text_or_truth_work_as_they_are(tmp_pat
     assert "dropped: 1 repeats of an item, 1 users with < 3 items" in out
     assert "| sft+cm | " in out
     assert "liked@10" not in out
+    assert cli("--data", folder, "--out", tmp_path / "no_sft", "--methods=cm")[0] == 0
 
 def test_the_toy_world_is_as_committed_and_popularity_can_be_earned(tmp_path, monkeypatch):
     def prepare(*flags):
