@@ -115,8 +115,8 @@ class Recipe:
 #     Row(user, start=4, places=7…8)   reads <user> e f g h   targets h (e f g), i (e f g h)
 #     Row(user, start=5, places=9…9)   reads <user> f g h i   target j (f g h i)
 Row = namedtuple("Row", "user start places")
-# C histories U as GPT-2 reads them: U of context c is tokens[row_of[c], :ends[c] + 1]; which items
-# are not in it: unseen[c]. Made by `pack`, after the lecture
+# C histories U as GPT-2 reads them: U of context c is tokens[row_of[c], :ends[c] + 1]. unseen[c]:
+# which nodes lead to items that are not in U. Made by `pack`, after the lecture
 Packed = namedtuple("Packed", "tokens row_of ends unseen")
 
 class Batch:
@@ -160,7 +160,7 @@ class Paths:
             items = torch.cat([draw(batch.r, 1), items], 1)
         # The path of v, at index 0, is for L_GR; L_GFN reads the J others
         all_items = torch.cat([positives, items], 1)
-        log_steps, log_probs, learned_flow = policy(batch.packed, all_items)    # Policy.forward
+        log_steps, log_probs, learned_log_flow = policy(batch.packed, all_items)
         self.recipe = recipe
         self.reference = reference
         self.batch = batch
@@ -171,7 +171,7 @@ class Paths:
         self.log_probs = log_probs[:, 1:]                       # (C, J, L, K) of all codes there
         self.log_pf = self.log_steps.sum(-1)                    # (C, J) log P of whole paths
         self.log_r = batch.r.gather(1, items).log()             # (C, J) log R
-        self.learned_flow = learned_flow[:, 1:]                 # (C, J, L) of s_0 … s_{L-1}
+        self.learned_log_flow = learned_log_flow[:, 1:]         # (C, J, L) of s_0 … s_{L-1}
 
     # These take time; they are computed if they are read
     @cached_property
@@ -182,8 +182,9 @@ class Paths:
     @cached_property
     def log_flow(self):
         """(C, J, L+1) log F of s_0 … s_L. If exact, F of a prefix is the sum over its children."""
-        flow = self.child_flow.sum(-1).log() if self.recipe.exact else self.learned_flow
-        return torch.cat([flow, self.log_r[..., None]], -1)     # F(s_L) = R
+        exact = self.recipe.exact
+        log_flow = self.child_flow.sum(-1).log() if exact else self.learned_log_flow
+        return torch.cat([log_flow, self.log_r[..., None]], -1)     # F(s_L) = R
 
     @cached_property
     def child_flow(self):
@@ -414,8 +415,8 @@ def beam_search(tree, k, beams):
     log_p = torch.zeros_like(tree.node, dtype=torch.float)
     for _ in range(tree.ids.num_levels):
         # log P_F of all next codes, near NEVER if illegal; child: where they lead (B, W, K)
-        child, log_steps = tree.children()
-        log_p = (log_p[..., None] + log_steps).flatten(1)       # (B, W·K)
+        child, log_probs = tree.children()
+        log_p = (log_p[..., None] + log_probs).flatten(1)       # (B, W·K)
         # best (B, new W): w·K + c, code c after beam w; these are the new beams: GPT-2 reads them
         log_p, best = log_p.topk(min(beams, log_p.shape[1]), 1)
         tree.keep(child, best)
@@ -567,10 +568,10 @@ class Beams:
         head = self.lm.wte.weight[self.level * K:(self.level + 1) * K]              # (K, d)
         child = self.ids.legal_children(self.node, self.unseen)                     # (B, W, K)
         logits = (self.hidden @ head.T).masked_fill_(child < 0, NEVER)
-        log_steps = (logits / self.temperature).log_softmax(-1)
+        log_probs = (logits / self.temperature).log_softmax(-1)
         if self.log_guide is not None:
-            log_steps += at(self.log_guide, child) - at(self.log_guide, self.node)[..., None]
-        return child, log_steps
+            log_probs += at(self.log_guide, child) - at(self.log_guide, self.node)[..., None]
+        return child, log_probs
 
     def keep(self, child, best):
         """Go on with W of the children; best (B, W): w·K + c is code c of the old beam w. If fewer
@@ -603,14 +604,14 @@ def drawn_search(tree, k, beams):
     stochastic beams). The idea is a race: each item arrives after a random time, Exp(1) / P; the k
     first ones are such a draw. A prefix arrives with the first item below it, which is after
     Exp(1) / P of the prefix. So go down the tree, and let the children of each prefix race: the
-    winner arrives when the prefix does, the others as much later as they lost: of two children of a
-    prefix that arrives at 1, with times .5 and .8 in their race, one arrives at 1, one at 1.3.
-    Scores: −log(time)."""
+    winner arrives when the prefix does, the others as much later as they lost, since exponential
+    times have no memory: of two children of a prefix that arrives at 1, with times .5 and .8 in
+    their race, one arrives at 1, one at 1.3. Scores: −log(time)."""
     # The root's time is 1, score 0: which time it is does not change who comes first
     log_p = score = torch.zeros_like(tree.node, dtype=torch.float)                  # (B, W)
     for _ in range(tree.ids.num_levels):
-        child, log_steps = tree.children()
-        log_p = log_p[..., None] + log_steps                                        # (B, W, K)
+        child, log_probs = tree.children()
+        log_p = log_p[..., None] + log_probs                                        # (B, W, K)
         # Scores in their race, −log(Exp(1) / P); that of its winner; that of the prefix
         race = log_p - torch.empty_like(log_p).exponential_().log_()
         winner = race.amax(-1, keepdim=True)                                        # (B, W, 1)
@@ -657,7 +658,7 @@ def evaluate(recommend, data):
     for k in (5, 10):
         by_user[f"recall@{k}"] = recall_at(ranked, target, k).numpy()
         by_user[f"ndcg@{k}"] = ndcg_at(ranked, target, k).numpy()
-    by_user |= report.exposure(ranked.numpy(), data)
+    by_user |= report.exposure(ranked.numpy(), data)            # liked@10, if the truth is known
     by_user = {name: numbers.astype(float).round(6).tolist() for name, numbers in by_user.items()}
     metrics = {name: float(np.mean(numbers)) for name, numbers in by_user.items()}
     metrics["coverage@10"] = len(ranked[ranked >= 0].unique()) / len(data.titles)
@@ -883,7 +884,7 @@ class Setup:
 
     @cached_property
     def rank(self):
-        """Rank of SVD: n / 30, then 1.4 or .7 times that, as long as NDCG@10 of users' last training
+        """Rank of SVD: n / 30, then 1.4 or .7 times that, as long as NDCG@10 of the last training
         items, left out, grows by 2 %; less is noise."""
         n = len(self.data.titles)
         logs = [history for history in self.data.train if len(history) > 1]
