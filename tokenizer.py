@@ -131,8 +131,7 @@ def assign_with_capacity(cost, parent, capacity):
     more than there are IDs below these codes, so that all IDs differ.
     Every item asks for the cheapest code that has not refused it. A cell keeps its `capacity`
     cheapest items and refuses the others for good. Repeat until no item is refused.
-    cost (n, K), unchanged; parent (n,), a number for the item's codes so far → codes (n,)."""
-    cost = cost.copy()
+    cost (n, K), overwritten; parent (n,), a number for the item's codes so far → codes (n,)."""
     items = np.arange(len(cost))
     while True:
         code = cost.argmin(1)
