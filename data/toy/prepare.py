@@ -1,6 +1,6 @@
 """Write the toy world: a small log with exposure bias, and the true tastes behind it.
 
-    python data/toy/prepare.py [--items 120 --quality 0 --seed 9 --out DIR]     same bytes always
+    python data/toy/prepare.py --out DIR [--items 120 --quality 0 --seed 9]     same bytes always
 
 Half the items of a theme are of one style, half of the other. A user likes one style in each of
 three themes: nine in ten of its items, one in ten of the theme's others, and one in a hundred of
@@ -106,7 +106,7 @@ def write(folder, num_users=700, items_per_theme=60, num_themes=12, seed=8, qual
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default=Path(__file__).parent, help="folder (default: this one)")
+    parser.add_argument("--out", required=True, help="folder; data/toy has what these defaults make")
     parser.add_argument("--seed", default=8, type=int, help="of the random numbers (default: 8)")
     parser.add_argument("--items", default=60, type=int, help="of a theme (default: 60)")
     parser.add_argument("--quality", default=0.5, type=float, help="Q, 0 to 1 (default: 0.5)")
