@@ -106,7 +106,7 @@ def write(folder, num_users=700, items_per_theme=60, num_themes=12, seed=8, qual
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", required=True, help="folder; data/toy has what these defaults make")
+    parser.add_argument("--out", required=True, help="folder; data/toy holds that of the defaults")
     parser.add_argument("--seed", default=8, type=int, help="of the random numbers (default: 8)")
     parser.add_argument("--items", default=60, type=int, help="of a theme (default: 60)")
     parser.add_argument("--quality", default=0.5, type=float, help="Q, 0 to 1 (default: 0.5)")
