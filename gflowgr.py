@@ -805,7 +805,7 @@ def recipe_of(name, settings):
         used, flag = ["teacher", "debias", "sharp"], settings.recipe
         fields = common | dict(sharp=9.0)
     elif base == "sft":
-        used, flag, fields = FIELDS, settings.sft, own
+        used, flag, fields = ["rate", "dropout", "epochs"], settings.sft, own
     else:
         used, flag, fields = FIELDS, settings.recipe, common | own
     odd = [change for change in changes if change.partition("=")[0] not in used]

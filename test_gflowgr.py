@@ -1434,6 +1434,7 @@ def test_scripts_on_the_pages_in_short(page, pictures, by_itself, monkeypatch):
     ("tb:sampler=x: sampler has to be one of session, ", "--data=nowhere --methods=tb:sampler=x"),
     ("fields are ['gr', 'lam', 'sampler', ", "--recipe=loss=x"),
     ("of tb, one can change gr, lam, ", "--methods=tb:loss=x"),
+    ("of sft, one can change rate, dropout, epochs, not ['lam=3']", "--methods=sft:lam=3"),
     ("rate nan is out of range", "--methods=tb:rate=nan"),
     ("debias or sharp is too large", "--methods=sft+cm:teacher=pop:sharp=19"),
     ("there is no 'cm+cm'", "--methods=cm+cm"),
