@@ -255,7 +255,7 @@ def train(name, recipe, policy, setup):
             if not torch.isfinite(loss):
                 users = sorted(set(batch.users))
                 raise FloatingPointError(f"{name}: loss {loss} at step {len(losses)}; is the rate "
-                                         f"too high?; users (rows of data) {users}")
+                                         f"too high, or a drawn item seen? Users (rows) {users}")
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
