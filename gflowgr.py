@@ -44,7 +44,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, get_cosine_s
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from data import InputError, check, find_item, load_data, read_ids, report
-from reward import SVD, TEACHERS, Debiased, Reward, folds_of
+from reward import SVD, TEACHERS, Blend, Debiased, Reward, folds_of
 from tokenizer import SemanticIDs, at, entries, item_features
 
 NEVER = -1e9                            # log P of an illegal code; with −inf, losses would be nan
@@ -903,6 +903,10 @@ class Setup:
         print(f"seed {self.seed}: SVD has rank {rank}")
         return rank
 
+    def rank_of(self, teacher):
+        """`rank` for a teacher that has an SVD; None for others, as it takes time to find."""
+        return self.rank if TEACHERS[teacher] in (SVD, Blend) else None
+
     @cached_property                                            # untrained methods need none
     def ids(self):
         """The SemanticIDs that --ids asks for: k-means on features of items, or those of a file."""
@@ -942,8 +946,7 @@ class Setup:
         """The teacher of a recipe, its scores as debias and sharp say. It is fitted once."""
         name = recipe.teacher
         if name not in self.cms:
-            rank = self.rank if name in ("svd", "blend") else None
-            self.cms[name] = folds_of(name, self.data, rank)
+            self.cms[name] = folds_of(name, self.data, self.rank_of(name))
         return Debiased(self.cms[name], recipe.debias, recipe.sharp)
 
     def reward(self, recipe):
@@ -1018,7 +1021,7 @@ def model_of(name, recipe, setup):
         policy = setup.policy(base.removesuffix("+cm"))
         policy.catalogue["guide"] = {"data": setup.data.sizes, "teacher": recipe.teacher,
                                      "debias": recipe.debias, "sharp": recipe.sharp,
-                                     "rank": setup.rank}
+                                     "rank": setup.rank_of(recipe.teacher)}
         save_policy(policy, setup.folder(name))
         policy.cm = setup.cm_of(recipe)
         return policy, []

@@ -732,6 +732,7 @@ def test_svd_has_the_rank_that_finds_last_training_items(score, rank, monkeypatc
         assert (target.tolist(), k) == ([2, 4], 10)
         return torch.tensor([score.get(ranked, 0.0)])
     monkeypatch.setattr(gflowgr, "SVD", svd)
+    monkeypatch.setitem(TEACHERS, "svd", svd)
     monkeypatch.setattr(gflowgr, "rank_all", lambda recommend, _: recommend.__self__.cm.rank)
     monkeypatch.setattr(gflowgr, "ndcg_at", ndcg)
     train = [[0, 1, 2], [5], [3, 4]]                            # of one item, nothing can be left
@@ -745,6 +746,7 @@ def test_svd_has_the_rank_that_finds_last_training_items(score, rank, monkeypatc
     for use in (lambda: setup.ids, lambda: setup.cm_of(Recipe())):
         with pytest.raises(InterruptedError, match=f"rank {rank}$"):
             use()
+    assert setup.rank_of("cm") is None
 
 # --- Traditional recommenders ---------------------------------------------------------------------
 @pytest.fixture(scope="module")
