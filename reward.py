@@ -109,7 +109,8 @@ TEACHERS = {"pop": partial(CollaborativeModel.fit, popularity=1.0),     # popula
 class Folds:
     """For training: scores that do not know what the user logged later. Users are split into 20
     folds by a checksum of their training history, so users with the same one share a fold. A user's
-    scores come from a recommender fitted on the other 19 folds. fit: its function, maybe yours."""
+    scores come from a recommender fitted on the other 19 folds. fit: its function; it may be yours,
+    so it gets copies of the histories."""
     def __init__(self, fit, histories, num_items, folds=20):
         self.fit = fit
         self.histories = histories

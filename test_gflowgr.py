@@ -793,6 +793,8 @@ def test_a_fold_does_not_know_its_users_and_who_is_served_gets_all():
     for user, history in enumerate(LOG):
         [one] = [cm for cm in folds.parts.values() if history not in cm.log]    # one of the fits
         close(found[user], one.scores([past[user]])[0])
+    given = [history for cm in (folds.whole, *folds.parts.values()) for history in cm.log]
+    assert not {*map(id, given)} & {*map(id, LOG)}              # copies: a fit may change them
     whole = CollaborativeModel.fit(LOG, 25).scores(past)
     close(folds.scores(past), whole)
     assert ((found - whole).abs().amax(1) > 0.001).all()
