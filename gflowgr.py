@@ -8,7 +8,8 @@ R. R mixes the logged action, the score of a collaborative model (CM) and the si
 The lecture comes first; it ends with the beam search. A step of training (`loss_of`), in short:
 
     for each logged item v and the history U before it:
-        R     = .2 logged(v) + .75 scores(U) + .05 similar(v), of all items; Z = the sum of R
+        R     = .2 logged(v) + .75 scores(U) + .05 similar(v), of all items that are not in U
+        Z     = the sum of R, about 1
         items = 8 different draws from P(· | U)
         L_GR  = −log P(v | U), the loss of SFT
         L_GFN = mean over the items of (log Z + log P − log R)², for instance: TB
@@ -16,7 +17,11 @@ The lecture comes first; it ends with the beam search. A step of training (`loss
 
 A context (U, v) is a user's history, and the item that was logged next. An ID has L codes, each
 from 0 to K − 1. Its path is s_0 … s_L: prefixes, of which s_0 is empty, and the item s_L. All IDs
-make a tree. Its nodes are numbers: 0 … M − 1 are prefixes, 0 is s_0; M + i is item i.
+make a tree, whose nodes are numbers: first M prefixes, 0 is s_0; then items, item i is M + i. Three
+items with the IDs (0, 0), (0, 1) and (1, 1) have M = 3 prefixes:
+    0 = () ─┬─ code 0 ─ 1 = (0) ─┬─ code 0 ─ 3 = item 0
+            │                    └─ code 1 ─ 4 = item 1
+            └─ code 1 ─ 2 = (1) ─── code 1 ─ 5 = item 2
 Letters in shapes: C contexts, J paths of each context, n items, B users (or rows of a batch).
 """
 import copy
@@ -63,11 +68,6 @@ def trajectory_balance(log_z, log_pf, log_r):
     Mean over all paths of (log Z(U) + log P − log R)²."""
     return (log_z[:, None] + log_pf - log_r).square().mean()
 
-def huber_balance(log_z, log_pf, log_r):
-    """Ours: TB, but a few paths with R far from P cannot outweigh all others. Shapes as in TB.
-    Mean of h(log Z(U) + log P − log R): h(x) = x²/2 up to 1 nat, |x| − 1/2 beyond."""
-    return functional.huber_loss(log_z[:, None] + log_pf, log_r)
-
 def vargrad(log_pf, log_r):
     """VarGrad (Richter et al. 2020), TB that needs no log Z: log P, log R of paths (C, J) → scalar.
     At P = R/Z, log P − log R is −log Z(U) on all paths of a context. Its mean over them stands for
@@ -85,7 +85,7 @@ def detailed_balance(log_flow, log_steps):
 @dataclass
 class Recipe:
     """How a method is trained; `--methods tb:epochs=4` changes a field. These defaults are what
-    `tb` has in the made-up world of the first command. L = gr · L_GR + λ · L_GFN"""
+    `tb` has in the made-up world of the first command. The loss is gr · L_GR + λ · L_GFN"""
     loss: object = None             # L_GFN, a function of a Paths (below); None: SFT, L_GR alone
     gr: float = 1.0                 # weight of L_GR = −log P(v | U), the loss of SFT
     lam: float = 10.0               # λ, weight of L_GFN
@@ -99,31 +99,20 @@ class Recipe:
     w_y: float = 0.75               # r_ŷ: scores of the teacher, of sum 1
     w_s: float = 0.05               # r_s ∝ number of levels with the same code as v, of sum 1
     teacher: str = "svd"            # one of TEACHERS, the recommenders of reward.py
-    debias: float = 0.5             # δ, ours: the teacher's scores are divided by popularity^δ
-    sharp: float = 3.0              # and raised to this power: P learns a few high ones better
-    beta: float = 0.1               # S-DPO, GRPO: how strongly P is held near that of SFT
+    debias: float = 0.5             # δ, ours: r_ŷ ∝ (score / popularity^δ)^sharp
+    sharp: float = 3.0              # ours: P learns a few high r_ŷ better than many middling ones
+    beta: float = 0.1               # S-DPO, GRPO (below): how strongly P is held near that of SFT
     rate: float = 3e-3              # peak learning rate: small models like it high
     dropout: float = 0.0            # SFT needs some; R has many items, that is enough here
     epochs: int = 8                 # passes over the training log
 
 # --- What a loss learns from: contexts and paths --------------------------------------------------
-# Each item v of a training history is a target once: its context is (U, v), U the items before it.
-# For speed, GPT-2 reads some contexts of a user in one go, as a row. Rows of a user who took the
-# items a b c d e f g h i j, of which GPT-2 may read 4 (the window):
-#     Row(user, start=0, places=0…4)   reads <user> a b c d   targets a (U is empty) … e (a b c d)
-#     Row(user, start=2, places=5…6)   reads <user> c d e f   targets f (c d e), g (c d e f)
-#     Row(user, start=4, places=7…8)   reads <user> e f g h   targets h (e f g), i (e f g h)
-#     Row(user, start=5, places=9…9)   reads <user> f g h i   target j (f g h i)
-Row = namedtuple("Row", "user start places")
-# C histories U as GPT-2 reads them: U of context c is tokens[row_of[c], :ends[c] + 1]. unseen[c]:
-# which nodes lead to items that are not in U. Made by `pack`, after the lecture
-Packed = namedtuple("Packed", "tokens row_of ends unseen")
-
 class Batch:
-    """The C contexts (U, v) of some rows."""
+    """C contexts (U, v): each item v of a training history, once an epoch, and U, those before."""
     def __init__(self, rows, data, policy, reward=None):
-        """rows: Rows. data: the training items of users, oldest first, and which were liked.
-        policy: it has the IDs. reward: a Reward; None, for SFT: no scores, no r."""
+        """rows: each has a user and places, where in this user's history its contexts have their v.
+        data: the training items of users, oldest first, and which were liked. policy: it has the
+        IDs. reward: a Reward; None, for SFT: no scores, no r."""
         self.users = []             # C numbers
         self.histories = []         # C lists, U: the user's items before v
         self.following = []         # C lists: v and the user's later training items
@@ -141,7 +130,7 @@ class Batch:
         self.liked = torch.tensor(liked, device=device)         # (C,) bool: v was not only clicked
         # (C, M + n) bool: is an unseen item at this node of the tree, or below it?
         unseen = ids.unseen(self.histories)
-        self.packed = pack(rows, data.train, policy, unseen)
+        self.packed = pack(rows, data.train, policy, unseen)    # U as GPT-2 reads it, told below
         if reward:
             # Scores that do not know v, by a recommender that was fitted without this user
             scores = reward.teacher.scores(self.histories, self.users)
@@ -149,17 +138,23 @@ class Batch:
             # (C, n) R of all items, > 0 at unseen ones, 0 at seen ones
             self.r = reward(self.scores, self.positives, self.liked, unseen[:, ids.num_prefixes:])
 
+def draw(weight, count):
+    """count items per context (C, count), with replacement, ∝ weight (C, n)."""
+    # max: torch is slow at drawing one
+    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
+
 class Paths:
     """What a loss can read: J unseen items of each of C contexts, and their paths."""
     def __init__(self, recipe, policy, reference, batch, items):
-        """policy: is trained; reference: as it was after SFT, frozen; items (C, N): a sampler's."""
+        """policy: is trained. reference: as it was after SFT, frozen; S-DPO and GRPO compare with
+        it. items (C, N): a sampler's."""
         positives = batch.positives[:, None]                    # (C, 1) v
         if recipe.chosen == "logged":
             items = torch.cat([positives, items], 1)            # (C, J = 1 + N)
         if recipe.chosen == "reward":
             items = torch.cat([draw(batch.r, 1), items], 1)
-        # The path of v, at index 0, is for L_GR; L_GFN reads the J others
-        all_items = torch.cat([positives, items], 1)
+        # One call for both: the path of v, at index 0, is for L_GR; L_GFN reads the J others
+        all_items = torch.cat([positives, items], 1)            # (C, 1 + J)
         log_steps, log_probs, learned_log_flow = policy(batch.packed, all_items)
         self.recipe = recipe
         self.reference = reference
@@ -175,9 +170,9 @@ class Paths:
 
     # These take time; they are computed if they are read
     @cached_property
-    def log_z(self):
-        """(C,) log Z(U): of the sum of R, or learned. It is log F(s_0), the same on all paths."""
-        return self.log_flow[:, 0, 0]
+    def child_flow(self):
+        """(C, J, L, K) exact F of all children of s_0 … s_{L-1}: sums of R over the items below."""
+        return self.ids.child_flows(self.batch.r, self.items)
 
     @cached_property
     def log_flow(self):
@@ -187,9 +182,9 @@ class Paths:
         return torch.cat([log_flow, self.log_r[..., None]], -1)     # F(s_L) = R
 
     @cached_property
-    def child_flow(self):
-        """(C, J, L, K) exact F of all children of s_0 … s_{L-1}: sums of R over the items below."""
-        return self.ids.child_flows(self.batch.r, self.items)
+    def log_z(self):
+        """(C,) log Z(U), of the sum of R, or learned: log F(s_0), the same on all J paths."""
+        return self.log_flow[:, 0, 0]
 
     @cached_property
     def log_ref(self):
@@ -202,19 +197,17 @@ class Paths:
 TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))
 RECIPES = {
     "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
-    # As in the paper: its sampler (items of low score first, of high score later), N, learned Z.
-    # Not as there: L_GFN does not read v; the teacher's scores, divided (δ) and cubed (sharp); λ.
-    # All undone, but for the amounts in R: tb-paper:chosen=logged:debias=0:sharp=1:lam=1
+    # The paper's sampler, N, and learned Z. Ours: L_GFN does not read v; debias, sharp, λ. The
+    # paper's, but for the amounts in R: tb-paper:chosen=logged:debias=0:sharp=1:lam=1
     "tb-paper": dict(TB, sampler="curriculum", trajectories=3, exact=False, lam=0.3, dropout=0.4),
     "tb": TB,
-    "tb-huber": dict(loss=lambda p: huber_balance(p.log_z, p.log_pf, p.log_r)),
     "db": dict(loss=lambda p: detailed_balance(p.log_flow, p.log_steps), dropout=0.1),
     "vargrad": dict(loss=lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1)}
 
 # --- One step of training, and the loop -----------------------------------------------------------
 def loss_of(recipe, policy, reference, batch, progress):
-    """L = gr · L_GR(U, v) + λ · L_GFN, the paper's (there, gr = 1): means over the contexts (U, v)
-    of a Batch. reference: the policy after SFT, frozen. progress: the share of training that is
+    """gr · L_GR + λ · L_GFN, the paper's (there, gr = 1): means over the contexts (U, v) of a
+    Batch. reference: the policy after SFT, frozen. progress: the share of training that is
     done, which the curriculum asks for."""
     if not recipe.loss:                                         # SFT
         log_steps, *_ = policy(batch.packed, batch.positives[:, None])             # (C, 1, L)
@@ -271,17 +264,12 @@ def train(name, recipe, policy, setup):
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
 # Functions (batch, N, policy, progress) → unseen items (C, N); progress: the share of training that
 # is done. entries(lists): where the items of C lists stand in a table (C, n)
-def draw(weight, count):
-    """N = count items per context (C, N), with replacement, ∝ weight (C, n)."""
-    # max: torch is slow at drawing one
-    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
-
 def session(batch, count, policy, progress):
     """The paper's first: other items of the user's log. Those before v are seen, so R = 0; ours:
     those after v."""
     weight = torch.zeros_like(batch.r)
     weight[entries(batch.following)] = 1
-    weight.scatter_(1, batch.positives[:, None], 1e-6)          # v itself, if nothing follows
+    weight.scatter_(1, batch.positives[:, None], 1e-6)  # v, not 1: drawn if nothing else follows
     return draw(weight, count)
 
 def unlogged(batch, weight):
@@ -316,8 +304,7 @@ def policy_beam(batch, count, policy, progress):
 
 def policy_draws(batch, count, policy, progress):
     """Ours: N different items drawn from P itself."""
-    # sample=1: recommend draws with probability P, in place of searching (how: after the lecture).
-    # It reads the last `window` items; of long histories, the loss may read fewer, see Row
+    # sample=1: recommend draws with probability P, in place of searching (how: after the lecture)
     items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)
     return items.where(items >= 0, batch.positives[:, None])
 
@@ -425,6 +412,11 @@ def beam_search(tree, k, beams):
 # === The lecture ends here. Below: rivals, how it is fast, other searches, the experiment =========
 
 # --- Rivals: what else could learn from the log or from R -----------------------------------------
+def huber_balance(log_z, log_pf, log_r):
+    """Ours: TB, but a few paths with R far from P cannot outweigh all others. Shapes as in TB.
+    Mean of h(log Z(U) + log P − log R): h(x) = x²/2 up to 1 nat, |x| − 1/2 beyond."""
+    return functional.huber_loss(log_z[:, None] + log_pf, log_r)
+
 def distillation(child_flow, log_probs):
     """Ours, a KL at each step: exact flows F of all codes (C, J, L, K), sums of R below them, and
     log P_F of all codes (C, J, L, K) → scalar. TB and DB see only the codes that a path takes; this
@@ -461,6 +453,7 @@ def sdpo_of(p):
 
 SDPO = dict(loss=sdpo_of, trajectories=7)
 RECIPES |= {
+    "tb-huber": dict(loss=lambda p: huber_balance(p.log_z, p.log_pf, p.log_r)),
     "sft-continued": dict(rate=9e-4, dropout=0.4),              # SFT, for longer
     "sdpo": dict(SDPO, chosen="logged", beta=1.0, rate=9e-4, dropout=0.2),
     "sdpo-reward": dict(SDPO, chosen="reward", lam=100.0, rate=1e-3),
@@ -469,6 +462,17 @@ RECIPES |= {
     "distill": dict(loss=lambda p: distillation(p.child_flow, p.log_probs), lam=30.0, dropout=0.2)}
 
 # --- Fast: GPT-2 reads a history once, for all contexts in it and all their paths -----------------
+# A row is some contexts of a user, which GPT-2 reads in one go. Rows of a user who took the items
+# a b c d e f g h i j, of which GPT-2 may read 4, the window; what it reads of U is in brackets:
+#     Row(user, start=0, places=0…4)   reads <user> a b c d   targets a (U is empty) … e (a b c d)
+#     Row(user, start=2, places=5…6)   reads <user> c d e f   targets f (c d e), g (c d e f)
+#     Row(user, start=4, places=7…8)   reads <user> e f g h   targets h (e f g), i (e f g h)
+#     Row(user, start=5, places=9…9)   reads <user> f g h i   target j (f g h i)
+Row = namedtuple("Row", "user start places")
+# Of context c, GPT-2 reads tokens[row_of[c], :ends[c] + 1]. unseen[c]: which nodes of the tree lead
+# to items that are not in U
+Packed = namedtuple("Packed", "tokens row_of ends unseen")
+
 def training_rows(histories, window):
     """Rows in which every item is a target once, and sees the items before it: window/2 to
     `window` of them, or all, if they are fewer."""
@@ -481,8 +485,9 @@ def pack(rows, train, policy, unseen):
     """The Packed of C contexts. tokens (B, H): B rows, padded. Of each context, row by row: row_of
     (C,), the row of its history, and ends (C,), its end there; unseen (C, M + n), as given."""
     tokens, _ = policy.tokens([train[user][start:places[-1]] for user, start, places in rows])
-    ends = [np.array(places) - start for _, start, places in rows]  # 0: at <user>, so U is empty
-    row_of, ends = torch.tensor(np.array(entries(ends)), device=tokens.device)
+    row_of = [number for number, row in enumerate(rows) for _ in row.places]
+    ends = [place - row.start for row in rows for place in row.places]  # 0: at <user>, U is empty
+    row_of, ends = torch.tensor([row_of, ends], device=tokens.device)
     return Packed(tokens, row_of, ends, unseen)
 
 def batches(setup, policy, reward, rng):
@@ -607,23 +612,21 @@ def drawn_search(tree, k, beams):
     winner arrives when the prefix does, the others as much later as they lost, since exponential
     times have no memory: of two children of a prefix that arrives at 1, with times .5 and .8 in
     their race, one arrives at 1, one at 1.3. Scores: −log(time)."""
-    # The root's time is 1, score 0: which time it is does not change who comes first
-    log_p = score = torch.zeros_like(tree.node, dtype=torch.float)                  # (B, W)
+    # time: the log of it. The root's is log 1: which one it is does not change who comes first
+    log_p = time = torch.zeros_like(tree.node, dtype=torch.float)                   # (B, W)
     for _ in range(tree.ids.num_levels):
         child, log_probs = tree.children()
         log_p = log_p[..., None] + log_probs                                        # (B, W, K)
-        # Scores in their race, −log(Exp(1) / P); that of its winner; that of the prefix
-        race = log_p - torch.empty_like(log_p).exponential_().log_()
-        winner = race.amax(-1, keepdim=True)                                        # (B, W, 1)
-        parent = score[..., None]                                                   # (B, W, 1)
-        # time = the prefix's + (its own in the race − the winner's) = the prefix's · (1 + exp(x)),
-        # x the log of how much later it is, as a share of the prefix's time
-        x = parent - race + torch.log1p(-torch.exp(race - winner))
-        score = (parent - functional.softplus(x)).flatten(1)                        # (B, W·K)
-        score, best = score.topk(min(beams, score.shape[1]), 1)
+        # In the race of children, each has the time Exp(1) / P, the winner the least
+        race = torch.empty_like(log_p).exponential_().log_() - log_p                # (B, W, K)
+        winner = race.amin(-1, keepdim=True)                                        # (B, W, 1)
+        # A child's time = the prefix's + late, late = its own in the race − the winner's
+        late = race + torch.log1p(-torch.exp(winner - race))    # log(e^race − e^winner)
+        time = torch.logaddexp(time[..., None], late).flatten(1)                    # (B, W·K)
+        time, best = time.topk(min(beams, time.shape[1]), 1, largest=False)
         log_p = log_p.flatten(1).gather(1, best)
         tree.keep(child, best)
-    return tree.items(score, k)
+    return tree.items(-time, k)
 
 # --- Evaluation: leave one out, the whole catalogue, the same for every method --------------------
 def recall_at(ranked, target, k):
