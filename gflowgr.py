@@ -61,11 +61,11 @@ def trajectory_balance(log_z, log_pf, log_r):
     probability of the next code. Z(U) is the sum of R over all items (ours: over unseen ones, not
     in U; P is 0 at seen ones). A general graph would also subtract log P_B, the probability of the
     way back from an item to s_0; in a tree, P_B = 1.
+    Mean over all paths of (log Z(U) + log P − log R)²:
     >>> log_pf, log_r = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
     >>> round(trajectory_balance(torch.zeros(1), log_pf, log_r).item(), 4)   # (0 + (log 1/2)²) / 2
     0.2402
-
-    Mean over all paths of (log Z(U) + log P − log R)²."""
+    """
     return (log_z[:, None] + log_pf - log_r).square().mean()
 
 def vargrad(log_pf, log_r):
@@ -110,33 +110,26 @@ class Recipe:
 class Batch:
     """C contexts (U, v): each item v of a training history, once an epoch, and U, those before."""
     def __init__(self, rows, data, policy, reward=None):
-        """rows: each has a user and places, where in this user's history its contexts have their v.
-        data: the training items of users, oldest first, and which were liked. policy: it has the
-        IDs. reward: a Reward; None, for SFT: no scores, no r."""
-        self.users = []             # C numbers
-        self.histories = []         # C lists, U: the user's items before v
-        self.following = []         # C lists: v and the user's later training items
-        liked = []
-        for row in rows:
-            log = data.train[row.user]
-            for place in row.places:
-                self.users.append(row.user)
-                self.histories.append(log[:place])
-                self.following.append(log[place:])
-                liked.append(data.liked[row.user][place])
+        """rows: some contexts of a user each. A row with user 7 and places 3, 4 has two: their v
+        are items 3 and 4 of this user's training history. data: a Dataset, with the histories.
+        policy: it has the IDs. reward: a Reward; None, for SFT: no scores, no r."""
+        contexts = [(row.user, place) for row in rows for place in row.places]      # C pairs
+        self.users = [user for user, _ in contexts]
+        self.histories = [data.train[user][:place] for user, place in contexts]     # U, C lists
+        # C lists: v and the user's later training items
+        self.following = [data.train[user][place:] for user, place in contexts]
+        liked = [data.liked[user][place] for user, place in contexts]
         ids = policy.semantic_ids
         device = ids.codes.device
         self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
         self.liked = torch.tensor(liked, device=device)         # (C,) bool: v was not only clicked
-        # (C, M + n) bool: is an unseen item at this node of the tree, or below it?
-        unseen = ids.unseen(self.histories)
-        self.packed = pack(rows, data.train, policy, unseen)    # U as GPT-2 reads it, told below
+        self.packed = pack(rows, data.train, policy)    # U as GPT-2 reads it, after the lecture
         if reward:
             # Scores that do not know v, by a recommender that was fitted without this user
             scores = reward.teacher.scores(self.histories, self.users)
             self.scores = scores.to(device)                     # (C, n) of sum 1
-            # (C, n) R of all items, > 0 at unseen ones, 0 at seen ones
-            self.r = reward(self.scores, self.positives, self.liked, unseen[:, ids.num_prefixes:])
+            unseen = self.packed.unseen[:, ids.num_prefixes:]   # (C, n) bool: not in U
+            self.r = reward(self.scores, self.positives, self.liked, unseen)    # (C, n), 0 if seen
 
 def draw(weight, count):
     """count items per context (C, count), with replacement, ∝ weight (C, n)."""
@@ -172,7 +165,9 @@ class Paths:
     @cached_property
     def child_flow(self):
         """(C, J, L, K) exact F of all children of s_0 … s_{L-1}: sums of R over the items below."""
-        return self.ids.child_flows(self.batch.r, self.items)
+        nodes = self.ids.nodes[self.items][..., :-1]            # (C, J, L) those of s_0 … s_{L-1}
+        child = self.ids.legal_children(nodes, self.batch.packed.unseen)    # −1 if F is 0
+        return at(self.ids.flows(self.batch.r), child) * (child >= 0)
 
     @cached_property
     def log_flow(self):
@@ -197,8 +192,8 @@ class Paths:
 TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))
 RECIPES = {
     "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
-    # The paper's sampler, N, and learned Z. Ours: L_GFN does not read v; debias, sharp, λ. The
-    # paper's, but for the amounts in R: tb-paper:chosen=logged:debias=0:sharp=1:lam=1
+    # Half the paper's: its sampler, N, learned Z. Ours: v is not in L_GFN; debias, sharp, lam. All
+    # the paper's, but for the amounts in R: tb-paper:chosen=logged:debias=0:sharp=1:lam=1
     "tb-paper": dict(TB, sampler="curriculum", trajectories=3, exact=False, lam=0.3, dropout=0.4),
     "tb": TB,
     "db": dict(loss=lambda p: detailed_balance(p.log_flow, p.log_steps), dropout=0.1),
@@ -342,13 +337,11 @@ class Policy(torch.nn.Module):
             torch.nn.init.zeros_(parameter)                     # log Z ≈ 0: R's weights sum to 1
 
     def tokens(self, histories):
-        """Tokens (B, H): <user>, the last `window` items, padding; ends (B,): the last item."""
+        """Tokens (B, H) of histories of at most `window` items: <user>, the items, padding."""
         # As if <user> was item −1: its token is user_token, that of item i is user_token + 1 + i
-        rows = [torch.tensor([-1, *history[-self.window:]]) for history in histories]
-        ends = [len(row) - 1 for row in rows]
-        device = self.semantic_ids.codes.device
+        rows = [torch.tensor([-1, *history]) for history in histories]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-        return tokens.to(device) + self.user_token + 1, torch.tensor(ends, device=device)
+        return tokens.to(self.semantic_ids.codes.device) + self.user_token + 1
 
     def forward(self, packed, items):
         """P on the paths of items (C, J), J of each of the C histories U that are `packed`. Returns
@@ -372,10 +365,8 @@ class Policy(torch.nn.Module):
     def path_log_probs(self, histories, items):
         """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L). On the
         path of a seen item, one step is near NEVER, and so is the sum."""
-        tokens, ends = self.tokens(histories)
-        rows = torch.arange(len(ends), device=ends.device)      # one context a row
-        packed = Packed(tokens, rows, ends, self.semantic_ids.unseen(histories))
-        return self(packed, torch.as_tensor(items, device=tokens.device))[0]
+        items = torch.as_tensor(items, device=self.semantic_ids.codes.device)
+        return self(pack_histories(histories, self), items)[0]
 
     @torch.no_grad()
     def recommend(self, histories, k=10, beams=None, guide=None, sample=0.0):
@@ -469,8 +460,8 @@ RECIPES |= {
 #     Row(user, start=4, places=7…8)   reads <user> e f g h   targets h (e f g), i (e f g h)
 #     Row(user, start=5, places=9…9)   reads <user> f g h i   target j (f g h i)
 Row = namedtuple("Row", "user start places")
-# Of context c, GPT-2 reads tokens[row_of[c], :ends[c] + 1]. unseen[c]: which nodes of the tree lead
-# to items that are not in U
+# Of context c, GPT-2 reads tokens[row_of[c], :ends[c] + 1]. unseen (C, M + n) bool: is an item that
+# is not in U at this node of the tree, or below it?
 Packed = namedtuple("Packed", "tokens row_of ends unseen")
 
 def training_rows(histories, window):
@@ -481,14 +472,21 @@ def training_rows(histories, window):
         for first, stop in zip(cuts, cuts[1:]):
             yield Row(user, max(0, stop - 1 - window), range(first, stop))
 
-def pack(rows, train, policy, unseen):
-    """The Packed of C contexts. tokens (B, H): B rows, padded. Of each context, row by row: row_of
-    (C,), the row of its history, and ends (C,), its end there; unseen (C, M + n), as given."""
-    tokens, _ = policy.tokens([train[user][start:places[-1]] for user, start, places in rows])
+def pack(rows, train, policy):
+    """The Packed of the C contexts of rows; train: histories of users. tokens (B, H): B rows. Of
+    each context, row by row: row_of (C,), the row of its history, and ends (C,), its end there."""
+    histories = [train[row.user][:place] for row in rows for place in row.places]
     row_of = [number for number, row in enumerate(rows) for _ in row.places]
     ends = [place - row.start for row in rows for place in row.places]  # 0: at <user>, U is empty
+    tokens = policy.tokens([train[user][start:places[-1]] for user, start, places in rows])
     row_of, ends = torch.tensor([row_of, ends], device=tokens.device)
-    return Packed(tokens, row_of, ends, unseen)
+    return Packed(tokens, row_of, ends, policy.semantic_ids.unseen(histories))
+
+def pack_histories(histories, policy):
+    """The Packed of B histories, each a row of its own: its last `window` items."""
+    starts = [max(0, len(history) - policy.window) for history in histories]
+    rows = [Row(b, start, [len(histories[b])]) for b, start in enumerate(starts)]
+    return pack(rows, histories, policy)
 
 def batches(setup, policy, reward, rng):
     """One epoch of Batches in random order; rows of similar length together, for less padding."""
@@ -546,24 +544,22 @@ class Beams:
     once: its keys and values stay in a cache, those of dropped beams, too. A mask hides these."""
     def __init__(self, policy, histories, temperature=1.0, guide=None):
         """Codes have P_F^(1/temperature), of sum 1, times the guide's share; see children."""
+        tokens, _, ends, self.unseen = pack_histories(histories, policy)
         self.ids = policy.semantic_ids
         self.lm = policy.lm.transformer
         self.temperature = temperature
-        self.unseen = self.ids.unseen(histories)    # (B, M + n) bool, of each node
         self.log_guide = None
         if guide is not None:                       # (B, M + n) log of its sum below each node
             guide = guide.to(self.unseen.device) * self.unseen[:, self.ids.num_prefixes:]
             self.log_guide = self.ids.flows(guide).clamp(min=1e-30).log()
             self.log_guide[:, 0] = 0                # of the root: it is the same for all items
         self.level = 0                                          # number of codes so far
-        tokens, ends = policy.tokens(histories)
-        self.ends = ends[:, None]                               # (B, 1)
-        self.node = torch.zeros_like(self.ends)                 # (B, W = 1) the beams: at the root
+        self.node = torch.zeros_like(ends[:, None])             # (B, W = 1) the beams: at the root
         self.cache = DynamicCache()
         hidden = self.lm(tokens, self.cache).last_hidden_state
-        self.hidden = hidden.take_along_dim(self.ends[..., None], 1)                # (B, W, d)
+        self.hidden = hidden.take_along_dim(ends[:, None, None], 1)                 # (B, W, d)
         place = torch.arange(tokens.shape[1], device=tokens.device)     # padding is not seen
-        self.mask = torch.where(place > self.ends[..., None], NEVER, 0.0)           # (B, W, keys)
+        self.mask = torch.where(place > ends[:, None, None], NEVER, 0.0)            # (B, W, keys)
 
     def children(self):
         """Of all beams: the nodes of all next codes, −1 if illegal; their log P_F (B, W, K). With a
@@ -593,7 +589,7 @@ class Beams:
             tokens = self.level * K + code                      # code c of level l: l·K + c
             self.hidden = self.lm(
                 tokens, self.cache, attention_mask=self.mask[:, None],
-                position_ids=(self.ends + 1 + self.level).expand_as(best)).last_hidden_state
+                position_ids=(self.mask == 0).sum(-1) - 1).last_hidden_state    # as in read_packed
         self.level += 1
 
     def items(self, scores, k):
@@ -610,8 +606,8 @@ def drawn_search(tree, k, beams):
     first ones are such a draw. A prefix arrives with the first item below it, which is after
     Exp(1) / P of the prefix. So go down the tree, and let the children of each prefix race: the
     winner arrives when the prefix does, the others as much later as they lost, since exponential
-    times have no memory: of two children of a prefix that arrives at 1, with times .5 and .8 in
-    their race, one arrives at 1, one at 1.3. Scores: −log(time)."""
+    times have no memory: of two children a, b of a prefix that arrives at 1, with times .5 and .8
+    in their race, a arrives at 1, b at 1 + .8 − .5 = 1.3. Scores: −log(time)."""
     # time: the log of it. The root's is log 1: which one it is does not change who comes first
     log_p = time = torch.zeros_like(tree.node, dtype=torch.float)                   # (B, W)
     for _ in range(tree.ids.num_levels):
@@ -960,11 +956,13 @@ def made_with(name, setup):
     """All inputs of a run that --resume compares, but code."""
     data = {what: value for what, value in setup.data.sizes.items() if what != "name"}
     made = {"data": data}
-    if name.partition(":")[0] not in TEACHERS:
+    parts = [name]
+    if name.partition(":")[0] not in TEACHERS:                  # all others start from SFT
         made["IDs"] = zlib.crc32(setup.ids.codes.cpu().numpy())
-    for what in "window width layers batch beams".split():
-        made[f"--{what}"] = getattr(setup.settings, what)
-    for part in ("sft", name.partition("+cm")[0], name):        # NAME of NAME+cm, and itself
+        for what in "window width layers batch beams".split():
+            made[f"--{what}"] = getattr(setup.settings, what)
+        parts = ["sft", name.partition("+cm")[0], name]         # NAME of NAME+cm, and itself
+    for part in parts:
         recipe = recipe_of(part, setup.settings)
         made |= {f"{part}: {what}": getattr(recipe, what) for what in FIELDS}
     return made

@@ -96,7 +96,7 @@ class Blend:
 
     def scores(self, histories):
         """CM(U, ·) (B, n) of B histories."""
-        share = partial(shares, histories=histories, popular=self.popular)
+        share = partial(shares, histories=histories, popular=self.popular)      # to sum 1
         neighbours = share(weighted(self.similar, histories, lambda age: 1 / age, 20))
         first = share((self.counts.scores(histories) * neighbours).sqrt())
         second = share(self.svd.scores(histories) / self.svd.popular.sqrt())
@@ -120,7 +120,7 @@ class Folds:
         count = np.bincount(entries(histories)[1], minlength=num_items)
         self.popular = torch.tensor(count + 1.0).float()                            # (n,)
         if isinstance(self.whole, SVD):
-            self.popular = self.whole.popular                   # lengths of vectors
+            self.popular = self.whole.popular                   # lengths of vectors, for Debiased
         self.parts = {}                                         # fold → fitted without it
 
     def checked(self, cm, histories):
@@ -175,11 +175,11 @@ class Debiased:
         self.sharp = sharp
 
     def scores(self, histories, *users):
-        """(B, n) ≥ 0, rows sum to 1."""
+        """(B, n) ≥ 0, rows sum to 1; users, if given: as in Folds."""
         scores = self.cm.scores(histories, *users)
         powers = (scores / self.divisor) ** self.sharp
         total = powers.sum(1, keepdim=True)
-        right = (total > 0) & (total < torch.inf) | ~scores.any(1, keepdim=True)
+        right = ((total > 0) & (total < torch.inf)) | ~scores.any(1, keepdim=True)
         check(right.all(), "the scores of a teacher vanish: debias or sharp is too large")
         return powers / total.clamp(min=1e-30)
 
@@ -210,6 +210,7 @@ class Reward:
     def similarity(self, positives, unseen):
         """r_s (B, n), rows sum to 1: codes that unseen IDs share with that of v, positive (B,)."""
         # r_s(v') = c(v') / Σ c over unseen items; c(v'): in how many levels v' has the code of v
+        # of one level: (B, 1) codes of the positives, (n,) codes of all items
         c = sum((level[positives, None] == level).byte() for level in self.ids.codes.T)
         c = c * unseen
         return c / c.sum(1, keepdim=True)

@@ -1479,7 +1479,7 @@ def decoding(policy, histories):              # generate is held to the legal co
     for row in (ids.codes + ids.num_codes * torch.arange(3)).tolist():
         for level, token in enumerate(row):
             allowed.setdefault(tuple(row[:level]), {})[token] = None
-    tokens = policy.tokens(histories)[0]
+    tokens = policy.tokens(histories)
     generate = partial(
         policy.lm.generate, tokens, attention_mask=tokens * 0 + 1, num_beams=20, max_new_tokens=3,
         num_return_sequences=20, renormalize_logits=True, pad_token_id=policy.user_token,
@@ -1489,11 +1489,9 @@ def decoding(policy, histories):              # generate is held to the legal co
 
 def packing(policy, histories):               # a step on rows of 8 branches; on 8 times the rows
     items = torch.randint(720, (len(histories), 8))
-    tokens, ends = policy.tokens(histories)
-    rows = torch.arange(len(ends))
-    packed = gflowgr.Packed(tokens, rows, ends, policy.semantic_ids.unseen(histories))
+    packed = gflowgr.pack_histories(histories, policy)
     one_a_row = gflowgr.Packed(*[x.repeat_interleave(8, 0) for x in packed])
-    one_a_row = one_a_row._replace(row_of=torch.arange(8 * len(ends)))
+    one_a_row = one_a_row._replace(row_of=torch.arange(8 * len(histories)))
     def step(packed, items):
         policy(packed, items)[0].sum().backward()
     return {"packed": partial(step, packed, items),

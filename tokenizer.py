@@ -144,7 +144,7 @@ def assign_with_capacity(cost, parent, capacity):
         cost[refused, code[refused]] = np.inf
 
 def at(table, nodes):
-    """What a table (B, M + n) has at nodes (B, …); node −1 reads node 0."""
+    """What a table (B, M + n) has at nodes (B, …) of a tree (below); node −1 reads node 0."""
     return table.gather(1, nodes.clamp(min=0).flatten(1)).view_as(nodes)
 
 class SemanticIDs(torch.nn.Module):
@@ -201,29 +201,25 @@ class SemanticIDs(torch.nn.Module):
 
     def flows(self, values):
         """Exact flow F(s) of every node: Σ of values (C, n), such as R, over the items below it;
-        Z at node 0. In the tree of the example, [.5, .2, .3] → [1, .7, .3, .5, .2, .3]."""
+        Z at node 0. In the example, [.5, .2, .3] → [1, .7, .3, .5, .2, .3]: of the root, of the
+        prefixes (0) and (1), of the items."""
         flow = values.new_zeros(self.num_prefixes, len(values))
         items = values.T.contiguous()                           # (n, C): rows are faster to add
         for level in range(self.num_levels):
             flow.index_add_(0, self.nodes[:, level], items)
         return torch.cat([flow, items]).T                       # (C, M + n)
 
-    def child_flows(self, values, items):
-        """F of all children of s_0 … s_{L-1} on the paths of items (C, J) → (C, J, L, K), 0 where
-        a code is illegal. In the example, [.5, .2, .3] and item 1: [.7, .3] and [.5, .2]."""
-        child = self.next_node[self.nodes[items][..., :-1]]     # (C, J, L, K) nodes, −1 if illegal
-        return at(self.flows(values), child) * (child >= 0)     # −1 has read node 0: 0 instead
-
     def unseen(self, histories):
         """(B, M + n) bool: is any item below this node not in the history? Used by P, R and beams.
         Ours: in the paper, P is over all items, seen ones included. In the example, if item 2 was
-        seen, nodes 2 and 5 are False."""
+        seen, it and its prefix (1) are False, nodes 5 and 2."""
         left = torch.ones(len(histories), len(self.codes), device=self.codes.device)
         left[entries(histories, len(self.codes))] = 0
         return self.flows(left) > 0                             # flow: number of unseen items below
 
     def legal_children(self, nodes, unseen):
         """Where each code leads from nodes (B, …): nodes (B, …, K), −1 if to no unseen item;
-        unseen (B, M + n). In the example, if item 0 was seen, from node 1 to [−1, 4]."""
+        unseen (B, M + n). In the example, if item 0 was seen, from prefix (0), node 1, to [−1, 4]:
+        code 1 alone is legal, and leads to item 1."""
         child = self.next_node[nodes]                           # (B, …, K)
         return child.where(at(unseen, child), -1)               # child −1 reads node 0, stays −1
