@@ -835,11 +835,10 @@ def run(settings):
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
     setups = [Setup(seed, data, settings) for seed in seeds]
     jobs = [(name, setup) for setup in setups for name in names]
-    kept = []                                   # of each job: the finished run, or False
+    kept = []                                   # of each job: the finished run, or None
     for name, setup in jobs:                    # refuses a run that was made otherwise
-        path = setup.folder(name) / "run.json"
-        run = path.exists() and report.earlier_run(path, made_with(name, setup))
-        kept.append(settings.resume and run)
+        run = report.earlier_run(setup.folder(name) / "run.json", made_with(name, setup))
+        kept.append(run if settings.resume else None)
         if kept[-1]:
             print(f"{name}, seed {setup.seed}: kept, as it was finished")
     try_out([name for name, run in zip(names, kept) if not run], setups[0])
@@ -874,7 +873,8 @@ class Setup:
         self.seed = seed                                        # of IDs, new policies, training
         self.data = data
         self.settings = settings
-        self.cms = {}                                           # teacher → fitted, in Folds
+        # name of a teacher → its Folds, fitted once
+        self.folds = cache(lambda name: folds_of(name, data, self.rank_of(name)))
         self.rows = list(training_rows(data.train, settings.window))
         # Of a batch, in rows; a small log gets small ones, so that an epoch has 20 steps
         self.size = min(settings.batch, math.ceil(len(self.rows) / 20))
@@ -942,11 +942,8 @@ class Setup:
                       settings.beams, catalogue).to(settings.device)
 
     def cm_of(self, recipe):
-        """The teacher of a recipe, its scores as debias and sharp say. It is fitted once."""
-        name = recipe.teacher
-        if name not in self.cms:
-            self.cms[name] = folds_of(name, self.data, self.rank_of(name))
-        return Debiased(self.cms[name], recipe.debias, recipe.sharp)
+        """The teacher of a recipe, its scores as debias and sharp say."""
+        return Debiased(self.folds(recipe.teacher), recipe.debias, recipe.sharp)
 
     def reward(self, recipe):
         """The comprehensive reward of a recipe."""
@@ -1066,8 +1063,7 @@ def run_oracle(settings):
 def print_recommendations(settings):
     """Ten titles by a saved model, best first, for a history of titles or ids, oldest first."""
     model = load_model(settings.model)
-    titles = model.catalogue.get("titles")
-    check(titles, f"{settings.model} was saved without titles")
+    titles = model.catalogue["titles"]
     history = [find_item(name, model.catalogue["item_ids"], titles) for name in settings.recommend]
     items, _ = model.recommend([history])
     check(items.max() >= 0, "the history has all items: none is left")

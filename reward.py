@@ -7,7 +7,8 @@ history; InputError for an item that is not in the catalogue. The recommender th
 """
 import warnings
 import zlib
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -112,16 +113,17 @@ class Folds:
     scores come from a recommender fitted on the other 19 folds. fit: its function; it may be yours,
     so it gets copies of the histories."""
     def __init__(self, fit, histories, num_items, folds=20):
-        self.fit = fit
-        self.histories = histories
         checksums = [zlib.crc32(np.array(history, np.int64).tobytes()) for history in histories]
         self.fold = np.array(checksums) % folds                 # of each user
-        self.whole = fit([[*history] for history in histories], num_items)  # on all: to serve them
-        count = np.bincount(entries(histories)[1], minlength=num_items)
-        self.popular = torch.tensor(count + 1.0).float()                            # (n,)
-        if isinstance(self.whole, SVD):
-            self.popular = self.whole.popular                   # lengths of vectors, for Debiased
-        self.parts = {}                                         # fold → fitted without it
+        @cache                                                  # fitted when it is first asked for
+        def without(fold):                                      # fold −1: on all users
+            others = [[*histories[user]] for user in np.flatnonzero(self.fold != fold)]
+            return fit(others, num_items)
+        self.without = without
+        # (n,) what Debiased divides by: counts; of SVD, lengths of vectors
+        count = torch.tensor(np.bincount(entries(histories)[1], minlength=num_items))
+        whole = without(-1)
+        self.popular = whole.popular if isinstance(whole, SVD) else (count + 1.0).float()
 
     def checked(self, cm, histories):
         """The scores of a recommender, or InputError."""
@@ -142,15 +144,12 @@ class Folds:
         """(B, n). users: in training, whose histories these are; None: users to be served.
         InputError if your own scores are not as ours."""
         if users is None:
-            return self.checked(self.whole, histories)
+            return self.checked(self.without(-1), histories)
         scores = torch.empty(len(histories), len(self.popular))
         folds = self.fold[users]
-        for fold in np.unique(folds):
-            if fold not in self.parts:                          # fitted when it is first asked for
-                others = [[*self.histories[user]] for user in np.flatnonzero(self.fold != fold)]
-                self.parts[fold] = self.fit(others, len(self.popular))
+        for fold in np.unique(folds).tolist():
             rows = np.flatnonzero(folds == fold)
-            scores[rows] = self.checked(self.parts[fold], [histories[row] for row in rows])
+            scores[rows] = self.checked(self.without(fold), [histories[row] for row in rows])
         return scores
 
 def folds_of(name, data, rank):
@@ -165,19 +164,19 @@ def folds_of(name, data, rank):
         fit = partial(Blend, similar=similar_items(features), rank=rank)
     return Folds(fit, data.train, len(data.titles))
 
+@dataclass
 class Debiased:
     """A recommender whose scores are (score / popularity^δ)^sharp, ours. δ: what is shown more is
     logged more. sharp: P learns few high scores more easily than many middling ones. An item's
     popularity is its count + 1; in `SVD`, the length of its vector."""
-    def __init__(self, cm, delta, sharp=1.0):
-        self.cm = cm
-        self.divisor = cm.popular ** delta                                          # (n,)
-        self.sharp = sharp
+    cm: object              # has scores(histories, *users) and popular, (n,)
+    delta: float
+    sharp: float = 1.0
 
     def scores(self, histories, *users):
         """(B, n) ≥ 0, rows sum to 1; users, if given: as in Folds."""
         scores = self.cm.scores(histories, *users)
-        powers = (scores / self.divisor) ** self.sharp
+        powers = (scores / self.cm.popular ** self.delta) ** self.sharp
         total = powers.sum(1, keepdim=True)
         right = ((total > 0) & (total < torch.inf)) | ~scores.any(1, keepdim=True)
         check(right.all(), "the scores of a teacher vanish: debias or sharp is too large")
@@ -190,17 +189,16 @@ class Debiased:
         value, items = scores.topk(k, 1)
         return items.masked_fill(value == -torch.inf, -1), value
 
+@dataclass
 class Reward:
     """The comprehensive reward R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/m of the m unseen
     items; R of an item of the history is 0. Each signal sums to 1 over the unseen items (r_a to .1
     where v was only clicked), so the heuristic weights are shares of Z. The paper's raw signals
     are 10, a score, and up to L for each item: over thousands of items, L would outweigh 10."""
-    def __init__(self, ids, teacher, weights, epsilon=1e-3):
-        """ids: SemanticIDs; teacher: has scores(histories, users); weights w_a, w_ŷ, w_s."""
-        self.ids = ids
-        self.teacher = teacher
-        self.weights = weights
-        self.epsilon = epsilon
+    ids: object             # SemanticIDs
+    teacher: object         # has scores(histories, users)
+    weights: tuple          # w_a, w_ŷ, w_s
+    epsilon: float = 1e-3
 
     def action(self, positives, liked):
         """r_a (B, n): 1 at a liked positive, 0.1 at a clicked one (the paper's 10 : 1), else 0."""

@@ -22,7 +22,6 @@ class Dataset:
     item_ids: list      # n strings
     titles: list        # n strings: title, else keywords, else id
     texts: list         # n strings: all text columns joined
-    user_ids: list      # B strings, sorted
     histories: list     # B lists of items: oldest first, no repeats
     liked: list         # B lists of bool: rated at least 70 % of the highest rating
     train: list         # histories without their last two items
@@ -70,9 +69,6 @@ def _read_users(path, index):
     kept = {user: liked for user, liked in users.items() if len(liked) >= 3}
     check(kept, f"{path}: no user has three different items; add interactions")
     print(f"dropped: {repeats} repeats of an item, {len(users) - len(kept)} users with < 3 items")
-    ties = 1 - len({event[:2] for event in events}) / len(events)      # of user and position
-    if ties:
-        print(f"{ties:.1%} have the time of the user's interaction before: the order is arbitrary")
     return kept
 
 def load_data(name, quick=False):
@@ -115,7 +111,7 @@ def load_data(name, quick=False):
              "checksum": zlib.crc32(content.encode())}
     print("{name}: {users} users, {items} items, {interactions} interactions".format(**sizes),
           "; text of the items: ", ", ".join(columns) or "none", sep="")
-    return Dataset(list(items), titles, texts, list(users), histories, likes, train, truth, sizes)
+    return Dataset(list(items), titles, texts, histories, likes, train, truth, sizes)
 
 def find_item(name, ids, titles):
     """Index of the item with this id or title; raises InputError that names near matches."""

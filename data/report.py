@@ -16,8 +16,10 @@ def write(path, value):
     part.replace(path)
 
 def earlier_run(path, made_with):
-    """The finished run in a run.json. made_with: {name: a value as JSON has it} of all that the
-    run depends on; InputError names the first one that was another."""
+    """The finished run in a run.json; None if there is none. made_with: {name: a value as JSON has
+    it} of all that the run depends on; InputError names the first one that was another."""
+    if not path.exists():
+        return None
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         old = dict(run.pop("made_with"))
