@@ -197,7 +197,8 @@ RECIPES = {
     "tb-paper": dict(TB, sampler="curriculum", trajectories=3, exact=False, lam=0.3, dropout=0.4),
     "tb": TB,
     "db": dict(loss=lambda p: detailed_balance(p.log_flow, p.log_steps), dropout=0.1),
-    "vargrad": dict(loss=lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1)}
+    "vargrad": dict(loss=lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1,
+                    sampler="policy_draws", trajectories=8)}    # also on real logs
 
 # --- One step of training, and the loop -----------------------------------------------------------
 def loss_of(recipe, policy, reference, batch, progress):
@@ -447,9 +448,9 @@ RECIPES |= {
     "tb-huber": dict(loss=lambda p: huber_balance(p.log_z, p.log_pf, p.log_r)),
     "sft-continued": dict(rate=9e-4, dropout=0.4),              # SFT, for longer
     "sdpo": dict(SDPO, chosen="logged", beta=1.0, rate=9e-4, dropout=0.2),
-    "sdpo-reward": dict(SDPO, chosen="reward", lam=100.0, rate=1e-3),
+    "sdpo-reward": dict(SDPO, chosen="reward", lam=100.0, rate=1e-3, sampler="policy_draws"),
     "grpo": dict(loss=lambda p: grpo(p.log_pf, p.log_ref, p.log_r, p.recipe.beta), trajectories=16,
-                 beta=0.01),
+                 beta=0.01, sampler="policy_draws"),
     "distill": dict(loss=lambda p: distillation(p.child_flow, p.log_probs), lam=30.0, dropout=0.2)}
 
 # --- Fast: GPT-2 reads a history once, for all contexts in it and all their paths -----------------
@@ -718,9 +719,7 @@ REAL = {            # What real logs have instead of the defaults: all methods, 
                    sampler="reward_draws", trajectories=2),     # in place of its defaults
     "sft": dict(dropout=0.2, epochs=8),
     "sft-continued": dict(dropout=0.2, rate=4.5e-4),
-    "sdpo-reward": dict(sampler="policy_draws"),
-    "grpo": dict(sampler="policy_draws", trajectories=8),
-    "vargrad": dict(sampler="policy_draws", trajectories=8),
+    "grpo": dict(trajectories=8),
     "distill": dict(lam=3.0)}
 
 @dataclass
@@ -795,18 +794,16 @@ def recipe_of(name, settings):
     that of tb-paper, `teacher` that of real logs."""
     base, *changes = name.split(":")
     real = real_of(settings.data)
-    common = real.get("Recipe", {})
     own = RECIPES.get(base, {})
     check(isinstance(own, dict), f"RECIPES[{base!r}] is a {type(own).__name__}, no dict")
+    used, flag, fields = FIELDS, settings.recipe, real.get("Recipe", {}) | own
     if base in TEACHERS:
         used, flag, fields = ["debias"], "", dict(teacher=base, debias=0.0, sharp=1.0)
     elif "+cm" in base:
-        used, flag = ["teacher", "debias", "sharp"], settings.recipe
-        fields = common | dict(sharp=9.0)
+        used = ["teacher", "debias", "sharp"]
+        fields["sharp"] = 9.0
     elif base == "sft":
         used, flag, fields = ["rate", "dropout", "epochs"], settings.sft, own
-    else:
-        used, flag, fields = FIELDS, settings.recipe, common | own
     odd = [change for change in changes if change.partition("=")[0] not in used]
     check(not odd, f"{name}: of {base}, one can change {', '.join(used)}, not {odd}")
     fields = fields | real.get(base, {})

@@ -136,8 +136,6 @@ def read_ids(path, item_ids):
         found[item] = list(map(int, row.values()))
     missing = [item for item in item_ids if item not in found]
     check(not missing, f"{path}: no line for {len(missing)} items of items.csv, {missing[:3]}…")
-    if len(found) > len(item_ids):
-        print(f"{path}: left out {len(found) - len(item_ids)} items that items.csv does not have")
     ids = [found[item] for item in item_ids]
     seen = dict.fromkeys(map(tuple, ids), 0)         # ID → how many items had it so far
     if len(seen) < len(ids):
