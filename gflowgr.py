@@ -214,6 +214,7 @@ def loss_of(recipe, policy, reference, batch, progress):
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
+    check_drawn(items, recipe, batch)
     p = Paths(recipe, policy, reference, batch, items)
     L_GR = -p.log_v.mean()
     L_GFN = recipe.loss(p)
@@ -244,7 +245,7 @@ def train(name, recipe, policy, setup):
             if not torch.isfinite(loss):
                 users = sorted(set(batch.users))
                 raise FloatingPointError(f"{name}: loss {loss} at step {len(losses)}; is the rate "
-                                         f"too high, or a drawn item seen? Users (rows) {users}")
+                                         f"too high? Users (rows) {users}")
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -961,6 +962,16 @@ def made_with(name, setup):
         made |= {f"{part}: {what}": getattr(recipe, what) for what in FIELDS}
     return made
 
+def check_drawn(items, recipe, batch):
+    """InputError unless a sampler, maybe your own, drew N items of each context, all unseen."""
+    C, n = batch.r.shape
+    wanted = (torch.int64, C, recipe.trajectories)
+    found = (getattr(items, "dtype", type(items).__name__), *getattr(items, "shape", ()))
+    asked = f"sampler {recipe.sampler}(batch, count, policy, progress) has to return"
+    check(found == wanted, f"{asked} a tensor of items (C, N), here {wanted}, not {found}")
+    unseen = 0 <= items.min() and items.max() < n and batch.r.gather(1, items).min() > 0
+    check(unseen, f"{asked} items from 0 to {n - 1} that are not in batch.histories")
+
 def try_out(names, setup):
     """One step of each recipe with an untrained policy: a mistake in your own teacher, sampler or
     loss shows now, not after hours."""
@@ -970,13 +981,7 @@ def try_out(names, setup):
             policy = setup.policy()
             batch = next(batches(setup, policy, setup.reward(recipe), np.random.default_rng(0)))
             items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, 0.0)
-            C, n = batch.r.shape
-            wanted = (torch.int64, C, recipe.trajectories)
-            found = (getattr(items, "dtype", type(items).__name__), *getattr(items, "shape", ()))
-            asked = f"sampler {recipe.sampler}(batch, count, policy, progress) has to return"
-            check(found == wanted, f"{asked} a tensor of items (C, N), here {wanted}, not {found}")
-            unseen = 0 <= items.min() and items.max() < n and batch.r.gather(1, items).min() > 0
-            check(unseen, f"{asked} items from 0 to {n - 1} that are not in batch.histories")
+            check_drawn(items, recipe, batch)
             loss = recipe.loss(Paths(recipe, policy, policy, batch, items))
             right = torch.is_tensor(loss) and loss.shape == () and loss.requires_grad
             check(right and torch.isfinite(loss), f"{name}: a loss has to return a tensor of one "

@@ -1119,6 +1119,12 @@ def test_wrong_own_code(what, wrong, said, told, tiny, monkeypatch):
     if what == "recipe":
         told(said, *tiny, "--oracle=recipe")
 
+def test_a_sampler_is_checked_at_each_step(tiny, tmp_path, monkeypatch):
+    def late(batch, count, policy, progress):                   # right at the first step alone
+        return batch.r.topk(count, largest=not progress)[1]
+    monkeypatch.setitem(SAMPLERS, "late", late)
+    refused("not in batch.histories", *tiny, f"--out={tmp_path}", "--methods=tb:sampler=late")
+
 # --- The oracle, metrics, gains -------------------------------------------------------------------
 @pytest.mark.parametrize("method", ["tb", "tb:exact=0:trajectories=20"])    # log Z: exact, learned
 def test_trajectory_balance_reaches_the_reward(method, tmp_path, monkeypatch):
