@@ -35,7 +35,7 @@ import traceback
 import zlib
 from collections import namedtuple
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -865,44 +865,42 @@ def check_settings(settings):
         print("--quick: the figures below mean nothing; they only show that everything works")
     return list(dict.fromkeys(names)), list(dict.fromkeys(map(int, seeds)))
 
+@lru_cache(maxsize=1)                                           # all seeds have the same
+def svd_rank(data):
+    """Rank of SVD: n / 30, then 1.4 or .7 times that, as long as NDCG@10 of the last training
+    items, left out, grows by 2 %; less is noise."""
+    n = len(data.titles)
+    logs = [history for history in data.train if len(history) > 1]
+    train = [history[:-1] for history in logs]
+    target = torch.tensor([history[-1] for history in logs])
+    @cache
+    def score(rank):
+        svd = Debiased(SVD(train, n, rank), 0.0)
+        return ndcg_at(rank_all(svd.recommend, train), target, 10).mean().item()
+    rank = max(8, n // 30)
+    while logs:
+        best = max(round(0.7 * rank), round(1.4 * rank), key=score)
+        if score(best) <= 1.02 * score(rank):
+            break
+        rank = best
+    print(f"SVD has rank {rank}")
+    return rank
+
 class Setup:
     """What all methods of one seed share, made from training items alone."""
     def __init__(self, seed, data, settings):
         self.seed = seed                                        # of IDs, new policies, training
         self.data = data
         self.settings = settings
-        # name of a teacher → its Folds, fitted once
-        self.folds = cache(lambda name: folds_of(name, data, self.rank_of(name)))
         self.rows = list(training_rows(data.train, settings.window))
         # Of a batch, in rows; a small log gets small ones, so that an epoch has 20 steps
         self.size = min(settings.batch, math.ceil(len(self.rows) / 20))
         self.measure = partial(validate, data=data)             # policy → what an epoch prints
         self.measured = "validation NDCG@10"
 
-    @cached_property
-    def rank(self):
-        """Rank of SVD: n / 30, then 1.4 or .7 times that, as long as NDCG@10 of the last training
-        items, left out, grows by 2 %; less is noise."""
-        n = len(self.data.titles)
-        logs = [history for history in self.data.train if len(history) > 1]
-        train = [history[:-1] for history in logs]
-        target = torch.tensor([history[-1] for history in logs])
-        @cache
-        def score(rank):
-            svd = Debiased(SVD(train, n, rank), 0.0)
-            return ndcg_at(rank_all(svd.recommend, train), target, 10).mean().item()
-        rank = max(8, n // 30)
-        while logs:
-            best = max(round(0.7 * rank), round(1.4 * rank), key=score)
-            if score(best) <= 1.02 * score(rank):
-                break
-            rank = best
-        print(f"seed {self.seed}: SVD has rank {rank}")
-        return rank
-
     def rank_of(self, teacher):
-        """`rank` for a teacher that has an SVD; None for others, as it takes time to find."""
-        return self.rank if TEACHERS[teacher] in (SVD, Blend) else None
+        """The rank of a teacher that has an SVD; None for others, as it takes time to find."""
+        return svd_rank(self.data) if TEACHERS[teacher] in (SVD, Blend) else None
 
     @cached_property                                            # untrained methods need none
     def ids(self):
@@ -913,7 +911,7 @@ class Setup:
         if settings.ids in ("content", "mixed", "svd"):
             least = max(2, min(n / 24, 512), n ** (1 / settings.levels))
             K = settings.codes or 2 ** math.ceil(math.log2(least))
-            rank = self.rank if settings.ids == "svd" else None
+            rank = svd_rank(data) if settings.ids == "svd" else None
             features = item_features(settings.ids, data.texts, data.train, self.seed, rank)
             text = settings.ids != "content" or features.any()
             check(text, "--ids content needs text in items.csv")
@@ -941,7 +939,9 @@ class Setup:
 
     def cm_of(self, recipe):
         """The teacher of a recipe, its scores as debias and sharp say."""
-        return Debiased(self.folds(recipe.teacher), recipe.debias, recipe.sharp)
+        name = recipe.teacher
+        cm = folds_of(name, self.data, self.rank_of(name))      # fitted once
+        return Debiased(cm, recipe.debias, recipe.sharp)
 
     def reward(self, recipe):
         """The comprehensive reward of a recipe."""

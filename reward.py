@@ -8,7 +8,7 @@ history; InputError for an item that is not in the catalogue. The recommender th
 import warnings
 import zlib
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 import numpy as np
 import torch
@@ -152,6 +152,7 @@ class Folds:
             scores[rows] = self.checked(self.without(fold), [histories[row] for row in rows])
         return scores
 
+@lru_cache(maxsize=4)                                           # all seeds have the same
 def folds_of(name, data, rank):
     """The teacher with this name, fitted on training items, as Folds. rank: of SVD."""
     check(name in TEACHERS, f"there is no teacher {name!r}; there are {', '.join(TEACHERS)}")

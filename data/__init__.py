@@ -16,7 +16,7 @@ def check(right, message):
     if not right:
         raise InputError(message)
 
-@dataclass
+@dataclass(eq=False)                    # an object equals itself alone: caches may hold it
 class Dataset:
     """Histories of B users over a catalogue of n items; an item is its row number in items.csv."""
     item_ids: list      # n strings
