@@ -853,6 +853,8 @@ def check_settings(settings):
     seeds = [seed.strip() for seed in settings.seeds.split(",")]
     whole = all(seed.isdecimal() and len(seed) < 19 for seed in seeds)
     check(whole, f"--seeds {settings.seeds} are not numbers like 42,43")
+    both = [*TEACHERS.keys() & RECIPES.keys()]
+    check(not both, f"{both}: a teacher and a recipe have the same name")
     methods = [*TEACHERS, *RECIPES, *[f"{name}+cm" for name in RECIPES]]
     names = []
     for name in map(str.strip, settings.methods.split(",")):

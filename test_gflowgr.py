@@ -1112,6 +1112,7 @@ LINE = f"test_gflowgr.py, line {raises.__code__.co_firstlineno + 1}, in raises: 
     ("sampler", lambda batch, *_: batch.r.topk(8, largest=False)[1], "not in batch.histories"),
     ("a,b", {}, "--methods: there is no 'a'; there are "),
     ("recipe", raises, "RECIPES['recipe'] is a function, no dict"),
+    ("svd", {}, "['svd']: a teacher and a recipe have the same name"),
     ("recipe", dict(loss=lambda p: (p.log_pf - p.log_z).mean()), "in <lambda>: RuntimeError The "),
     ("recipe", dict(loss=lambda p: p.log_pf.mean() * math.nan), "recipe: a loss has to return a "),
     ("recipe", dict(lamda=2), "recipe: unrecognized arguments: --lamda=2"),
