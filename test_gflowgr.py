@@ -845,6 +845,25 @@ def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
             order.append((batch.users[c], v))
     assert len({*order}) == len(order) == len(sum(histories, []))
 
+def test_rows_are_those_of_the_example():
+    rows = [(start, [*places]) for _, start, places in gflowgr.training_rows(["abcdefghij"], 4)]
+    assert rows == [(0, [0, 1, 2, 3, 4]), (2, [5, 6]), (4, [7, 8]), (5, [9])]
+
+def test_the_pool_of_the_curriculum_is_drawn_half_by_score(monkeypatch):
+    _, (batch, *given) = next(curriculum_cases())
+    def multinomial(weight, count, replacement):
+        close(weight[0], torch.tensor([0, 0, 0.01 + 1 / 12, 0.125 + 1 / 12, 0, 0.075 + 1 / 12]))
+        return torch.full((len(weight), count), 2)
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    assert SAMPLERS["curriculum"](batch, *given).shape == (3000, 1)
+
+def test_a_distribution_has_no_dropout_and_sum_1():
+    policy = made(25)
+    policy.lm.transformer.drop.p = 0.5
+    found = [gflowgr.distribution(policy.train(), USERS[:3]) for _ in range(2)]
+    close(found[0], found[1])
+    close(found[0].sum(1), torch.ones(3))
+
 def test_a_list_ends_where_no_item_is_left():
     seen = list(range(24))
     cm = CollaborativeModel.fit(TRAIN, 24, popularity=0.0)
@@ -1468,10 +1487,11 @@ def test_a_wrong_flag_is_one_line_and_status_2(said, flag, told, tmp_path):
     ("no column item_id", "items", ""),
     ("UTF-8", "items", "é\n"),
     ("the same name", "items", "item_id,x,x\n"),
+    ("expected after", "items", 'item_id,x\n"a"b,x\n'),
     ("items.csv, line 6: item 'a' stands twice", "items", ITEMS + "a,Again\n"),
     ("no user has three", "interactions", EVENTS[:37] + "u,a,2\n"),
     ("line 8 needs as many fields", "interactions", f"{EVENTS}w,a,1,1\n"),
-    ("line 8: user_id is blank", "interactions", f"{EVENTS} ,a,0\n"),
+    ("line 8: user_id is blank", "interactions", f"{EVENTS}\t,a,0\n"),
     ("line 8: items.csv has no item 'x'", "interactions", f"{EVENTS}w,x,0\n"),
     ("line 8: inf and nan", "interactions", f"{EVENTS}w,a,nan\n"),
     ("shown: items.csv has no item 'x'", "truth", "user_id,liked,shown\nu,a,a x\nv,a,a\n"),
