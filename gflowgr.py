@@ -803,9 +803,12 @@ def recipe_of(name, settings):
     elif "+cm" in base:
         used = ["teacher", "debias", "sharp"]
         fields["sharp"] = 9.0
-    elif base == "sft":
-        used, flag, fields = ["rate", "dropout", "epochs"], settings.sft, own
-    odd = [change for change in changes if change.partition("=")[0] not in used]
+    elif not own.get("loss"):
+        used = ["rate", "dropout", "epochs"]
+        check({*own} <= {*used}, f"{name}: without a loss it is SFT, and has {', '.join(used)} alone")
+    if base == "sft":
+        changes, flag, fields = settings.sft.split(":") + changes, "", own
+    odd = [change for change in changes if change and change.partition("=")[0] not in used]
     check(not odd, f"{name}: of {base}, one can change {', '.join(used)}, not {odd}")
     fields = fields | real.get(base, {})
     changes = flag.split(":") + changes

@@ -127,7 +127,7 @@ class Folds:
 
     def checked(self, cm, histories):
         """The scores of a recommender, or InputError."""
-        scores = cm.scores(histories)
+        scores = cm.scores([[*history] for history in histories])   # copies, as in a fit
         shape = (len(histories), len(self.popular))
         right = torch.is_tensor(scores) and scores.shape == shape and scores.is_floating_point()
         total = torch.tensor([len(history) < shape[1] for history in histories]).float()

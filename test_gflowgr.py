@@ -1067,7 +1067,7 @@ def test_a_loss_that_is_nan_stops_its_run(tiny, monkeypatch):
 def test_changes_come_in_the_order_real_recipe_name(monkeypatch):
     toy = gflowgr.parse([f"--data={ROOT / 'data/toy'}"])      # its truth.csv says: made up
     assert recipe_of("tb", toy) == recipe_of("tb", gflowgr.parse([])) == Recipe(**RECIPES["tb"])
-    monkeypatch.setitem(RECIPES, "mine", dict(lam=10.0))
+    monkeypatch.setitem(RECIPES, "mine", dict(RECIPES["tb"], lam=10.0))
     monkeypatch.setattr(gflowgr, "REAL", {
         "Settings": dict(width=96), "sft": dict(epochs=3), "tb": dict(lam=5.0),
         "Recipe": dict(epochs=4, lam=4.0, sharp=4.0, w_s=0.0, dropout=0.3)})
@@ -1077,7 +1077,7 @@ def test_changes_come_in_the_order_real_recipe_name(monkeypatch):
     for name, own, changes in (
             ("tb:exact=no", RECIPES["tb"], dict(common, lam=5, exact=False, dropout=0.3)),
             ("db:w_a=7", RECIPES["db"], dict(common, lam=4, w_a=7)),        # its own dropout stays
-            ("mine", {}, dict(common, lam=10, dropout=0.3)),        # its lam, though that of Recipe
+            ("mine", RECIPES["mine"], dict(common, dropout=0.3)),   # its lam, though that of Recipe
             ("tb+cm:debias=.5", {}, dict(common, lam=4, sharp=9, debias=0.5, dropout=0.3)),
             ("cm:debias=1", dict(teacher="cm", sharp=1.0), dict(debias=1)),
             ("sft:epochs=8", RECIPES["sft"], dict(epochs=8, rate=0.5, dropout=0.5))):
@@ -1092,6 +1092,7 @@ def own(returned):                            # fit of a CM; returned: right sco
     def scores(histories):
         right = torch.ones(len(histories), 48)
         right[tokenizer.entries(histories)] = 0
+        histories[0].clear()                                    # a copy, too
         return returned(right / right.sum(1, keepdim=True))
     return fit
 
@@ -1134,7 +1135,8 @@ LINE = f"test_gflowgr.py, line {raises.__code__.co_firstlineno + 1}, in raises: 
     ("svd", {}, "['svd']: a teacher and a recipe have the same name"),
     ("recipe", dict(loss=lambda p: (p.log_pf - p.log_z).mean()), "in <lambda>: RuntimeError The "),
     ("recipe", dict(loss=lambda p: p.log_pf.mean() * math.nan), "recipe: a loss has to return a "),
-    ("recipe", dict(lamda=2), "recipe: unrecognized arguments: --lamda=2"),
+    ("recipe", dict(RECIPES["tb"], lamda=2), "recipe: unrecognized arguments: --lamda=2"),
+    ("recipe", dict(lam=2.0), "recipe: without a loss it is SFT, and has rate, dropout, epochs al"),
     ("recipe", dict(loss=lambda p: p.log_pf.sum(1)), "number that depends on P, not tensor(["),
     ("recipe", dict(loss=lambda p: 0.5), "a loss has to return a tensor of one finite number that"),
     ("recipe", dict(loss=lambda p: p.log_r.mean()), "number that depends on P, not tensor(-")])
@@ -1473,6 +1475,7 @@ def test_scripts_on_the_pages_in_short(page, pictures, by_itself, monkeypatch):
     ("fields are ['gr', 'lam', 'sampler', ", "--recipe=loss=x"),
     ("of tb, one can change gr, lam, ", "--methods=tb:loss=x"),
     ("of sft, one can change rate, dropout, epochs, not ['lam=3']", "--methods=sft:lam=3"),
+    ("of sft, one can change rate, dropout, epochs, not ['w_s=0']", "--sft=w_s=0:rate=.1"),
     ("rate nan is out of range", "--methods=tb:rate=nan"),
     ("debias or sharp is too large", "--methods=sft+cm:teacher=pop:sharp=19"),
     ("there is no 'cm+cm'", "--methods=cm+cm"),

@@ -1,5 +1,6 @@
 """Every picture that a run draws."""
 import contextlib
+import os
 import textwrap
 
 import numpy as np
@@ -19,7 +20,8 @@ def picture(path, rows, columns, figsize, **options):
     with style.context(["tableau-colorblind10", STYLE]):
         figure = Figure(figsize)
         yield list(figure.subplots(rows, columns, squeeze=False, **options).flat)
-        figure.savefig(path, dpi=120, bbox_inches="tight")
+        figure.savefig(f"{path}.part", format="png", dpi=120, bbox_inches="tight")
+        os.replace(f"{path}.part", path)                       # renamed when it is whole
 
 def draw_prefix(axis, tree, shares, items, level, top):
     """Draw the prefix of these items as a bar. To its right: the child with tree["chosen"], the
