@@ -732,7 +732,8 @@ class Settings:
     sft: str = HfArg(default="", help="changes in the recipe of sft, like epochs=12:rate=.003")
     recipe: str = HfArg(default="", help="changes in all other recipes, like epochs=6:w_s=0")
     seeds: str = HfArg(default="42", help="comma-separated: every method runs once with each")
-    out: str = HfArg(default="", help="folder for results (default: runs/NAME-OF-DATA)")
+    out: str = HfArg(default="", help="folder for results, whose tables are those of the last "
+                     "command (default: runs/NAME-OF-DATA)")
     resume: bool = HfArg(default=False, help="keep the finished methods of a run that was killed")
     quick: bool = HfArg(default=False, help="a smoke run in seconds: 100 users, one epoch")
     device: str = HfArg(default="auto", help="where to train: auto, cuda, mps or cpu")
