@@ -190,11 +190,12 @@ class Paths:
 # In what a method differs from Recipe's defaults; p: a Paths. The trials that chose the numbers are
 # in data/log.md
 TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))
+PAPER = dict(TB, sampler="curriculum", trajectories=3, exact=False, dropout=0.4)
 RECIPES = {
     "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
-    # Half the paper's: its sampler, N, learned Z. Ours: v is not in L_GFN; debias, sharp, lam. All
-    # the paper's, but for the amounts in R: tb-paper:chosen=logged:debias=0:sharp=1:lam=1
-    "tb-paper": dict(TB, sampler="curriculum", trajectories=3, exact=False, lam=0.3, dropout=0.4),
+    # The paper's, as we read it; w_a, w_y, w_s are ours
+    "paper": dict(PAPER, chosen="logged", debias=0.0, sharp=1.0, lam=1.0),
+    "tb-paper": dict(PAPER, lam=0.3),       # ours: L_GFN does not read v; debias, sharp as in `tb`
     "tb": TB,
     "db": dict(loss=lambda p: detailed_balance(p.log_flow, p.log_steps), dropout=0.1),
     "vargrad": dict(loss=lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1,
