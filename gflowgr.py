@@ -103,7 +103,7 @@ class Recipe:
     sharp: float = 3.0              # ours: P learns a few high r_ŷ better than many middling ones
     beta: float = 0.1               # S-DPO, GRPO (below): how strongly P is held near that of SFT
     rate: float = 3e-3              # peak learning rate: small models like it high
-    dropout: float = 0.0            # SFT needs some; R has many items, that is enough here
+    dropout: float = 0.0            # SFT needs some; with R, which has many items, none is better
     epochs: int = 8                 # passes over the training log
 
 # --- What a loss learns from: contexts and paths --------------------------------------------------
@@ -167,6 +167,7 @@ class Paths:
         """(C, J, L, K) exact F of all children of s_0 … s_{L-1}: sums of R over the items below."""
         nodes = self.ids.nodes[self.items][..., :-1]            # (C, J, L) those of s_0 … s_{L-1}
         child = self.ids.legal_children(nodes, self.batch.packed.unseen)    # −1 if F is 0
+        # at: flows at these nodes; it reads the root for −1
         return at(self.ids.flows(self.batch.r), child) * (child >= 0)
 
     @cached_property
@@ -211,7 +212,7 @@ def loss_of(recipe, policy, reference, batch, progress):
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
     # The N items of each context, (C, N), for instance drawn from P. They may come from anywhere
     # (off-policy): at P = R/Z, TB is 0 on every path. But R depends on v, which P does not know. So
-    # P becomes a compromise between the R of all possible v, best at items that are drawn often
+    # P ends between the R of all possible v; with items from P, at the mean of log R (README)
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
@@ -620,7 +621,7 @@ def drawn_search(tree, k, beams):
         race = torch.empty_like(log_p).exponential_().log_() - log_p                # (B, W, K)
         winner = race.amin(-1, keepdim=True)                                        # (B, W, 1)
         # A child's time = the prefix's + late, late = its own in the race − the winner's
-        late = race + torch.log1p(-torch.exp(winner - race))    # log(e^race − e^winner)
+        late = race + torch.log1p(-torch.exp(winner - race))    # log(e^race − e^winner), or log 0
         time = torch.logaddexp(time[..., None], late).flatten(1)                    # (B, W·K)
         time, best = time.topk(min(beams, time.shape[1]), 1, largest=False)
         log_p = log_p.flatten(1).gather(1, best)
