@@ -103,7 +103,7 @@ class Recipe:
     sharp: float = 3.0              # ours: P learns a few high r_ŷ better than many middling ones
     beta: float = 0.1               # S-DPO, GRPO (below): how strongly P is held near that of SFT
     rate: float = 3e-3              # peak learning rate: small models like it high
-    dropout: float = 0.0            # SFT needs some; with R, which has many items, none is better
+    dropout: float = 0.0            # SFT needs some; with R, which has many items, TB needs none
     epochs: int = 8                 # passes over the training log
 
 # --- What a loss learns from: contexts and paths --------------------------------------------------
@@ -808,7 +808,8 @@ def recipe_of(name, settings):
         fields["sharp"] = 9.0
     elif not own.get("loss"):
         used = ["rate", "dropout", "epochs"]
-        check({*own} <= {*used}, f"{name}: without a loss it is SFT, and has {', '.join(used)} alone")
+        right = {*own} <= {*used}
+        check(right, f"{name}: without a loss it is SFT, and has {', '.join(used)} alone")
     if base == "sft":
         changes, flag, fields = settings.sft.split(":") + changes, "", own
     odd = [change for change in changes if change and change.partition("=")[0] not in used]
