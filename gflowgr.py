@@ -165,8 +165,7 @@ class Paths:
     @cached_property
     def child_flow(self):
         """(C, J, L, K) exact F of all children of s_0 … s_{L-1}: sums of R over the items below."""
-        nodes = self.ids.nodes[self.items][..., :-1]            # (C, J, L) those of s_0 … s_{L-1}
-        child = self.ids.legal_children(nodes, self.batch.packed.unseen)    # −1 if F is 0
+        child = self.ids.next_node[self.ids.nodes[self.items][..., :-1]]    # nodes; −1: no item
         # at: flows at these nodes; it reads the root for −1
         return at(self.ids.flows(self.batch.r), child) * (child >= 0)
 
