@@ -152,7 +152,7 @@ class Folds:
             scores[rows] = self.checked(self.without(fold), [histories[row] for row in rows])
         return scores
 
-@lru_cache(maxsize=4)                                           # all seeds have the same
+@lru_cache(maxsize=8)                                           # all seeds have the same
 def folds_of(name, data, rank):
     """The teacher with this name, fitted on training items, as Folds. rank: of SVD."""
     check(name in TEACHERS, f"there is no teacher {name!r}; there are {', '.join(TEACHERS)}")
