@@ -123,7 +123,8 @@ class Batch:
         device = ids.codes.device
         self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
         self.liked = torch.tensor(liked, device=device)         # (C,) bool: v was not only clicked
-        self.packed = pack(rows, data.train, policy)    # U as GPT-2 reads it, after the lecture
+        # U as GPT-2 reads it, after the lecture
+        self.packed = pack(rows, data.train, self.histories, policy)
         if reward:
             # Scores that do not know v, by a recommender that was fitted without this user
             scores = reward.teacher.scores(self.histories, self.users)
@@ -475,10 +476,9 @@ def training_rows(histories, window):
         for first, stop in zip(cuts, cuts[1:]):
             yield Row(user, max(0, stop - 1 - window), range(first, stop))
 
-def pack(rows, train, policy):
-    """The Packed of the C contexts of rows; train: histories of users. tokens (B, H): B rows. Of
-    each context, row by row: row_of (C,), the row of its history, and ends (C,), its end there."""
-    histories = [train[row.user][:place] for row in rows for place in row.places]
+def pack(rows, train, histories, policy):
+    """The Packed of the C contexts of rows; train: all items of users; histories: U, C lists.
+    tokens (B, H): B rows. Of each context, row by row: row_of (C,), its row; ends (C,): of U."""
     row_of = [number for number, row in enumerate(rows) for _ in row.places]
     ends = [place - row.start for row in rows for place in row.places]  # 0: at <user>, U is empty
     tokens = policy.tokens([train[user][start:places[-1]] for user, start, places in rows])
@@ -489,7 +489,7 @@ def pack_histories(histories, policy):
     """The Packed of B histories, each a row of its own: its last `window` items."""
     starts = [max(0, len(history) - policy.window) for history in histories]
     rows = [Row(b, start, [len(histories[b])]) for b, start in enumerate(starts)]
-    return pack(rows, histories, policy)
+    return pack(rows, histories, histories, policy)
 
 def batches(setup, policy, reward, rng):
     """One epoch of Batches in random order; rows of similar length together, for less padding."""
