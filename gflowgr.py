@@ -35,7 +35,7 @@ import traceback
 import zlib
 from collections import namedtuple
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -49,7 +49,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, get_cosine_s
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from data import InputError, check, find_item, load_data, read_ids, report
-from reward import SVD, TEACHERS, Blend, Debiased, Reward, folds_of
+from reward import TEACHERS, Debiased, Reward, folds_of
 from tokenizer import SemanticIDs, at, entries, item_features
 
 NEVER = -1e9                            # log P of an illegal code; with −inf, losses would be nan
@@ -220,6 +220,7 @@ def loss_of(recipe, policy, reference, batch, progress):
     p = Paths(recipe, policy, reference, batch, items)
     L_GR = -p.log_v.mean()
     L_GFN = recipe.loss(p)
+    check_loss(L_GFN)
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
 def train(name, recipe, policy, setup):
@@ -666,14 +667,6 @@ def evaluate(recommend, data):
     metrics["coverage@10"] = len(ranked[ranked >= 0].unique()) / len(data.titles)
     return metrics, by_user, ranked
 
-@torch.no_grad()
-def distribution(policy, histories):
-    """P(v | U) of every item (B, n), 256 at a time: attention is quadratic in the paths."""
-    policy.eval()
-    parts = torch.arange(len(policy.semantic_ids.codes)).expand(len(histories), -1).split(256, 1)
-    steps = [policy.path_log_probs(histories, items) for items in parts]            # (B, 256, L)
-    return torch.cat(steps, 1).sum(-1).exp().cpu()
-
 # --- Saved models ---------------------------------------------------------------------------------
 transformers.utils.logging.disable_progress_bar()               # a small model is loaded at once
 
@@ -715,8 +708,8 @@ Policy.from_pretrained = staticmethod(load_model)
 
 # --- Settings: flags, names of methods ------------------------------------------------------------
 REAL = {            # What real logs have instead of the defaults: all methods, then some of them
-    "Settings": dict(methods="pop,cm,blend,sft,tb-huber,sft+cm", ids="mixed", width=128, layers=3,
-                     batch=64),
+    "Settings": dict(methods="pop,cm,blend,sft,tb-huber,sft+cm", ids="mixed", rank=0, width=128,
+                     layers=3, batch=64),
     "Recipe": dict(teacher="blend", debias=0.0, sharp=6.0, lam=3.0, rate=1.5e-3, epochs=5,
                    sampler="reward_draws", trajectories=2),     # in place of its defaults
     "sft": dict(dropout=0.2, epochs=8),
@@ -739,6 +732,7 @@ class Settings:
     quick: bool = HfArg(default=False, help="a smoke run in seconds: 100 users, one epoch")
     device: str = HfArg(default="auto", help="where to train: auto, cuda, mps or cpu")
     ids: str = HfArg(default="svd", help="content (text), mixed, svd (text and log), or FILE.csv")
+    rank: int = HfArg(default=24, help="of SVD, in the teacher and in IDs (0: n / 30)")
     codes: int = HfArg(default=0, help="K, codes a level (0: a power of 2, about n / 24)")
     levels: int = HfArg(default=3, help="L, levels of an ID: as in the paper's examples")
     window: int = HfArg(default=20, help="items of the history that are read: the last say most")
@@ -782,7 +776,7 @@ MOST = dict(dropout=1, debias=10, sharp=20, trajectories=129, codes=65537, level
 
 def check_numbers(where, values):
     """Raise InputError if a number of a Settings or Recipe is out of its range."""
-    zero = "codes gr lam debias dropout w_a w_y w_s".split()
+    zero = "codes rank gr lam debias dropout w_a w_y w_s".split()
     for name, value in vars(values).items():
         if type(value) in (int, float):
             least = "from 0" if name in zero else "above 0"
@@ -873,27 +867,6 @@ def check_settings(settings):
         print("--quick: the figures below mean nothing; they only show that everything works")
     return list(dict.fromkeys(names)), list(dict.fromkeys(map(int, seeds)))
 
-@lru_cache(maxsize=1)                                           # all seeds have the same
-def svd_rank(data):
-    """Rank of SVD: n / 30, then 1.4 or .7 times that, as long as NDCG@10 of the last training
-    items, left out, grows by 2 %; less is noise."""
-    n = len(data.titles)
-    logs = [history for history in data.train if len(history) > 1]
-    train = [history[:-1] for history in logs]
-    target = torch.tensor([history[-1] for history in logs])
-    @cache
-    def score(rank):
-        svd = Debiased(SVD(train, n, rank), 0.0)
-        return ndcg_at(rank_all(svd.recommend, train), target, 10).mean().item()
-    rank = max(8, n // 30)
-    while logs:
-        best = max(round(0.7 * rank), round(1.4 * rank), key=score)
-        if score(best) <= 1.02 * score(rank):
-            break
-        rank = best
-    print(f"SVD has rank {rank}")
-    return rank
-
 class Setup:
     """What all methods of one seed share, made from training items alone."""
     def __init__(self, seed, data, settings):
@@ -906,10 +879,6 @@ class Setup:
         self.measure = partial(validate, data=data)             # policy → what an epoch prints
         self.measured = "validation NDCG@10"
 
-    def rank_of(self, teacher):
-        """The rank of a teacher that has an SVD; None for others, as it takes time to find."""
-        return svd_rank(self.data) if TEACHERS[teacher] in (SVD, Blend) else None
-
     @cached_property                                            # untrained methods need none
     def ids(self):
         """The SemanticIDs that --ids asks for: k-means on features of items, or those of a file."""
@@ -919,8 +888,7 @@ class Setup:
         if settings.ids in ("content", "mixed", "svd"):
             least = max(2, min(n / 24, 512), n ** (1 / settings.levels))
             K = settings.codes or 2 ** math.ceil(math.log2(least))
-            rank = svd_rank(data) if settings.ids == "svd" else None
-            features = item_features(settings.ids, data.texts, data.train, self.seed, rank)
+            features = item_features(settings.ids, data.texts, data.train, self.seed, settings.rank)
             text = settings.ids != "content" or features.any()
             check(text, "--ids content needs text in items.csv")
             ids = SemanticIDs.fit(features, K, settings.levels, self.seed)
@@ -947,8 +915,7 @@ class Setup:
 
     def cm_of(self, recipe):
         """The teacher of a recipe, its scores as debias and sharp say."""
-        name = recipe.teacher
-        cm = folds_of(name, self.data, self.rank_of(name))      # fitted once
+        cm = folds_of(recipe.teacher, self.data, self.settings.rank)    # fitted once
         return Debiased(cm, recipe.debias, recipe.sharp)
 
     def reward(self, recipe):
@@ -958,7 +925,7 @@ class Setup:
 def made_with(name, setup):
     """All inputs of a run that --resume compares, but code."""
     data = {what: value for what, value in setup.data.sizes.items() if what != "name"}
-    made = {"data": data}
+    made = {"data": data, "--rank": setup.settings.rank}
     parts = [name]
     if name.partition(":")[0] not in TEACHERS:                  # all others start from SFT
         made["IDs"] = zlib.crc32(setup.ids.codes.cpu().numpy())
@@ -980,6 +947,11 @@ def check_drawn(items, recipe, batch):
     unseen = 0 <= items.min() and items.max() < n and batch.r.gather(1, items).min() > 0
     check(unseen, f"{asked} items from 0 to {n - 1} that are not in batch.histories")
 
+def check_loss(loss):
+    """InputError unless a loss, maybe your own, is one number with a gradient."""
+    right = torch.is_tensor(loss) and loss.shape == () and loss.requires_grad
+    check(right, f"a loss has to return a tensor of one number that depends on P, not {loss!r}")
+
 def try_out(names, setup):
     """One step of each recipe with an untrained policy: a mistake in your own teacher, sampler or
     loss shows now, not after hours."""
@@ -988,12 +960,8 @@ def try_out(names, setup):
         if recipe.loss:
             policy = setup.policy()
             batch = next(batches(setup, policy, setup.reward(recipe), np.random.default_rng(0)))
-            items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, 0.0)
-            check_drawn(items, recipe, batch)
-            loss = recipe.loss(Paths(recipe, policy, policy, batch, items))
-            right = torch.is_tensor(loss) and loss.shape == () and loss.requires_grad
-            check(right and torch.isfinite(loss), f"{name}: a loss has to return a tensor of one "
-                  f"finite number that depends on P, not {loss!r}")
+            loss = loss_of(recipe, policy, policy, batch, 0.0)
+            check(torch.isfinite(loss), f"{name}: with an untrained policy, the loss is {loss}")
             loss.backward()
         elif "+cm" in name or name.partition(":")[0] in TEACHERS:
             setup.cm_of(recipe).scores(setup.data.train[:2])
@@ -1029,7 +997,7 @@ def model_of(name, recipe, setup):
         policy = setup.policy(base.removesuffix("+cm"))
         policy.catalogue["guide"] = {"data": setup.data.sizes, "teacher": recipe.teacher,
                                      "debias": recipe.debias, "sharp": recipe.sharp,
-                                     "rank": setup.rank_of(recipe.teacher)}
+                                     "rank": setup.settings.rank}
         save_policy(policy, setup.folder(name))
         policy.cm = setup.cm_of(recipe)
         return policy, []
@@ -1053,21 +1021,22 @@ def run_oracle(settings):
     rows = [row._replace(places=row.places[-1:]) for row in last.values()]  # its last item alone
     batch = Batch(rows, data, policy, setup.reward(recipe))
     target = (batch.r / batch.r.sum(1, keepdim=True)).cpu()     # P* = R/Z
-    def distance(policy):                                       # mean L1 of P from R/Z
-        return (distribution(policy, batch.histories) - target).abs().sum(1).mean().item()
+    items = torch.arange(len(data.titles)).expand(len(rows), -1)
+    @torch.no_grad()
+    def distribution(policy):                                   # P of all items, without dropout
+        return policy.eval().path_log_probs(batch.histories, items).sum(-1).exp().cpu()
     setup.rows = 100 * rows                                     # 100 steps an epoch
     setup.size = 4
     try_out([settings.oracle], setup)
     path = Path(settings.out) / "oracle.png"
     path.parent.mkdir(parents=True, exist_ok=True)              # fails now, not after training
-    setup.measure = distance
+    setup.measure = lambda policy: (distribution(policy) - target).abs().sum(1).mean().item()
     setup.measured = "L1 distance of P from R/Z"
     curve = train(settings.oracle, recipe, policy, setup)
     print("mean L1 distance of P from R/Z (2 at most): {:.4f} before, {:.4f} after; {}".format(
         curve[0]["score"], curve[-1]["score"], path))
-    learned = distribution(policy, batch.histories)[0]
     report.figures.plot_flows(path, setup.ids.codes.cpu(), data.titles, batch.histories[0],
-                              {"R/Z": target[0], "P": learned})
+                              {"R/Z": target[0], "P": distribution(policy)[0]})
 
 # --- Command line ---------------------------------------------------------------------------------
 def print_recommendations(settings):

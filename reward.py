@@ -70,7 +70,7 @@ class CollaborativeModel:
 class SVD:
     """Matrix factorisation, PureSVD (Cremonesi et al. 2010), with the vectors of `item_vectors`:
     CM(U, i) ∝ max(0, Σ_j ⟨v_j, v_i⟩ / age(j)^.75) over all items j of U."""
-    def __init__(self, histories, num_items, rank=None):
+    def __init__(self, histories, num_items, rank=0):
         self.vectors = torch.tensor(item_vectors(histories, num_items, rank))       # (n, rank)
         self.popular = self.vectors.norm(dim=1).clamp(min=1e-4)     # (n,) popular items: long ones
 
@@ -89,7 +89,7 @@ def similar_items(features, most=200):
 class Blend:
     """Ours, for real logs: √(counts · neighbours) + SVD / √(length of vector), both with sum 1.
     Neighbours: Σ_j similar[j, i] / age(j) over the last 20 items j, similar by `similar_items`."""
-    def __init__(self, histories, num_items, similar, rank=None):
+    def __init__(self, histories, num_items, similar, rank=0):
         self.counts = CollaborativeModel.fit(histories, num_items)
         self.svd = SVD(histories, num_items, rank)
         self.similar = similar                                  # sparse (n, n)

@@ -721,35 +721,6 @@ def test_features_against_loops():
         np.testing.assert_allclose(found @ found.T, text @ text.T + 4 * log @ log.T, atol=1e-4)
     assert tokenizer.item_features("svd", texts, histories, 0, rank=2).shape == (5, 7)
 
-@pytest.mark.parametrize("score, rank", [
-    ({24: 1.0, 34: 1.01}, 24), ({24: 1.0, 34: 1.03, 48: 1.2}, 48), ({24: 1.0, 17: 2.0}, 17),
-    ({}, 24)])
-def test_svd_has_the_rank_that_finds_last_training_items(score, rank, monkeypatch):
-    def svd(histories, num_items, rank):
-        assert (histories, num_items) == ([[0, 1], [3]], 720)
-        return SimpleNamespace(popular=torch.ones(720), rank=rank)
-    def ndcg(ranked, target, k):
-        assert (target.tolist(), k) == ([2, 4], 10)
-        return torch.tensor([score.get(ranked, 0.0)])
-    monkeypatch.setattr(gflowgr, "SVD", svd)
-    monkeypatch.setitem(TEACHERS, "svd", svd)
-    monkeypatch.setattr(gflowgr, "rank_all", lambda recommend, _: recommend.__self__.cm.rank)
-    monkeypatch.setattr(gflowgr, "ndcg_at", ndcg)
-    class data:                                                 # caches need a hash
-        train = [[0, 1, 2], [5], [3, 4]]                        # of one item, nothing can be left
-        titles = 720 * [""]
-        texts = 720 * ["a"]
-    setup = Setup(0, data, gflowgr.parse([]))
-    assert gflowgr.svd_rank(data) == rank
-    def asked(*given):
-        raise InterruptedError(f"rank {given[-1]}")
-    for what in ("item_features", "folds_of"):
-        monkeypatch.setattr(gflowgr, what, asked)
-    for use in (lambda: setup.ids, lambda: setup.cm_of(Recipe())):
-        with pytest.raises(InterruptedError, match=f"rank {rank}$"):
-            use()
-    assert setup.rank_of("cm") is None
-
 # --- Traditional recommenders ---------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def vectors():                                # of LOG's items (25, 8), signs of columns aside
@@ -792,6 +763,9 @@ def test_seeds_share_teachers_data_do_not(tiny):
     one, other = prepared(*tiny), prepared(*tiny)
     shared = Setup(1, one.data, one.settings)
     assert shared.cm_of(Recipe()).cm is one.cm_of(Recipe()).cm is not other.cm_of(Recipe()).cm
+    fewer = prepared(*tiny, "--rank=3")
+    assert fewer.cm_of(Recipe()).cm.without(-1).vectors.shape == (48, 3)
+    assert not fewer.ids.codes.equal(one.ids.codes)
 
 def test_a_fold_does_not_know_its_users_and_who_is_served_gets_all():
     folds = Folds(counted, LOG, 25, folds=4)
@@ -856,13 +830,6 @@ def test_the_pool_of_the_curriculum_is_drawn_half_by_score(monkeypatch):
         return torch.full((len(weight), count), 2)
     monkeypatch.setattr(torch, "multinomial", multinomial)
     assert SAMPLERS["curriculum"](batch, *given).shape == (3000, 1)
-
-def test_a_distribution_has_no_dropout_and_sum_1():
-    policy = made(25)
-    policy.lm.transformer.drop.p = 0.5
-    found = [gflowgr.distribution(policy.train(), USERS[:3]) for _ in range(2)]
-    close(found[0], found[1])
-    close(found[0].sum(1), torch.ones(3))
 
 def test_a_list_ends_where_no_item_is_left():
     seen = list(range(24))
@@ -1134,11 +1101,11 @@ LINE = f"test_gflowgr.py, line {raises.__code__.co_firstlineno + 1}, in raises: 
     ("recipe", raises, "RECIPES['recipe'] is a function, no dict"),
     ("svd", {}, "['svd']: a teacher and a recipe have the same name"),
     ("recipe", dict(loss=lambda p: (p.log_pf - p.log_z).mean()), "in <lambda>: RuntimeError The "),
-    ("recipe", dict(loss=lambda p: p.log_pf.mean() * math.nan), "recipe: a loss has to return a "),
+    ("recipe", dict(loss=lambda p: p.log_pf.mean() * math.nan), "recipe: with an untrained policy, the loss is n"),
     ("recipe", dict(RECIPES["tb"], lamda=2), "recipe: unrecognized arguments: --lamda=2"),
     ("recipe", dict(lam=2.0), "recipe: without a loss it is SFT, and has rate, dropout, epochs al"),
     ("recipe", dict(loss=lambda p: p.log_pf.sum(1)), "number that depends on P, not tensor(["),
-    ("recipe", dict(loss=lambda p: 0.5), "a loss has to return a tensor of one finite number that"),
+    ("recipe", dict(loss=lambda p: 0.5), "a loss has to return a tensor of one number that dep"),
     ("recipe", dict(loss=lambda p: p.log_r.mean()), "number that depends on P, not tensor(-")])
 def test_wrong_own_code(what, wrong, said, told, tiny, monkeypatch):
     method = {"cm": "sft+cm:teacher=cm", "sampler": "tb:sampler=sampler"}.get(what, what)
@@ -1191,7 +1158,6 @@ def test_paired_gains_resample_the_ratio():
         wanted = {"gain": gain, "low": gain - 1.96 * error, "high": gain + 1.96 * error}
         runs = [[{"by_user": {"x": x, "zero": 0 * x}} for x in method] for method in (own, base)]
         assert report.paired_gains(*runs) == {"x": approx(wanted, abs=error / 4 + 1e-9)}
-    assert (report.bootstrap(7).sum(1) == [7] * 500).all()      # 500 samples of 7 of 7 users
 
 # --- A run, --resume, saved models ----------------------------------------------------------------
 METHODS = "pop cm:debias=.5 sft tb tb:trajectories=3 sft-continued tb+cm:sharp=3".split()
@@ -1437,7 +1403,7 @@ def test_the_figures_on_the_pages_were_made_with_these_defaults():
         made.append(inspect.signature(function))
     text = re.sub(" at 0x[0-9a-f]+", "", repr(made))
     checksum = zlib.crc32(text.encode())
-    assert checksum == 3589905660, "run the commands of the pages anew, then change this number"
+    assert checksum == 1926227861, "run the commands of the pages anew, then change this number"
 
 @pytest.mark.parametrize("page, pictures", [
     ("course", ["loop"]), ("results", ["diverse", "measures"])])

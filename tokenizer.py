@@ -79,9 +79,9 @@ def ppmi(histories, num_items):
     ratio = near.values() * smooth.sum() / (count[a] * smooth[b])
     return sparse((a, b), ratio.log().clamp(min=0), near.shape).float()
 
-def item_vectors(histories, num_items, rank=None):
+def item_vectors(histories, num_items, rank=0):
     """(n, rank) vectors of items: U of X ≈ U diag(s) Vᵀ, where X[i, u] is 1 / count(i)^.25 if item
-    i is in history u, else 0. No rank: n / 30."""
+    i is in history u, else 0. Rank 0: n / 30."""
     users, items = entries(histories)                           # of each interaction
     values = np.bincount(items)[items] ** -0.25
     x = sparse((items, users), values.astype(np.float32), (num_items, len(histories)))
@@ -92,7 +92,7 @@ def unit(rows):
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.where(length > 1e-6, length, np.inf)
 
-def item_features(kind, texts, histories, seed, rank=None, dim=64):
+def item_features(kind, texts, histories, seed, rank=0, dim=64):
     """(n, d): "content" is an item's text (TIGER). The log can be added (LETTER): "mixed" has its
     neighbours there, "svd" its vector in a matrix factorisation of this rank.
     Pass training histories only: validation or test items would leak into every result."""
@@ -150,10 +150,7 @@ def at(table, nodes):
 class SemanticIDs(torch.nn.Module):
     """The table item ↔ semantic ID, and the tree of its prefixes. A Module, so that .to() moves it.
     A node of the tree is a number: 0 is the root, 1 … M−1 are the other prefixes, level by level,
-    M + i is item i. The codes (n, L) of three items, (0, 0), (0, 1), (1, 1), have M = 3 prefixes:
-        0 = () ─┬─ code 0 ─ 1 = (0) ─┬─ code 0 ─ 3 = item 0
-                │                    └─ code 1 ─ 4 = item 1
-                └─ code 1 ─ 2 = (1) ─── code 1 ─ 5 = item 2
+    M + i is item i. Three items with codes (0, 0), (0, 1), (1, 1) have M = 3: (), (0), (1).
     nodes (n, L + 1)        [[0, 1, 3], [0, 1, 4], [0, 2, 5]]: from the root to each item
     next_node (M + 1, K)    [[1, 2], [3, 4], [−1, 5], [−1, −1]]: where each code leads, or −1
     Index −1 reads the last row of next_node, all −1: a walk that left the tree stays outside."""
