@@ -110,9 +110,9 @@ class Recipe:
 class Batch:
     """C contexts (U, v): each item v of a training history, once an epoch, and U, those before."""
     def __init__(self, rows, data, policy, reward=None):
-        """rows: some contexts of a user each. A row with user 7 and places 3, 4 has two: their v
-        are items 3 and 4 of this user's training history. data: a Dataset, with the histories.
-        policy: it has the IDs. reward: a Reward; None, for SFT: no scores, no r."""
+        """rows: GPT-2 reads a history once for all contexts in it, so a row has some contexts of a
+        user. Of a row with user 7 and places 3, 4, v are items 3 and 4 of this user's training
+        history. data: a Dataset, with the histories. reward: a Reward; None, for SFT."""
         contexts = [(row.user, place) for row in rows for place in row.places]      # C pairs
         self.users = [user for user, _ in contexts]
         self.histories = [data.train[user][:place] for user, place in contexts]     # U, C lists
@@ -123,7 +123,7 @@ class Batch:
         device = ids.codes.device
         self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
         self.liked = torch.tensor(liked, device=device)         # (C,) bool: v was not only clicked
-        # U as GPT-2 reads it, after the lecture
+        # U as GPT-2 reads it (after the lecture), and which nodes of the tree lead to unseen items
         self.packed = pack(rows, data.train, self.histories, policy)
         if reward:
             # Scores that do not know v, by a recommender that was fitted without this user
@@ -134,7 +134,7 @@ class Batch:
 
 def draw(weight, count):
     """count items per context (C, count), with replacement, ∝ weight (C, n)."""
-    # max: torch is slow at drawing one
+    # Two at least, as torch has another, slow way to draw one
     return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
 
 class Paths:
@@ -147,7 +147,8 @@ class Paths:
             items = torch.cat([positives, items], 1)            # (C, J = 1 + N)
         if recipe.chosen == "reward":
             items = torch.cat([draw(batch.r, 1), items], 1)
-        # One call for both: the path of v, at index 0, is for L_GR; L_GFN reads the J others
+        # One call for both: the path of v, at index 0, is for L_GR; L_GFN reads the J others (so v
+        # is there twice if it is chosen). Of all: log P_F of steps, of all codes, learned log F
         all_items = torch.cat([positives, items], 1)            # (C, 1 + J)
         log_steps, log_probs, learned_log_flow = policy(batch.packed, all_items)
         self.recipe = recipe
@@ -166,8 +167,9 @@ class Paths:
     @cached_property
     def child_flow(self):
         """(C, J, L, K) exact F of all children of s_0 … s_{L-1}: sums of R over the items below."""
-        child = self.ids.next_node[self.ids.nodes[self.items][..., :-1]]    # nodes; −1: no item
-        # at: flows at these nodes; it reads the root for −1
+        prefixes = self.ids.nodes[self.items][..., :-1]         # (C, J, L) nodes: s_0 … s_{L-1}
+        child = self.ids.next_node[prefixes]                    # where each code leads; −1: nowhere
+        # at(table, nodes): what the table has there, here F; for −1 it has a wrong one, so · 0
         return at(self.ids.flows(self.batch.r), child) * (child >= 0)
 
     @cached_property
@@ -194,13 +196,12 @@ TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))
 PAPER = dict(TB, sampler="curriculum", trajectories=3, exact=False, dropout=0.4)
 RECIPES = {
     "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
-    # The paper's, as we read it; w_a, w_y, w_s are ours
+    # The paper's, as we read it, with its λ; w_a, w_y, w_s are ours
     "paper": dict(PAPER, chosen="logged", debias=0.0, sharp=1.0, lam=1.0),
     "tb-paper": dict(PAPER, lam=0.3),       # ours: L_GFN does not read v; debias, sharp as in `tb`
     "tb": TB,
     "db": dict(loss=lambda p: detailed_balance(p.log_flow, p.log_steps), dropout=0.1),
-    "vargrad": dict(loss=lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1,
-                    sampler="policy_draws", trajectories=8)}    # also on real logs
+    "vargrad": dict(loss=lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1)}
 
 # --- One step of training, and the loop -----------------------------------------------------------
 def loss_of(recipe, policy, reference, batch, progress):
@@ -212,7 +213,7 @@ def loss_of(recipe, policy, reference, batch, progress):
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
     # The N items of each context, (C, N), for instance drawn from P. They may come from anywhere
     # (off-policy): at P = R/Z, TB is 0 on every path. But R depends on v, which P does not know. So
-    # P ends between the R of all possible v; with items from P, at the mean of log R (README)
+    # P ends between the R of all v that can follow U; with items from P, ∝ exp(mean of log R)
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
@@ -227,7 +228,8 @@ def train(name, recipe, policy, setup):
     """The one training loop → the curve, a list of {"epoch", "loss", "score"}, epoch 0: before.
     The rate rises to its peak and falls to 0; the weights after the last epoch are kept. setup has
     what all methods share: `rows` of the log, `size` of a batch, the Reward of a recipe, and
-    `measure`, whose score is printed after each epoch: NDCG@10 on validation items, `measured`."""
+    `measure`, whose score is printed after each epoch: NDCG@10 on validation items, `measured`.
+    policy: new for SFT; for the others, with the weights of SFT."""
     reward = setup.reward(recipe) if recipe.loss else None      # computes R; SFT needs none
     reference = copy.deepcopy(policy).eval()                    # frozen
     per_epoch = math.ceil(len(setup.rows) / setup.size)
@@ -298,8 +300,9 @@ def curriculum(batch, count, policy, progress):
 def policy_beam(batch, count, policy, progress):
     """The paper's fourth: the N best items by P itself, without v (the paper: N−1)."""
     items, _ = policy.recommend(batch.histories, count + 1, beams=count + 1)    # best first
+    # Each row loses v; if it has no v, its last
     rows = [row[row != v][:count] for row, v in zip(items, batch.positives)]
-    items = torch.stack(rows)       # a row without v has lost its last
+    items = torch.stack(rows)
     return items.where(items >= 0, batch.positives[:, None])    # −1: fewer than N unseen; v instead
 
 def policy_draws(batch, count, policy, progress):
@@ -327,8 +330,8 @@ class Policy(torch.nn.Module):
         self.semantic_ids = semantic_ids
         self.window = window                                    # items of a history that are read
         self.beams = beams                                      # beam width of recommend
-        self.catalogue = catalogue or {}    # saved with it: item_ids, titles, maybe guide: a CM
-        self.cm = None                                          # NAME+cm: its scores guide beams
+        self.catalogue = catalogue or {}                        # saved with it: item_ids, titles
+        self.cm = None                      # of NAME+cm: recommend multiplies P by its scores
         self.user_token = semantic_ids.num_levels * semantic_ids.num_codes
         self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch, not pretrained
             vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
@@ -386,7 +389,7 @@ class Policy(torch.nn.Module):
         if guide is None and self.cm:
             guide = self.cm.scores(histories)
         check(not sample or guide is None, "recommend: sample or guide (NAME+cm has one), not both")
-        tree = Beams(self, histories, sample or 1.0, guide)
+        tree = Beams(self, histories, sample or 1.0, guide)     # at the root
         search = drawn_search if sample else beam_search
         return search(tree, k, max(beams or self.beams, k))
 
@@ -452,9 +455,9 @@ RECIPES |= {
     "tb-huber": dict(loss=lambda p: huber_balance(p.log_z, p.log_pf, p.log_r)),
     "sft-continued": dict(rate=9e-4, dropout=0.4),              # SFT, for longer
     "sdpo": dict(SDPO, chosen="logged", beta=1.0, rate=9e-4, dropout=0.2),
-    "sdpo-reward": dict(SDPO, chosen="reward", lam=100.0, rate=1e-3, sampler="policy_draws"),
+    "sdpo-reward": dict(SDPO, chosen="reward", lam=100.0, rate=1e-3),
     "grpo": dict(loss=lambda p: grpo(p.log_pf, p.log_ref, p.log_r, p.recipe.beta), trajectories=16,
-                 beta=0.01, sampler="policy_draws"),
+                 beta=0.01),
     "distill": dict(loss=lambda p: distillation(p.child_flow, p.log_probs), lam=30.0, dropout=0.2)}
 
 # --- Fast: GPT-2 reads a history once, for all contexts in it and all their paths -----------------
@@ -672,8 +675,7 @@ transformers.utils.logging.disable_progress_bar()               # a small model 
 
 def save_policy(policy, folder):
     """Write a plain GPT-2 (config.json, model.safetensors), then semantic_ids.json."""
-    path = Path(folder) / "semantic_ids.json"
-    path.unlink(missing_ok=True)                                # written last: the model is whole
+    path = Path(folder) / "semantic_ids.json"                   # written last: the model is whole
     policy.lm.save_pretrained(folder)
     # Who may read config.json, may read the weights; safetensors lets the owner alone
     shutil.copymode(path.with_name("config.json"), path.with_name("model.safetensors"))
@@ -714,7 +716,9 @@ REAL = {            # What real logs have instead of the defaults: all methods, 
                    sampler="reward_draws", trajectories=2),     # in place of its defaults
     "sft": dict(dropout=0.2, epochs=8),
     "sft-continued": dict(dropout=0.2, rate=4.5e-4),
-    "grpo": dict(trajectories=8),
+    "vargrad": dict(sampler="policy_draws", trajectories=8),
+    "grpo": dict(sampler="policy_draws", trajectories=8),
+    "sdpo-reward": dict(sampler="policy_draws"),
     "distill": dict(lam=3.0)}
 
 @dataclass
@@ -791,28 +795,28 @@ def recipe_of(name, settings):
     that of tb-paper, `teacher` that of real logs."""
     base, *changes = name.split(":")
     real = real_of(settings.data)
+    common = real.get("Recipe", {})
     own = RECIPES.get(base, {})
-    check(isinstance(own, dict), f"RECIPES[{base!r}] is a {type(own).__name__}, no dict")
-    used, flag, fields = FIELDS, settings.recipe, real.get("Recipe", {}) | own
+    plain = ["rate", "dropout", "epochs"]                       # SFT has no other fields
+    # Four kinds of method: which fields it has, their values, and the flag that changes them
     if base in TEACHERS:
-        used, flag, fields = ["debias"], "", dict(teacher=base, debias=0.0, sharp=1.0)
+        kind = ["debias"], dict(teacher=base, debias=0.0, sharp=1.0), ""
     elif "+cm" in base:
-        used = ["teacher", "debias", "sharp"]
-        fields["sharp"] = 9.0
-    elif not own.get("loss"):
-        used = ["rate", "dropout", "epochs"]
-        right = {*own} <= {*used}
-        check(right, f"{name}: without a loss it is SFT, and has {', '.join(used)} alone")
-    if base == "sft":
-        changes, flag, fields = settings.sft.split(":") + changes, "", own
-    odd = [change for change in changes if change and change.partition("=")[0] not in used]
-    check(not odd, f"{name}: of {base}, one can change {', '.join(used)}, not {odd}")
+        kind = ["teacher", "debias", "sharp"], common | dict(sharp=9.0), settings.recipe
+    elif base == "sft":
+        kind = plain, own, settings.sft
+    else:
+        kind = FIELDS if "loss" in own else plain, common | own, settings.recipe
+    used, fields, flag = kind
     fields = fields | real.get(base, {})
-    changes = flag.split(":") + changes
+    asked = changes + settings.sft.split(":") if base == "sft" else changes
+    named = [change.partition("=")[0] for change in asked if change]
+    odd = [what for what in (*named, *own.keys() - {"loss"}) if what not in used]
+    check(not odd, f"{name}: of {base}, one can change {', '.join(used)}, not {odd}")
     parser = HfArgumentParser(Recipe, allow_abbrev=False, add_help=False)
     parser.set_defaults(loss=fields.pop("loss", None))
     parser.error = lambda message: check(False, f"{name}: {message}; fields are {[*FIELDS]}")
-    changes = [f"{what}={value}" for what, value in fields.items()] + changes   # the last one holds
+    changes = [f"{what}={value}" for what, value in fields.items()] + flag.split(":") + changes
     recipe = Recipe(**vars(parser.parse_args([f"--{change}" for change in changes if change])))
     check_numbers(f"{name}: ", recipe)
     for what, there in {"sampler": SAMPLERS, "teacher": TEACHERS}.items():
@@ -833,14 +837,14 @@ def run(settings):
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
     setups = [Setup(seed, data, settings) for seed in seeds]
     jobs = [(name, setup) for setup in setups for name in names]
-    kept = []                                   # of each job: the finished run, or None
+    kept = {}                                   # {job: its finished run}
     for name, setup in jobs:                    # refuses a run that was made otherwise
-        run = report.earlier_run(setup.folder(name) / "run.json", made_with(name, setup))
-        kept.append(run if settings.resume else None)
-        if kept[-1]:
+        found = report.earlier_run(setup.folder(name) / "run.json", made_with(name, setup))
+        if found and settings.resume:
+            kept[name, setup] = found
             print(f"{name}, seed {setup.seed}: kept, as it was finished")
-    try_out([name for name, run in zip(names, kept) if not run], setups[0])
-    runs = [run or run_method(*job) for run, job in zip(kept, jobs)]
+    try_out([name for name in names if (name, setups[0]) not in kept], setups[0])
+    runs = [kept.get(job) or run_method(*job) for job in jobs]
     return report.finish(settings.out, runs, about, data)
 
 def check_settings(settings):

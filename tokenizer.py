@@ -4,7 +4,7 @@
 By hand: three items with one feature each, 0, 1 and 10; L = 2 codes, K = 2.
     two centroids, 0.5 and 10        first codes 0, 0, 1: each item's nearest centroid
     residuals, item − centroid       −0.5, 0.5, 0
-    two centroids, −0.5 and 0.25     second codes 0, 1, 1
+    two centroids, −0.5 and 0.25, the mean of 0.5 and 0: second codes 0, 1, 1
 IDs (0, 0), (0, 1), (1, 1): all differ, and similar items begin alike. The paper's IDs, TIGER and
 LETTER, come from a trained network (RQ-VAE). Letters: n items, L levels, K codes, M prefixes.
 """
@@ -43,7 +43,7 @@ def leading_vectors(matrix, rank, seed, power=0.0):
 
 def tf_idf(texts):
     """Sparse (n, terms): how often a term, a word or a pair of words, is in a text, times
-    idf = log(n / count in all texts), since rare terms say more; 0 for a term that stands once."""
+    idf = log(n / its count in all texts), as rare terms say more; 0 for a term that stands once."""
     column_of = {}                                              # term → its column
     columns = []                                                # n lists, of the terms of a text
     for text in texts:
@@ -116,8 +116,9 @@ def kmeans(points, k, rng, steps=20):
     centroids = np.empty((k, points.shape[1]))
     cost = np.full(len(points), np.inf)                         # squared distance to the nearest
     for j in tqdm(range(k), "k-means++ seeds", disable=None, leave=False):
-        p = cost / cost.sum() if j and cost.sum() > 0 else None     # likely far from all seeds;
-        centroids[j] = points[rng.choice(len(points), p=p)]         # None: any point
+        # The farther from all seeds, the more likely; None: all alike
+        p = cost / cost.sum() if j and cost.sum() > 0 else None
+        centroids[j] = points[rng.choice(len(points), p=p)]
         cost = np.minimum(cost, ((points - centroids[j]) ** 2).sum(1))
     for _ in tqdm(range(steps), "k-means steps", disable=None, leave=False):
         nearest = squared_distances(points, centroids).argmin(1)                        # (n,)
@@ -142,10 +143,6 @@ def assign_with_capacity(cost, parent, capacity):
         if not len(refused):
             return code
         cost[refused, code[refused]] = np.inf
-
-def at(table, nodes):
-    """What a table (B, M + n) has at nodes (B, …) of a tree (below); node −1 reads node 0."""
-    return table.gather(1, nodes.clamp(min=0).flatten(1)).view_as(nodes)
 
 class SemanticIDs(torch.nn.Module):
     """The table item ↔ semantic ID, and the tree of its prefixes. A Module, so that .to() moves it.
@@ -220,3 +217,7 @@ class SemanticIDs(torch.nn.Module):
         code 1 alone is legal, and leads to item 1."""
         child = self.next_node[nodes]                           # (B, …, K)
         return child.where(at(unseen, child), -1)               # child −1 reads node 0, stays −1
+
+def at(table, nodes):
+    """What a table (B, M + n) has at nodes (B, …); node −1 reads node 0."""
+    return table.gather(1, nodes.clamp(min=0).flatten(1)).view_as(nodes)
