@@ -128,7 +128,7 @@ class Batch:
         if reward:
             # Scores that do not know v, by a recommender that was fitted without this user
             scores = reward.teacher.scores(self.histories, self.users)
-            self.scores = scores.to(device)                     # (C, n) of sum 1
+            self.scores = scores.to(device)             # (C, n) of sum 1, divided and cubed
             unseen = self.packed.unseen[:, ids.num_prefixes:]   # (C, n) bool: not in U
             self.r = reward(self.scores, self.positives, self.liked, unseen)    # (C, n), 0 if seen
 
@@ -192,13 +192,13 @@ class Paths:
 
 # In what a method differs from Recipe's defaults; p: a Paths. The trials that chose the numbers are
 # in data/log.md
-TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))
+TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))    # Z: the sum of R
 PAPER = dict(TB, sampler="curriculum", trajectories=3, exact=False, dropout=0.4)
 RECIPES = {
     "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
     # The paper's, as we read it, with its λ; w_a, w_y, w_s are ours
     "paper": dict(PAPER, chosen="logged", debias=0.0, sharp=1.0, lam=1.0),
-    "tb-paper": dict(PAPER, lam=0.3),       # ours: L_GFN does not read v; debias, sharp as in `tb`
+    "tb-paper": dict(PAPER, lam=0.3),       # ours: L_GFN does not read v; debias .5, sharp 3
     "tb": TB,
     "db": dict(loss=lambda p: detailed_balance(p.log_flow, p.log_steps), dropout=0.1),
     "vargrad": dict(loss=lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1)}
@@ -226,10 +226,9 @@ def loss_of(recipe, policy, reference, batch, progress):
 
 def train(name, recipe, policy, setup):
     """The one training loop → the curve, a list of {"epoch", "loss", "score"}, epoch 0: before.
-    The rate rises to its peak and falls to 0; the weights after the last epoch are kept. setup has
-    what all methods share: `rows` of the log, `size` of a batch, the Reward of a recipe, and
-    `measure`, whose score is printed after each epoch: NDCG@10 on validation items, `measured`.
-    policy: new for SFT; for the others, with the weights of SFT."""
+    policy: new for SFT, for the others as SFT left it. The rate rises to its peak and falls to 0.
+    setup has what all methods share: `rows` of the log, `size` of a batch, the Reward of a recipe,
+    `measure`, whose score each epoch prints: NDCG@10 on validation items, `measured`."""
     reward = setup.reward(recipe) if recipe.loss else None      # computes R; SFT needs none
     reference = copy.deepcopy(policy).eval()                    # frozen
     per_epoch = math.ceil(len(setup.rows) / setup.size)
@@ -306,7 +305,7 @@ def policy_beam(batch, count, policy, progress):
     return items.where(items >= 0, batch.positives[:, None])    # −1: fewer than N unseen; v instead
 
 def policy_draws(batch, count, policy, progress):
-    """Ours: N different items drawn from P itself."""
+    """Ours: N different items drawn from P itself; no item twice, so only nearly ∝ P."""
     # sample=1: recommend draws with probability P, in place of searching (how: after the lecture)
     items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)
     return items.where(items >= 0, batch.positives[:, None])
@@ -462,11 +461,10 @@ RECIPES |= {
 
 # --- Fast: GPT-2 reads a history once, for all contexts in it and all their paths -----------------
 # A row is some contexts of a user, which GPT-2 reads in one go. Rows of a user who took the items
-# a b c d e f g h i j, of which GPT-2 may read 4, the window; what it reads of U is in brackets:
+# a b c d e f g h, of which GPT-2 may read 4, the window; what it reads of U is in brackets:
 #     Row(user, start=0, places=0…4)   reads <user> a b c d   targets a (U is empty) … e (a b c d)
 #     Row(user, start=2, places=5…6)   reads <user> c d e f   targets f (c d e), g (c d e f)
-#     Row(user, start=4, places=7…8)   reads <user> e f g h   targets h (e f g), i (e f g h)
-#     Row(user, start=5, places=9…9)   reads <user> f g h i   target j (f g h i)
+#     Row(user, start=3, places=7…7)   reads <user> d e f g   target h (d e f g)
 Row = namedtuple("Row", "user start places")
 # Of context c, GPT-2 reads tokens[row_of[c], :ends[c] + 1]. unseen (C, M + n) bool: is an item that
 # is not in U at this node of the tree, or below it?
@@ -946,10 +944,9 @@ def check_drawn(items, recipe, batch):
     C, n = batch.r.shape
     wanted = (torch.int64, C, recipe.trajectories)
     found = (getattr(items, "dtype", type(items).__name__), *getattr(items, "shape", ()))
-    asked = f"sampler {recipe.sampler}(batch, count, policy, progress) has to return"
-    check(found == wanted, f"{asked} a tensor of items (C, N), here {wanted}, not {found}")
-    unseen = 0 <= items.min() and items.max() < n and batch.r.gather(1, items).min() > 0
-    check(unseen, f"{asked} items from 0 to {n - 1} that are not in batch.histories")
+    right = found == wanted and 0 <= items.min() and items.max() < n
+    check(right and batch.r.gather(1, items).min() > 0, f"sampler {recipe.sampler} has to return "
+          f"items from 0 to {n - 1}, not in batch.histories, a tensor {wanted}; this is {found}")
 
 def check_loss(loss):
     """InputError unless a loss, maybe your own, is one number with a gradient."""

@@ -116,8 +116,7 @@ def kmeans(points, k, rng, steps=20):
     centroids = np.empty((k, points.shape[1]))
     cost = np.full(len(points), np.inf)                         # squared distance to the nearest
     for j in tqdm(range(k), "k-means++ seeds", disable=None, leave=False):
-        # The farther from all seeds, the more likely; None: all alike
-        p = cost / cost.sum() if j and cost.sum() > 0 else None
+        p = cost / cost.sum() if j and cost.sum() > 0 else None     # None: any point
         centroids[j] = points[rng.choice(len(points), p=p)]
         cost = np.minimum(cost, ((points - centroids[j]) ** 2).sum(1))
     for _ in tqdm(range(steps), "k-means steps", disable=None, leave=False):
