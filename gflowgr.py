@@ -8,7 +8,7 @@ R. R mixes the logged action, the score of a collaborative model (CM) and the si
 The lecture comes first; it ends with the beam search. A step of training (`loss_of`), in short:
 
     for each logged item v and the history U before it:
-        R     = .2 logged(v) + .75 scores(U) + .05 similar(v), of all items that are not in U
+        R     = .2 logged(v) + .75 scores(U) + .05 similar(v) + .001/m, of all m items not in U
         Z     = the sum of R, about 1
         items = 8 different draws from P(· | U)
         L_GR  = −log P(v | U), the loss of SFT
@@ -109,27 +109,24 @@ class Recipe:
 # --- What a loss learns from: contexts and paths --------------------------------------------------
 class Batch:
     """C contexts (U, v): each item v of a training history, once an epoch, and U, those before."""
-    def __init__(self, rows, data, policy, reward=None):
-        """rows: GPT-2 reads a history once for all contexts in it, so a row has some contexts of a
-        user. Of a row with user 7 and places 3, 4, v are items 3 and 4 of this user's training
-        history. data: a Dataset, with the histories. reward: a Reward; None, for SFT."""
-        contexts = [(row.user, place) for row in rows for place in row.places]      # C pairs
+    def __init__(self, contexts, packed, data, reward=None):
+        """contexts: C pairs (user, place): v stands at this place of the user's training history.
+        packed: U as GPT-2 reads it (after the lecture), and which nodes lead to unseen items.
+        data: a Dataset, with the histories. reward: a Reward; None, for SFT."""
         self.users = [user for user, _ in contexts]
         self.histories = [data.train[user][:place] for user, place in contexts]     # U, C lists
         # C lists: v and the user's later training items
         self.following = [data.train[user][place:] for user, place in contexts]
         liked = [data.liked[user][place] for user, place in contexts]
-        ids = policy.semantic_ids
-        device = ids.codes.device
+        self.packed = packed
+        device = packed.tokens.device
         self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
         self.liked = torch.tensor(liked, device=device)         # (C,) bool: v was not only clicked
-        # U as GPT-2 reads it (after the lecture), and which nodes of the tree lead to unseen items
-        self.packed = pack(rows, data.train, self.histories, policy)
         if reward:
             # Scores that do not know v, by a recommender that was fitted without this user
             scores = reward.teacher.scores(self.histories, self.users)
             self.scores = scores.to(device)             # (C, n) of sum 1, divided and cubed
-            unseen = self.packed.unseen[:, ids.num_prefixes:]   # (C, n) bool: not in U
+            unseen = packed.unseen[:, reward.ids.num_prefixes:]         # (C, n) bool: not in U
             self.r = reward(self.scores, self.positives, self.liked, unseen)    # (C, n), 0 if seen
 
 def draw(weight, count):
@@ -212,8 +209,8 @@ def loss_of(recipe, policy, reference, batch, progress):
         log_steps, *_ = policy(batch.packed, batch.positives[:, None])             # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
     # The N items of each context, (C, N), for instance drawn from P. They may come from anywhere
-    # (off-policy): at P = R/Z, TB is 0 on every path. But R depends on v, which P does not know. So
-    # P ends between the R of all v that can follow U; with items from P, ∝ exp(mean of log R)
+    # (off-policy): at P = R/Z, TB is 0 on every path. But users with the same U have different v,
+    # so different R. With items from P, P ends at the geometric mean of these R, scaled to sum 1
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
@@ -466,8 +463,8 @@ RECIPES |= {
 #     Row(user, start=2, places=5…6)   reads <user> c d e f   targets f (c d e), g (c d e f)
 #     Row(user, start=3, places=7…7)   reads <user> d e f g   target h (d e f g)
 Row = namedtuple("Row", "user start places")
-# Of context c, GPT-2 reads tokens[row_of[c], :ends[c] + 1]. unseen (C, M + n) bool: is an item that
-# is not in U at this node of the tree, or below it?
+# tokens (B, H) of B rows; of context c, GPT-2 reads tokens[row_of[c], :ends[c] + 1]. unseen, bools
+# (C, M + n): is an item that is not in U at this node of the tree, or below it?
 Packed = namedtuple("Packed", "tokens row_of ends unseen")
 
 def training_rows(histories, window):
@@ -478,9 +475,9 @@ def training_rows(histories, window):
         for first, stop in zip(cuts, cuts[1:]):
             yield Row(user, max(0, stop - 1 - window), range(first, stop))
 
-def pack(rows, train, histories, policy):
-    """The Packed of the C contexts of rows; train: all items of users; histories: U, C lists.
-    tokens (B, H): B rows. Of each context, row by row: row_of (C,), its row; ends (C,): of U."""
+def pack(rows, train, policy):
+    """The Packed of the C contexts of rows, row by row; train: all items of users."""
+    histories = [train[row.user][:place] for row in rows for place in row.places]   # U, C lists
     row_of = [number for number, row in enumerate(rows) for _ in row.places]
     ends = [place - row.start for row in rows for place in row.places]  # 0: at <user>, U is empty
     tokens = policy.tokens([train[user][start:places[-1]] for user, start, places in rows])
@@ -491,7 +488,7 @@ def pack_histories(histories, policy):
     """The Packed of B histories, each a row of its own: its last `window` items."""
     starts = [max(0, len(history) - policy.window) for history in histories]
     rows = [Row(b, start, [len(histories[b])]) for b, start in enumerate(starts)]
-    return pack(rows, histories, histories, policy)
+    return pack(rows, histories, policy)
 
 def batches(setup, policy, reward, rng):
     """One epoch of Batches in random order; rows of similar length together, for less padding."""
@@ -501,7 +498,9 @@ def batches(setup, policy, reward, rng):
     lengths = [row.places.stop - row.start for row in rows]
     order = sorted(range(len(rows)), key=lambda i: (i // (32 * size), lengths[i]))
     for start in rng.permutation(range(0, len(rows), size)):
-        yield Batch([rows[i] for i in order[start:start + size]], setup.data, policy, reward)
+        some = [rows[i] for i in order[start:start + size]]
+        contexts = [(row.user, place) for row in some for place in row.places]
+        yield Batch(contexts, pack(some, setup.data.train, policy), setup.data, reward)
 
 def tree_mask(ends, H, J, L):
     """After H tokens of a history come J branches, the first L−1 codes of a path each (the last one
@@ -613,7 +612,7 @@ def drawn_search(tree, k, beams):
     winner arrives when the prefix does, the others as much later as they lost, since exponential
     times have no memory: of two children a, b of a prefix that arrives at 1, with times .5 and .8
     in their race, a arrives at 1, b at 1 + .8 − .5 = 1.3. Scores: −log(time)."""
-    # time: the log of it. The root's is log 1: which one it is does not change who comes first
+    # time: the log of it. When the root arrives does not matter; here at 1, whose log is 0
     log_p = time = torch.zeros_like(tree.node, dtype=torch.float)                   # (B, W)
     for _ in range(tree.ids.num_levels):
         child, log_probs = tree.children()
@@ -1020,7 +1019,8 @@ def run_oracle(settings):
     policy = setup.policy()
     last = {row.user: row for row in setup.rows if row.user < 4}        # the last row of each user
     rows = [row._replace(places=row.places[-1:]) for row in last.values()]  # its last item alone
-    batch = Batch(rows, data, policy, setup.reward(recipe))
+    contexts = [(row.user, row.places[0]) for row in rows]
+    batch = Batch(contexts, pack(rows, data.train, policy), data, setup.reward(recipe))
     target = (batch.r / batch.r.sum(1, keepdim=True)).cpu()     # P* = R/Z
     items = torch.arange(len(data.titles)).expand(len(rows), -1)
     @torch.no_grad()
