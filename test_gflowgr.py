@@ -700,26 +700,27 @@ def left_vectors(table):                      # times √(singular values), rows
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 def test_features_against_loops():
-    texts = ["Red fox (tales),part", "red|Fox", "blue fox part", "blue whale", "whale"]
+    texts = ["Red fox (tales),part", "red|Fox", "blue fox part", "blue whale", "whale",
+             "red part", "whale blue"]
     terms = []
     for text in texts:
         words = re.findall(r"\w+", text.lower())
         terms.append(words + [*itertools.pairwise(words)])
     found_in = np.array([[term in row for row in terms] for term in {*sum(terms, [])}]).T
-    text = left_vectors(found_in * np.log(5 / found_in.sum(0)) * (found_in.sum(0) > 1))
-    histories = [[0, 1, 2, 3], [2, 1, 0, 4], [3, 2], [1, 0, 4, 2, 3], []]
-    near = np.zeros((5, 5))
+    text = left_vectors(found_in * np.log(7 / found_in.sum(0)) * (found_in.sum(0) > 1))
+    histories = [[0, 1, 2, 3], [2, 1, 0, 4], [3, 2], [1, 0, 4, 2, 6, 5, 3], [], [5, 6], [4, 5]]
+    near = np.zeros((7, 7))
     for history in histories:
         for (i, a), (j, b) in itertools.permutations(enumerate(history), 2):
-            near[a, b] += 0.8 ** (abs(i - j) - 1)
+            near[a, b] += 0.8 ** (abs(i - j) - 1) * (abs(i - j) < 6)
     q = near.sum(0) ** 0.75 / (near.sum(0) ** 0.75).sum()
-    vectors = tokenizer.item_vectors(histories, 5)
+    vectors = tokenizer.item_vectors(histories, 7)
     logs = {"content": 0 * text, "svd": vectors / np.linalg.norm(vectors, axis=1, keepdims=True),
             "mixed": left_vectors(np.log(np.maximum(near / near.sum(1)[:, None] / q, 1)))}
     for kind, log in logs.items():
         found = tokenizer.item_features(kind, texts, histories, seed=0)
         np.testing.assert_allclose(found @ found.T, text @ text.T + 4 * log @ log.T, atol=1e-4)
-    assert tokenizer.item_features("svd", texts, histories, 0, rank=2).shape == (5, 7)
+    assert tokenizer.item_features("svd", texts, histories, 0, rank=2).shape == (7, 9)
 
 # --- Traditional recommenders ---------------------------------------------------------------------
 @pytest.fixture(scope="module")
