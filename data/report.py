@@ -1,6 +1,7 @@
 """What a run leaves: results.json, the table, gains over SFT with intervals."""
 import itertools
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -57,20 +58,23 @@ def exposure(ranked, data):
             "hidden@10": (hidden & listed).sum(1) / np.maximum(1, hidden.sum(1)),
             "themes@10": in_list.sum(1)}
 
+@lru_cache(maxsize=1)
+def bootstrap(users):
+    """How often each user is drawn in 500 samples (500, users): the same for all methods."""
+    draws = np.random.default_rng(0)
+    samples = (draws.integers(users, size=users) for _ in range(500))
+    return np.array([np.bincount(sample, minlength=users) for sample in samples], np.int32)
+
 def paired_gains(runs, base):
     """{metric: {"gain", "low", "high"}}, shares of the base: .25 is +25 %; means over the seeds.
     The 95 % interval covers the choice of users (bootstrap of the ratio own / base), not the random
     seed of training. Metrics that are 0 in the base are left out."""
     gains = {}
-    rng = np.random.default_rng(0)                              # the same draws for all methods
-    B = len([*base[0]["by_user"].values()][0])
-    # How often each user is drawn in 500 samples of B users
-    samples = [np.bincount(rng.integers(B, size=B), minlength=B) for _ in range(500)]
     for metric in base[0]["by_user"]:
         own = np.mean([run["by_user"][metric] for run in runs], 0)                  # (B,)
         other = np.mean([run["by_user"][metric] for run in base], 0)
         if other.any():
-            draws = [(sample @ own, sample @ other) for sample in samples]
+            draws = [(sample @ own, sample @ other) for sample in bootstrap(len(own))]
             ratios = [mine / theirs - 1 for mine, theirs in draws if theirs > 0]
             low, high = np.quantile(ratios, [0.025, 0.975])
             gains[metric] = {"gain": own.sum() / other.sum() - 1, "low": low, "high": high}
