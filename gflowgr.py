@@ -125,7 +125,7 @@ class Batch:
         if reward:
             # Scores that do not know v, by a recommender that was fitted without this user
             scores = reward.teacher.scores(self.histories, self.users)
-            self.scores = scores.to(device)             # (C, n) of sum 1, divided and cubed
+            self.scores = scores.to(device)             # (C, n) of sum 1, as debias, sharp say
             unseen = packed.unseen[:, reward.ids.num_prefixes:]         # (C, n) bool: not in U
             self.r = reward(self.scores, self.positives, self.liked, unseen)    # (C, n), 0 if seen
 
@@ -166,7 +166,7 @@ class Paths:
         """(C, J, L, K) exact F of all children of s_0 … s_{L-1}: sums of R over the items below."""
         prefixes = self.ids.nodes[self.items][..., :-1]         # (C, J, L) nodes: s_0 … s_{L-1}
         child = self.ids.next_node[prefixes]                    # where each code leads; −1: nowhere
-        # at(table, nodes): what the table has there, here F; for −1 it has a wrong one, so · 0
+        # at(table, nodes): the table's values there, here F; −1 reads the root's, hence · 0
         return at(self.ids.flows(self.batch.r), child) * (child >= 0)
 
     @cached_property
@@ -189,13 +189,13 @@ class Paths:
 
 # In what a method differs from Recipe's defaults; p: a Paths. The trials that chose the numbers are
 # in data/log.md
-TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))    # Z: the sum of R
+TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))    # Z: exact, or learned
 PAPER = dict(TB, sampler="curriculum", trajectories=3, exact=False, dropout=0.4)
 RECIPES = {
     "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
     # The paper's, as we read it, with its λ; w_a, w_y, w_s are ours
     "paper": dict(PAPER, chosen="logged", debias=0.0, sharp=1.0, lam=1.0),
-    "tb-paper": dict(PAPER, lam=0.3),       # ours: L_GFN does not read v; debias .5, sharp 3
+    "tb-paper": dict(PAPER, lam=0.3),       # ours: L_GFN does not read v; debias, sharp as in `tb`
     "tb": TB,
     "db": dict(loss=lambda p: detailed_balance(p.log_flow, p.log_steps), dropout=0.1),
     "vargrad": dict(loss=lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1)}
@@ -218,7 +218,7 @@ def loss_of(recipe, policy, reference, batch, progress):
     p = Paths(recipe, policy, reference, batch, items)
     L_GR = -p.log_v.mean()
     L_GFN = recipe.loss(p)
-    check_loss(L_GFN)
+    check_loss(L_GFN, recipe)
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
 def train(name, recipe, policy, setup):
@@ -490,6 +490,11 @@ def pack_histories(histories, policy):
     rows = [Row(b, start, [len(histories[b])]) for b, start in enumerate(starts)]
     return pack(rows, histories, policy)
 
+def batch_of(rows, data, policy, reward):
+    """The Batch of the contexts of rows, row by row."""
+    contexts = [(row.user, place) for row in rows for place in row.places]
+    return Batch(contexts, pack(rows, data.train, policy), data, reward)
+
 def batches(setup, policy, reward, rng):
     """One epoch of Batches in random order; rows of similar length together, for less padding."""
     rows = [setup.rows[r] for r in rng.permutation(len(setup.rows))]
@@ -498,9 +503,7 @@ def batches(setup, policy, reward, rng):
     lengths = [row.places.stop - row.start for row in rows]
     order = sorted(range(len(rows)), key=lambda i: (i // (32 * size), lengths[i]))
     for start in rng.permutation(range(0, len(rows), size)):
-        some = [rows[i] for i in order[start:start + size]]
-        contexts = [(row.user, place) for row in some for place in row.places]
-        yield Batch(contexts, pack(some, setup.data.train, policy), setup.data, reward)
+        yield batch_of([rows[i] for i in order[start:start + size]], setup.data, policy, reward)
 
 def tree_mask(ends, H, J, L):
     """After H tokens of a history come J branches, the first L−1 codes of a path each (the last one
@@ -667,12 +670,21 @@ def evaluate(recommend, data):
     metrics["coverage@10"] = len(ranked[ranked >= 0].unique()) / len(data.titles)
     return metrics, by_user, ranked
 
+@torch.no_grad()
+def distribution(policy, histories):
+    """P(v | U) of every item (B, n), 256 at a time: attention is quadratic in the paths."""
+    policy.eval()
+    parts = torch.arange(len(policy.semantic_ids.codes)).expand(len(histories), -1).split(256, 1)
+    steps = [policy.path_log_probs(histories, items) for items in parts]            # (B, 256, L)
+    return torch.cat(steps, 1).sum(-1).exp().cpu()
+
 # --- Saved models ---------------------------------------------------------------------------------
 transformers.utils.logging.disable_progress_bar()               # a small model is loaded at once
 
 def save_policy(policy, folder):
     """Write a plain GPT-2 (config.json, model.safetensors), then semantic_ids.json."""
-    path = Path(folder) / "semantic_ids.json"                   # written last: the model is whole
+    path = Path(folder) / "semantic_ids.json"
+    path.unlink(missing_ok=True)                                # written last: the model is whole
     policy.lm.save_pretrained(folder)
     # Who may read config.json, may read the weights; safetensors lets the owner alone
     shutil.copymode(path.with_name("config.json"), path.with_name("model.safetensors"))
@@ -794,6 +806,7 @@ def recipe_of(name, settings):
     real = real_of(settings.data)
     common = real.get("Recipe", {})
     own = RECIPES.get(base, {})
+    check(isinstance(own, dict), f"RECIPES[{base!r}] is a {type(own).__name__}, no dict")
     plain = ["rate", "dropout", "epochs"]                       # SFT has no other fields
     # Four kinds of method: which fields it has, their values, and the flag that changes them
     if base in TEACHERS:
@@ -943,14 +956,16 @@ def check_drawn(items, recipe, batch):
     C, n = batch.r.shape
     wanted = (torch.int64, C, recipe.trajectories)
     found = (getattr(items, "dtype", type(items).__name__), *getattr(items, "shape", ()))
-    right = found == wanted and 0 <= items.min() and items.max() < n
-    check(right and batch.r.gather(1, items).min() > 0, f"sampler {recipe.sampler} has to return "
-          f"items from 0 to {n - 1}, not in batch.histories, a tensor {wanted}; this is {found}")
+    asked = f"sampler {recipe.sampler}(batch, count, policy, progress) has to return"
+    check(found == wanted, f"{asked} a tensor of items (C, N), here {wanted}, not {found}")
+    unseen = 0 <= items.min() and items.max() < n and batch.r.gather(1, items).min() > 0
+    check(unseen, f"{asked} items from 0 to {n - 1} that are not in batch.histories")
 
-def check_loss(loss):
+def check_loss(loss, recipe):
     """InputError unless a loss, maybe your own, is one number with a gradient."""
     right = torch.is_tensor(loss) and loss.shape == () and loss.requires_grad
-    check(right, f"a loss has to return a tensor of one number that depends on P, not {loss!r}")
+    check(right, f"{recipe.loss}: a loss has to return a tensor of one number that depends on P, "
+          f"not {loss!r}")
 
 def try_out(names, setup):
     """One step of each recipe with an untrained policy: a mistake in your own teacher, sampler or
@@ -1019,25 +1034,23 @@ def run_oracle(settings):
     policy = setup.policy()
     last = {row.user: row for row in setup.rows if row.user < 4}        # the last row of each user
     rows = [row._replace(places=row.places[-1:]) for row in last.values()]  # its last item alone
-    contexts = [(row.user, row.places[0]) for row in rows]
-    batch = Batch(contexts, pack(rows, data.train, policy), data, setup.reward(recipe))
+    batch = batch_of(rows, data, policy, setup.reward(recipe))
     target = (batch.r / batch.r.sum(1, keepdim=True)).cpu()     # P* = R/Z
-    items = torch.arange(len(data.titles)).expand(len(rows), -1)
-    @torch.no_grad()
-    def distribution(policy):                                   # P of all items, without dropout
-        return policy.eval().path_log_probs(batch.histories, items).sum(-1).exp().cpu()
+    def distance(policy):                                       # mean L1 of P from R/Z
+        return (distribution(policy, batch.histories) - target).abs().sum(1).mean().item()
     setup.rows = 100 * rows                                     # 100 steps an epoch
     setup.size = 4
     try_out([settings.oracle], setup)
     path = Path(settings.out) / "oracle.png"
     path.parent.mkdir(parents=True, exist_ok=True)              # fails now, not after training
-    setup.measure = lambda policy: (distribution(policy) - target).abs().sum(1).mean().item()
+    setup.measure = distance
     setup.measured = "L1 distance of P from R/Z"
     curve = train(settings.oracle, recipe, policy, setup)
     print("mean L1 distance of P from R/Z (2 at most): {:.4f} before, {:.4f} after; {}".format(
         curve[0]["score"], curve[-1]["score"], path))
+    learned = distribution(policy, batch.histories)[0]
     report.figures.plot_flows(path, setup.ids.codes.cpu(), data.titles, batch.histories[0],
-                              {"R/Z": target[0], "P": distribution(policy)[0]})
+                              {"R/Z": target[0], "P": learned})
 
 # --- Command line ---------------------------------------------------------------------------------
 def print_recommendations(settings):

@@ -832,6 +832,13 @@ def test_the_pool_of_the_curriculum_is_drawn_half_by_score(monkeypatch):
     monkeypatch.setattr(torch, "multinomial", multinomial)
     assert SAMPLERS["curriculum"](batch, *given).shape == (3000, 1)
 
+def test_a_distribution_has_no_dropout_and_sum_1():
+    policy = made(25)
+    policy.lm.transformer.drop.p = 0.5
+    found = [gflowgr.distribution(policy.train(), USERS[:3]) for _ in range(2)]
+    close(found[0], found[1])
+    close(found[0].sum(1), torch.ones(3))
+
 def test_a_list_ends_where_no_item_is_left():
     seen = list(range(24))
     cm = CollaborativeModel.fit(TRAIN, 24, popularity=0.0)
@@ -971,9 +978,7 @@ def test_what_a_loss_is_given_and_what_is_made_of_it(name, K, L, tiny, monkeypat
     train = setup.data.train = [history[:5] for history in setup.data.train]    # all is read
     setup.data.liked = [[item % 3 > 0 for item in history] for history in train]
     rows = [*gflowgr.training_rows(train, 4)][:3]
-    contexts = [(row.user, place) for row in rows for place in row.places]
-    packed = gflowgr.pack(rows, train, policy)
-    batch = gflowgr.Batch(contexts, packed, setup.data, setup.reward(recipe))
+    batch = gflowgr.batch_of(rows, setup.data, policy, setup.reward(recipe))
     chosen = batch.r.bool().float().multinomial(1)              # what shall be drawn ∝ R
     drawn = batch.r.bool().float().multinomial(3)
     drawn[0, 1] = batch.positives[0]                            # path 0 again, if v is chosen
@@ -1095,20 +1100,21 @@ LINE = f"test_gflowgr.py, line {raises.__code__.co_firstlineno + 1}, in raises: 
     ("cm", own(lambda right: right[:, 1:]), NO_CM), ("cm", own(lambda right: None), NO_CM),
     ("cm", own(lambda right: torch.full_like(right, 1 / 48)), NO_CM),
     ("cm", own(raises), LINE), ("cm", raises, LINE), ("sampler", raises, LINE),
-    ("sampler", lambda *given: policy_draws(*given).tolist(), "this is ('list',)"),
+    ("sampler", lambda *given: policy_draws(*given).tolist(), "not ('list',)"),
     ("sampler", lambda *given: policy_draws(*given)[:, 1:], ", 7)"),
     ("sampler", lambda *given: policy_draws(*given) - 48, "items from 0 to 47"),
     ("sampler", lambda *given: policy_draws(*given) + 48, "items from 0 to 47"),
     ("sampler", lambda batch, *_: batch.r.topk(8, largest=False)[1], "not in batch.histories"),
     ("a,b", {}, "--methods: there is no 'a'; there are "),
-    ("recipe", raises, "in recipe_of: TypeError "),
+    ("recipe", raises, "RECIPES['recipe'] is a function, no dict"),
     ("svd", {}, "['svd']: a teacher and a recipe have the same name"),
     ("recipe", dict(loss=lambda p: (p.log_pf - p.log_z).mean()), "in <lambda>: RuntimeError The "),
-    ("recipe", dict(loss=lambda p: p.log_pf.mean() * math.nan), "recipe: with an untrained policy, the loss is n"),
-    ("recipe", dict(RECIPES["tb"], lamda=2), "recipe: of recipe, one can change gr, lam, "),
+    ("recipe", dict(loss=lambda p: p.log_pf.mean() * math.nan),
+     "recipe: with an untrained policy, the loss is nan"),
+    ("recipe", dict(RECIPES["tb"], lamda=2), "beta, rate, dropout, epochs, not ['lamda']"),
     ("recipe", dict(lam=2.0), "of recipe, one can change rate, dropout, epochs, not ['lam']"),
     ("recipe", dict(loss=lambda p: p.log_pf.sum(1)), "number that depends on P, not tensor(["),
-    ("recipe", dict(loss=lambda p: 0.5), "a loss has to return a tensor of one number that dep"),
+    ("recipe", dict(loss=lambda p: 0.5), "<lambda> at 0x"),
     ("recipe", dict(loss=lambda p: p.log_r.mean()), "number that depends on P, not tensor(-")])
 def test_wrong_own_code(what, wrong, said, told, tiny, monkeypatch):
     method = {"cm": "sft+cm:teacher=cm", "sampler": "tb:sampler=sampler"}.get(what, what)
@@ -1161,6 +1167,7 @@ def test_paired_gains_resample_the_ratio():
         wanted = {"gain": gain, "low": gain - 1.96 * error, "high": gain + 1.96 * error}
         runs = [[{"by_user": {"x": x, "zero": 0 * x}} for x in method] for method in (own, base)]
         assert report.paired_gains(*runs) == {"x": approx(wanted, abs=error / 4 + 1e-9)}
+    assert (report.bootstrap(7).sum(1) == [7] * 500).all()      # 500 samples of 7 of 7 users
 
 # --- A run, --resume, saved models ----------------------------------------------------------------
 METHODS = "pop cm:debias=.5 sft tb tb:trajectories=3 sft-continued tb+cm:sharp=3".split()
