@@ -162,24 +162,18 @@ class Paths:
 
     # These take time; they are computed if they are read
     @cached_property
-    def child_flow(self):
-        """(C, J, L, K) exact F of all children of s_0 … s_{L-1}: sums of R over the items below."""
-        prefixes = self.ids.nodes[self.items][..., :-1]         # (C, J, L) nodes: s_0 … s_{L-1}
-        child = self.ids.next_node[prefixes]                    # where each code leads; −1: nowhere
-        # at(table, nodes): the table's values there, here F; −1 reads the root's, hence · 0
-        return at(self.ids.flows(self.batch.r), child) * (child >= 0)
+    def log_z(self):
+        """(C,) log Z(U). Z is the sum of R; or learned, as log F(s_0), the same on all J paths."""
+        exact = self.recipe.exact
+        return self.batch.r.sum(1).log() if exact else self.learned_log_flow[:, 0, 0]
 
     @cached_property
     def log_flow(self):
-        """(C, J, L+1) log F of s_0 … s_L. If exact, F of a prefix is the sum over its children."""
-        exact = self.recipe.exact
-        log_flow = self.child_flow.sum(-1).log() if exact else self.learned_log_flow
-        return torch.cat([log_flow, self.log_r[..., None]], -1)     # F(s_L) = R
-
-    @cached_property
-    def log_z(self):
-        """(C,) log Z(U), of the sum of R, or learned: log F(s_0), the same on all J paths."""
-        return self.log_flow[:, 0, 0]
+        """(C, J, L+1) log F of s_0 … s_L, or learned, but F(s_L) = R."""
+        if not self.recipe.exact:
+            return torch.cat([self.learned_log_flow, self.log_r[..., None]], -1)
+        nodes = self.ids.nodes[self.items]                      # (C, J, L+1) of s_0 … s_L
+        return at(self.ids.flows(self.batch.r), nodes).log()    # flows: F of all nodes (C, M + n)
 
     @cached_property
     def log_ref(self):
@@ -421,6 +415,11 @@ def distillation(child_flow, log_probs):
     target = child_flow / child_flow.sum(-1, keepdim=True)      # q; 0 for an illegal child
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
 
+def child_flow(p):
+    """Exact F of all children of the prefixes s_0 … s_{L-1} of a Paths p (C, J, L, K)."""
+    child = p.ids.next_node[p.ids.nodes[p.items][..., :-1]]     # where each code leads; −1: nowhere
+    return at(p.ids.flows(p.batch.r), child) * (child >= 0)     # −1 reads the root's, hence · 0
+
 def sdpo(log_pf, log_ref, beta):
     """S-DPO (Chen et al. 2024) → scalar: the chosen item p, path 0, above the rejected items d, the
     other paths. log P (C, J) by the policy, log P_ref (C, J) by a frozen reference.
@@ -454,7 +453,7 @@ RECIPES |= {
     "sdpo-reward": dict(SDPO, chosen="reward", lam=100.0, rate=1e-3),
     "grpo": dict(loss=lambda p: grpo(p.log_pf, p.log_ref, p.log_r, p.recipe.beta), trajectories=16,
                  beta=0.01),
-    "distill": dict(loss=lambda p: distillation(p.child_flow, p.log_probs), lam=30.0, dropout=0.2)}
+    "distill": dict(loss=lambda p: distillation(child_flow(p), p.log_probs), lam=30.0, dropout=0.2)}
 
 # --- Fast: GPT-2 reads a history once, for all contexts in it and all their paths -----------------
 # A row is some contexts of a user, which GPT-2 reads in one go. Rows of a user who took the items
