@@ -109,24 +109,26 @@ class Recipe:
 # --- What a loss learns from: contexts and paths --------------------------------------------------
 class Batch:
     """C contexts (U, v): each item v of a training history, once an epoch, and U, those before."""
-    def __init__(self, contexts, packed, data, reward=None):
-        """contexts: C pairs (user, place): v stands at this place of the user's training history.
-        packed: U as GPT-2 reads it (after the lecture), and which nodes lead to unseen items.
+    def __init__(self, rows, data, policy, reward=None):
+        """rows: each is some contexts of one user, which GPT-2 reads in one go (after the lecture).
         data: a Dataset, with the histories. reward: a Reward; None, for SFT."""
+        # C pairs: v stands at this place of the user's training history
+        contexts = [(row.user, place) for row in rows for place in row.places]
         self.users = [user for user, _ in contexts]
         self.histories = [data.train[user][:place] for user, place in contexts]     # U, C lists
         # C lists: v and the user's later training items
         self.following = [data.train[user][place:] for user, place in contexts]
         liked = [data.liked[user][place] for user, place in contexts]
-        self.packed = packed
-        device = packed.tokens.device
+        # U as GPT-2 reads it, and which nodes of the tree lead to unseen items
+        self.packed = pack(rows, self.histories, policy)
+        device = self.packed.tokens.device
         self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
         self.liked = torch.tensor(liked, device=device)         # (C,) bool: v was not only clicked
         if reward:
             # Scores that do not know v, by a recommender that was fitted without this user
             scores = reward.teacher.scores(self.histories, self.users)
             self.scores = scores.to(device)             # (C, n) of sum 1, as debias, sharp say
-            unseen = packed.unseen[:, reward.ids.num_prefixes:]         # (C, n) bool: not in U
+            unseen = self.packed.unseen[:, reward.ids.num_prefixes:]    # (C, n) bool: not in U
             self.r = reward(self.scores, self.positives, self.liked, unseen)    # (C, n), 0 if seen
 
 def draw(weight, count):
@@ -474,12 +476,12 @@ def training_rows(histories, window):
         for first, stop in zip(cuts, cuts[1:]):
             yield Row(user, max(0, stop - 1 - window), range(first, stop))
 
-def pack(rows, train, policy):
-    """The Packed of the C contexts of rows, row by row; train: all items of users."""
-    histories = [train[row.user][:place] for row in rows for place in row.places]   # U, C lists
+def pack(rows, histories, policy):
+    """The Packed of rows; histories: U of each of their C contexts, row by row."""
     row_of = [number for number, row in enumerate(rows) for _ in row.places]
     ends = [place - row.start for row in rows for place in row.places]  # 0: at <user>, U is empty
-    tokens = policy.tokens([train[user][start:places[-1]] for user, start, places in rows])
+    longest = np.cumsum([len(row.places) for row in rows]) - 1          # the last context of a row
+    tokens = policy.tokens([histories[c][row.start:] for c, row in zip(longest, rows)])
     row_of, ends = torch.tensor([row_of, ends], device=tokens.device)
     return Packed(tokens, row_of, ends, policy.semantic_ids.unseen(histories))
 
@@ -489,11 +491,6 @@ def pack_histories(histories, policy):
     rows = [Row(b, start, [len(histories[b])]) for b, start in enumerate(starts)]
     return pack(rows, histories, policy)
 
-def batch_of(rows, data, policy, reward):
-    """The Batch of the contexts of rows, row by row."""
-    contexts = [(row.user, place) for row in rows for place in row.places]
-    return Batch(contexts, pack(rows, data.train, policy), data, reward)
-
 def batches(setup, policy, reward, rng):
     """One epoch of Batches in random order; rows of similar length together, for less padding."""
     rows = [setup.rows[r] for r in rng.permutation(len(setup.rows))]
@@ -502,7 +499,7 @@ def batches(setup, policy, reward, rng):
     lengths = [row.places.stop - row.start for row in rows]
     order = sorted(range(len(rows)), key=lambda i: (i // (32 * size), lengths[i]))
     for start in rng.permutation(range(0, len(rows), size)):
-        yield batch_of([rows[i] for i in order[start:start + size]], setup.data, policy, reward)
+        yield Batch([rows[i] for i in order[start:start + size]], setup.data, policy, reward)
 
 def tree_mask(ends, H, J, L):
     """After H tokens of a history come J branches, the first L−1 codes of a path each (the last one
@@ -1033,7 +1030,7 @@ def run_oracle(settings):
     policy = setup.policy()
     last = {row.user: row for row in setup.rows if row.user < 4}        # the last row of each user
     rows = [row._replace(places=row.places[-1:]) for row in last.values()]  # its last item alone
-    batch = batch_of(rows, data, policy, setup.reward(recipe))
+    batch = Batch(rows, data, policy, setup.reward(recipe))
     target = (batch.r / batch.r.sum(1, keepdim=True)).cpu()     # P* = R/Z
     def distance(policy):                                       # mean L1 of P from R/Z
         return (distribution(policy, batch.histories) - target).abs().sum(1).mean().item()

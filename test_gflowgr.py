@@ -979,7 +979,7 @@ def test_what_a_loss_is_given_and_what_is_made_of_it(name, K, L, tiny, monkeypat
     train = setup.data.train = [history[:5] for history in setup.data.train]    # all is read
     setup.data.liked = [[item % 3 > 0 for item in history] for history in train]
     rows = [*gflowgr.training_rows(train, 4)][:3]
-    batch = gflowgr.batch_of(rows, setup.data, policy, setup.reward(recipe))
+    batch = gflowgr.Batch(rows, setup.data, policy, setup.reward(recipe))
     chosen = batch.r.bool().float().multinomial(1)              # what shall be drawn ∝ R
     drawn = batch.r.bool().float().multinomial(3)
     drawn[0, 1] = batch.positives[0]                            # path 0 again, if v is chosen

@@ -72,6 +72,16 @@ def make_user(theme, style, exposure, lift, rng):
             left[shown[-1]] = 0
     return liked, shown
 
+def make_world(rng, items_per_theme=60, num_themes=12, quality=0.5):
+    """theme, style, exposure and lift, of all items (n,); those of a theme stand together."""
+    theme = np.repeat(np.arange(num_themes), items_per_theme)
+    places = np.tile(np.arange(items_per_theme), (3, num_themes, 1))    # 0: shown most, or best
+    by_chance, by_quality, by_style = rng.permuted(places, axis=2)
+    mixed = (1 - quality) * by_chance + quality * by_quality
+    ranks = 1 + mixed.argsort(axis=1, kind="stable").argsort(axis=1)
+    lift = quality * np.linspace(0.3, -0.3, items_per_theme)[by_quality.ravel()]
+    return theme, by_style.ravel() % 2, 1 / ranks.ravel() ** 2.5, lift
+
 def write_csv(path, header, rows):
     """Write one CSV file; its lines end in a line feed on every system."""
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -84,14 +94,7 @@ def write(folder, num_users=700, items_per_theme=60, num_themes=12, seed=8, qual
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    theme = np.repeat(np.arange(num_themes), items_per_theme)
-    places = np.tile(np.arange(items_per_theme), (3, num_themes, 1))    # 0: shown most, or best
-    by_chance, by_quality, by_style = rng.permuted(places, axis=2)
-    style = by_style.ravel() % 2
-    mixed = (1 - quality) * by_chance + quality * by_quality
-    ranks = 1 + mixed.argsort(axis=1, kind="stable").argsort(axis=1)
-    exposure = 1 / ranks.ravel() ** 2.5
-    lift = quality * np.linspace(0.3, -0.3, items_per_theme)[by_quality.ravel()]
+    theme, style, exposure, lift = make_world(rng, items_per_theme, num_themes, quality)
     events, truth = [], []
     for user in range(num_users):
         liked, shown = make_user(theme, style, exposure, lift, rng)
