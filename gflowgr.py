@@ -50,6 +50,8 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from data import InputError, check, find_item, load_data, read_ids, report
 from reward import TEACHERS, Debiased, Reward, folds_of
+# at(table, nodes): what a table has at nodes of the tree. entries(lists): where the items of C
+# lists stand in a table (C, n). folds_of: a teacher, fitted also without each 20th of the users
 from tokenizer import SemanticIDs, at, entries, item_features
 
 NEVER = -1e9                            # log P of an illegal code; with −inf, losses would be nan
@@ -103,15 +105,21 @@ class Recipe:
     sharp: float = 3.0              # ours: P learns a few high r_ŷ better than many middling ones
     beta: float = 0.1               # S-DPO, GRPO (below): how strongly P is held near that of SFT
     rate: float = 3e-3              # peak learning rate: small models like it high
-    dropout: float = 0.0            # SFT needs some; with R, which has many items, TB needs none
+    dropout: float = 0.0            # SFT needs some; TB, which learns from many items, needs none
     epochs: int = 8                 # passes over the training log
 
 # --- What a loss learns from: contexts and paths --------------------------------------------------
+# A row is some contexts of a user, which GPT-2 reads in one go. Rows of a user who took the items
+# a b c d e f g h, of which GPT-2 may read 4, the window; what it reads of U is in brackets:
+#     Row(user, start=0, places=0…4)   reads <user> a b c d   targets a (U is empty) … e (a b c d)
+#     Row(user, start=2, places=5…6)   reads <user> c d e f   targets f (c d e), g (c d e f)
+#     Row(user, start=3, places=7…7)   reads <user> d e f g   target h (d e f g)
+Row = namedtuple("Row", "user start places")
+
 class Batch:
     """C contexts (U, v): each item v of a training history, once an epoch, and U, those before."""
     def __init__(self, rows, data, policy, reward=None):
-        """rows: each is some contexts of one user, which GPT-2 reads in one go (after the lecture).
-        data: a Dataset, with the histories. reward: a Reward; None, for SFT."""
+        """data: a Dataset, with the histories. reward: a Reward; None, for SFT."""
         # C pairs: v stands at this place of the user's training history
         contexts = [(row.user, place) for row in rows for place in row.places]
         self.users = [user for user, _ in contexts]
@@ -146,8 +154,8 @@ class Paths:
             items = torch.cat([positives, items], 1)            # (C, J = 1 + N)
         if recipe.chosen == "reward":
             items = torch.cat([draw(batch.r, 1), items], 1)
-        # One call for both: the path of v, at index 0, is for L_GR; L_GFN reads the J others (so v
-        # is there twice if it is chosen). Of all: log P_F of steps, of all codes, learned log F
+        # One call for all: the path of v, at index 0, is for L_GR; L_GFN reads the J others (if v
+        # is chosen, it is one of them, too). Of all: log P_F of steps, of all codes, learned log F
         all_items = torch.cat([positives, items], 1)            # (C, 1 + J)
         log_steps, log_probs, learned_log_flow = policy(batch.packed, all_items)
         self.recipe = recipe
@@ -175,7 +183,7 @@ class Paths:
         if not self.recipe.exact:
             return torch.cat([self.learned_log_flow, self.log_r[..., None]], -1)
         nodes = self.ids.nodes[self.items]                      # (C, J, L+1) of s_0 … s_L
-        return at(self.ids.flows(self.batch.r), nodes).log()    # flows: F of all nodes (C, M + n)
+        return at(self.ids.flows(self.batch.r), nodes).log()    # flows: of all nodes (C, M + n)
 
     @cached_property
     def log_ref(self):
@@ -206,7 +214,8 @@ def loss_of(recipe, policy, reference, batch, progress):
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
     # The N items of each context, (C, N), for instance drawn from P. They may come from anywhere
     # (off-policy): at P = R/Z, TB is 0 on every path. But users with the same U have different v,
-    # so different R. With items from P, P ends at the geometric mean of these R, scaled to sum 1
+    # so different R. On items from P, TB has (twice) the gradient of KL(P ‖ R/Z). The mean of these
+    # KL is least where P is the geometric mean of the R, scaled to sum 1: there P ends
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
@@ -221,7 +230,7 @@ def train(name, recipe, policy, setup):
     """The one training loop → the curve, a list of {"epoch", "loss", "score"}, epoch 0: before.
     policy: new for SFT, for the others as SFT left it. The rate rises to its peak and falls to 0.
     setup has what all methods share: `rows` of the log, `size` of a batch, the Reward of a recipe,
-    `measure`, whose score each epoch prints: NDCG@10 on validation items, `measured`."""
+    and `measure`: policy → the score that each epoch prints, by the name `measured`."""
     reward = setup.reward(recipe) if recipe.loss else None      # computes R; SFT needs none
     reference = copy.deepcopy(policy).eval()                    # frozen
     per_epoch = math.ceil(len(setup.rows) / setup.size)
@@ -257,13 +266,13 @@ def train(name, recipe, policy, setup):
 
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
 # Functions (batch, N, policy, progress) → unseen items (C, N); progress: the share of training that
-# is done. entries(lists): where the items of C lists stand in a table (C, n)
+# is done
 def session(batch, count, policy, progress):
     """The paper's first: other items of the user's log. Those before v are seen, so R = 0; ours:
     those after v."""
     weight = torch.zeros_like(batch.r)
     weight[entries(batch.following)] = 1
-    weight.scatter_(1, batch.positives[:, None], 1e-6)  # v, not 1: drawn if nothing else follows
+    weight.scatter_(1, batch.positives[:, None], 1e-6)  # v is drawn only if nothing else follows
     return draw(weight, count)
 
 def unlogged(batch, weight):
@@ -291,11 +300,12 @@ def curriculum(batch, count, policy, progress):
 
 def policy_beam(batch, count, policy, progress):
     """The paper's fourth: the N best items by P itself, without v (the paper: N−1)."""
-    items, _ = policy.recommend(batch.histories, count + 1, beams=count + 1)    # best first
+    # Best first; −1 where fewer are unseen
+    items, _ = policy.recommend(batch.histories, count + 1, beams=count + 1)
     # Each row loses v; if it has no v, its last
     rows = [row[row != v][:count] for row, v in zip(items, batch.positives)]
     items = torch.stack(rows)
-    return items.where(items >= 0, batch.positives[:, None])    # −1: fewer than N unseen; v instead
+    return items.where(items >= 0, batch.positives[:, None])    # v in place of −1
 
 def policy_draws(batch, count, policy, progress):
     """Ours: N different items drawn from P itself; no item twice, so only nearly ∝ P."""
@@ -327,11 +337,11 @@ class Policy(torch.nn.Module):
         self.user_token = semantic_ids.num_levels * semantic_ids.num_codes
         self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch, not pretrained
             vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
-            n_head=math.gcd(width, max(1, width // 32)),        # about 32 numbers a head
+            n_head=math.gcd(width, max(1, width // 32)),        # about 32 numbers a head, no rest
             n_positions=window + semantic_ids.num_levels,       # <user>, items, L−1 codes
-            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,   # dropout here is slow
+            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,
             bos_token_id=self.user_token, eos_token_id=self.user_token,
-            activation_function="gelu_pytorch_tanh"))           # gelu_new's values, faster on CPU
+            activation_function="gelu_pytorch_tanh"))           # the values of gelu_new
         self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)   # log F(s); log Z(U) at s_0
         for parameter in self.flow_head.parameters():
             torch.nn.init.zeros_(parameter)                     # log Z ≈ 0: R's weights sum to 1
@@ -364,13 +374,13 @@ class Policy(torch.nn.Module):
 
     def path_log_probs(self, histories, items):
         """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L). On the
-        path of a seen item, one step is near NEVER, and so is the sum."""
+        path of a seen item, the first illegal step is near NEVER, and so is the sum."""
         items = torch.as_tensor(items, device=self.semantic_ids.codes.device)
         return self(pack_histories(histories, self), items)[0]
 
     @torch.no_grad()
     def recommend(self, histories, k=10, beams=None, guide=None, sample=0.0):
-        """The k best items of B histories: items (B, k), best first, and scores (B, k), log P.
+        """The k best items of B histories: items (B, k), best first; scores (B, k), here log P.
         Never an item of the history, never a duplicate; −1 and −inf where fewer than k are unseen.
         max(beams or self.beams, k) beams: the best items are found if there are enough beams.
         guide (B, n) ≥ 0 multiplies P: the score of an item is log P + log guide.
@@ -417,15 +427,15 @@ def distillation(child_flow, log_probs):
     target = child_flow / child_flow.sum(-1, keepdim=True)      # q; 0 for an illegal child
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
 
-def child_flow(p):
-    """Exact F of all children of the prefixes s_0 … s_{L-1} of a Paths p (C, J, L, K)."""
+def code_flow(p):
+    """Exact F of all codes after the prefixes s_0 … s_{L-1} of a Paths p (C, J, L, K)."""
     child = p.ids.next_node[p.ids.nodes[p.items][..., :-1]]     # where each code leads; −1: nowhere
     return at(p.ids.flows(p.batch.r), child) * (child >= 0)     # −1 reads the root's, hence · 0
 
 def sdpo(log_pf, log_ref, beta):
-    """S-DPO (Chen et al. 2024) → scalar: the chosen item p, path 0, above the rejected items d, the
-    other paths. log P (C, J) by the policy, log P_ref (C, J) by a frozen reference.
-    Mean over contexts of −log σ(−log Σ_d exp(β[Δ_d − Δ_p])), Δ = log P − log P_ref."""
+    """S-DPO (Chen et al. 2024) → scalar: the chosen item, path 0, shall be above the rejected items
+    d, the other paths. log P (C, J) by the policy, log P_ref (C, J) by a frozen reference.
+    Mean over contexts of −log σ(−log Σ_d exp(β[Δ_d − Δ_0])), Δ = log P − log P_ref."""
     delta = log_pf - log_ref
     margin = beta * (delta[:, 1:] - delta[:, :1])
     return -functional.logsigmoid(-margin.logsumexp(1)).mean()
@@ -455,15 +465,9 @@ RECIPES |= {
     "sdpo-reward": dict(SDPO, chosen="reward", lam=100.0, rate=1e-3),
     "grpo": dict(loss=lambda p: grpo(p.log_pf, p.log_ref, p.log_r, p.recipe.beta), trajectories=16,
                  beta=0.01),
-    "distill": dict(loss=lambda p: distillation(child_flow(p), p.log_probs), lam=30.0, dropout=0.2)}
+    "distill": dict(loss=lambda p: distillation(code_flow(p), p.log_probs), lam=30.0, dropout=0.2)}
 
-# --- Fast: GPT-2 reads a history once, for all contexts in it and all their paths -----------------
-# A row is some contexts of a user, which GPT-2 reads in one go. Rows of a user who took the items
-# a b c d e f g h, of which GPT-2 may read 4, the window; what it reads of U is in brackets:
-#     Row(user, start=0, places=0…4)   reads <user> a b c d   targets a (U is empty) … e (a b c d)
-#     Row(user, start=2, places=5…6)   reads <user> c d e f   targets f (c d e), g (c d e f)
-#     Row(user, start=3, places=7…7)   reads <user> d e f g   target h (d e f g)
-Row = namedtuple("Row", "user start places")
+# --- Fast: GPT-2 reads a history once, for all contexts of a row and their paths ------------------
 # tokens (B, H) of B rows; of context c, GPT-2 reads tokens[row_of[c], :ends[c] + 1]. unseen, bools
 # (C, M + n): is an item that is not in U at this node of the tree, or below it?
 Packed = namedtuple("Packed", "tokens row_of ends unseen")
@@ -682,7 +686,7 @@ def save_policy(policy, folder):
     path = Path(folder) / "semantic_ids.json"
     path.unlink(missing_ok=True)                                # written last: the model is whole
     policy.lm.save_pretrained(folder)
-    # Who may read config.json, may read the weights; safetensors lets the owner alone
+    # safetensors lets the owner alone read the weights; here, all who may read config.json
     shutil.copymode(path.with_name("config.json"), path.with_name("model.safetensors"))
     ids = policy.semantic_ids
     report.write(path, {"num_codes": ids.num_codes, "codes": ids.codes.tolist(),
@@ -690,7 +694,7 @@ def save_policy(policy, folder):
 
 def load_model(folder, dropout=0.0):
     """The saved Policy in eval mode; InputError if the folder holds none. The CM of NAME+cm, which
-    guides it, is fitted again."""
+    guides it, is fitted again. dropout: for those who go on to train it."""
     try:
         table = json.loads((Path(folder) / "semantic_ids.json").read_text(encoding="utf-8"))
         ids = SemanticIDs(table["codes"], table["num_codes"])
@@ -775,13 +779,13 @@ def parse(argv):
         parser.error("--recommend and --model go together")
     name = Path(settings.data).resolve().name
     settings.out = settings.out or f"runs/{name}" + "-quick" * settings.quick
-    if settings.quick:                                          # your own epochs come later
+    if settings.quick:                                          # your own epochs, later, count
         settings.sft = f"epochs=1:{settings.sft}"
         settings.recipe = f"epochs=1:{settings.recipe}"
     return settings
 
 MOST = dict(dropout=1, debias=10, sharp=20, trajectories=129, codes=65537, levels=17, window=1025,
-            width=1025, layers=17, beams=1025, batch=1025)      # below; of all others 1e9
+            width=1025, layers=17, beams=1025, batch=1025)      # numbers are below; others: 1e9
 
 def check_numbers(where, values):
     """Raise InputError if a number of a Settings or Recipe is out of its range."""
@@ -896,6 +900,7 @@ class Setup:
         data = self.data
         n = len(data.titles)
         if settings.ids in ("content", "mixed", "svd"):
+            # n / 24, but not above 512, and K^L IDs have to be enough for n items
             least = max(2, min(n / 24, 512), n ** (1 / settings.levels))
             K = settings.codes or 2 ** math.ceil(math.log2(least))
             features = item_features(settings.ids, data.texts, data.train, self.seed, settings.rank)
@@ -1045,7 +1050,7 @@ def run_oracle(settings):
     print("mean L1 distance of P from R/Z (2 at most): {:.4f} before, {:.4f} after; {}".format(
         curve[0]["score"], curve[-1]["score"], path))
     learned = distribution(policy, batch.histories)[0]
-    report.figures.plot_flows(path, setup.ids.codes.cpu(), data.titles, batch.histories[0],
+    report.figures.plot_flows(path, setup.ids.codes.cpu(), data.titles,
                               {"R/Z": target[0], "P": learned})
 
 # --- Command line ---------------------------------------------------------------------------------

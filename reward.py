@@ -47,7 +47,8 @@ def shares(scores, histories, popular, s=0.001):
 class CollaborativeModel:
     """Counts of which item follows which: CM(U, v) ∝ Σ_j .6^(age(j) − 1) · near[j, v] over the
     last ten items j, age 1: the newest, plus a little popularity. near[j, v]: how often v soon
-    follows j. In the log 0 1 2, near[0] is 0, 1, .8: after 0, the scores of 1 and 2 are 1 : .8."""
+    follows j, or, at a quarter of the weight, goes before it. In the log 0 1 2, near[0] is 0, 1,
+    .8: after 0, the scores of 1 and 2 are 1 : .8."""
     @classmethod
     def fit(cls, histories, num_items, popularity=0.05):
         """A fitted model. Constants: chosen on validation items of MovieLens and Beauty."""
@@ -72,7 +73,8 @@ class SVD:
     CM(U, i) ∝ max(0, Σ_j ⟨v_j, v_i⟩ / age(j)^.75) over all items j of U."""
     def __init__(self, histories, num_items, rank=0):
         self.vectors = torch.tensor(item_vectors(histories, num_items, rank))       # (n, rank)
-        self.popular = self.vectors.norm(dim=1).clamp(min=1e-4)     # (n,) popular items: long ones
+        # (n,) lengths: the more users took an item, the longer its vector
+        self.popular = self.vectors.norm(dim=1).clamp(min=1e-4)
 
     def scores(self, histories):
         """CM(U, ·) (B, n) of B histories."""
@@ -171,13 +173,13 @@ class Debiased:
     logged more. sharp: P learns few high scores more easily than many middling ones. An item's
     popularity is its count + 1; in `SVD`, the length of its vector."""
     cm: object              # has scores(histories, *users) and popular, (n,)
-    delta: float
+    debias: float           # δ
     sharp: float = 1.0
 
     def scores(self, histories, *users):
         """(B, n) ≥ 0, rows sum to 1; users, if given: as in Folds."""
         scores = self.cm.scores(histories, *users)
-        powers = (scores / self.cm.popular ** self.delta) ** self.sharp
+        powers = (scores / self.cm.popular ** self.debias) ** self.sharp
         total = powers.sum(1, keepdim=True)
         right = ((total > 0) & (total < torch.inf)) | ~scores.any(1, keepdim=True)
         check(right.all(), "the scores of a teacher vanish: debias or sharp is too large")

@@ -81,7 +81,7 @@ def ppmi(histories, num_items):
 
 def item_vectors(histories, num_items, rank=0):
     """(n, rank) vectors of items: U of X ≈ U diag(s) Vᵀ, where X[i, u] is 1 / count(i)^.25 if item
-    i is in history u, else 0. Rank 0: n / 30."""
+    i is in history u, else 0. Rank 0: n / 30, at least 8."""
     users, items = entries(histories)                           # of each interaction
     values = np.bincount(items)[items] ** -0.25
     x = sparse((items, users), values.astype(np.float32), (num_items, len(histories)))
@@ -194,8 +194,8 @@ class SemanticIDs(torch.nn.Module):
 
     def flows(self, values):
         """Exact flow F(s) of every node: Σ of values (C, n), such as R, over the items below it;
-        Z at node 0. In the example, [.5, .2, .3] → [1, .7, .3, .5, .2, .3]: of the root, of the
-        prefixes (0) and (1), of the items."""
+        Z at node 0. In the example above, [.5, .2, .3] → [1, .7, .3, .5, .2, .3]: of the root, of
+        the prefixes (0) and (1), of the items."""
         flow = values.new_zeros(self.num_prefixes, len(values))
         items = values.T.contiguous()                           # (n, C): rows are faster to add
         for level in range(self.num_levels):
@@ -215,7 +215,8 @@ class SemanticIDs(torch.nn.Module):
         unseen (B, M + n). In the example, if item 0 was seen, from prefix (0), node 1, to [−1, 4]:
         code 1 alone is legal, and leads to item 1."""
         child = self.next_node[nodes]                           # (B, …, K)
-        return child.where(at(unseen, child), -1)               # child −1 reads node 0, stays −1
+        # Where child is −1, `at` reads node 0, but −1 is −1 either way
+        return child.where(at(unseen, child), -1)
 
 def at(table, nodes):
     """What a table (B, M + n) has at nodes (B, …); node −1 reads node 0."""
