@@ -608,13 +608,14 @@ class Beams:
 
 # --- A search that draws at random ----------------------------------------------------------------
 def drawn_search(tree, k, beams):
-    """Draw k items at random, without replacement, by the P_F of `tree` (Kool et al. 2019,
-    stochastic beams). The idea is a race: each item arrives after a random time, Exp(1) / P; the k
-    first ones are such a draw. A prefix arrives with the first item below it, which is after
-    Exp(1) / P of the prefix. So go down the tree, and let the children of each prefix race: the
-    winner arrives when the prefix does, the others as much later as they lost, since exponential
-    times have no memory: of two children a, b of a prefix that arrives at 1, with times .5 and .8
-    in their race, a arrives at 1, b at 1 + .8 − .5 = 1.3. Scores: −log(time)."""
+    """Draw k items by the P_F of `tree`, no item twice (Kool et al. 2019, stochastic beams).
+    1. A race: each item arrives after a random time, Exp(1) / P. The first k are such a draw.
+    2. A prefix arrives with the first item below it: after Exp(1) / P of the prefix. So at each
+       level, the W prefixes that arrive first go on.
+    3. The children of a prefix race, too. The winner arrives when the prefix does, the others as
+       much later as they lost, since exponential times have no memory. If a and b, below a prefix
+       that arrives at 1, take .5 and .8 in their race, a arrives at 1, b at 1 + .8 − .5 = 1.3.
+    The scores of items are −log(time)."""
     # time: the log of it. When the root arrives does not matter; here at 1, whose log is 0
     log_p = time = torch.zeros_like(tree.node, dtype=torch.float)                   # (B, W)
     for _ in range(tree.ids.num_levels):
@@ -718,7 +719,7 @@ Policy.save_pretrained = save_policy                            # the names of t
 Policy.from_pretrained = staticmethod(load_model)
 
 # --- Settings: flags, names of methods ------------------------------------------------------------
-REAL = {            # What real logs have instead of the defaults: all methods, then some of them
+REAL = {                            # what real logs have instead of the made-up world's values
     "Settings": dict(methods="pop,cm,blend,sft,tb-huber,sft+cm", ids="mixed", rank=0, width=128,
                      layers=3, batch=64),
     "Recipe": dict(teacher="blend", debias=0.0, sharp=6.0, lam=3.0, rate=1.5e-3, epochs=5,
@@ -798,10 +799,13 @@ def check_numbers(where, values):
             check(right, f"{where}{name} {value} is out of range: {least}, below {most:g}")
 
 def recipe_of(name, settings):
-    """The Recipe of a method, or InputError. A field has the last of these values: of Recipe, of
-    REAL["Recipe"] on real logs (not for sft), of RECIPES, of the method in REAL, of --sft or
-    --recipe, of the name itself, NAME:field=value. In tb-paper:epochs=4 on a real log, `lam` is
-    that of tb-paper, `teacher` that of real logs."""
+    """The Recipe of a method, or InputError. Who says what a field is? The last of these:
+        Recipe                      its defaults
+        REAL["Recipe"]              on real logs, but not for sft
+        RECIPES[NAME]
+        REAL[NAME]                  on real logs
+        --sft or --recipe           for sft; for all others
+        NAME:field=value            the name itself, as in tb:epochs=4"""
     base, *changes = name.split(":")
     real = real_of(settings.data)
     common = real.get("Recipe", {})
@@ -810,14 +814,15 @@ def recipe_of(name, settings):
     plain = ["rate", "dropout", "epochs"]                       # SFT has no other fields
     # Four kinds of method: which fields it has, their values, and the flag that changes them
     if base in TEACHERS:
-        kind = ["debias"], dict(teacher=base, debias=0.0, sharp=1.0), ""
+        used, fields, flag = ["debias"], dict(teacher=base, debias=0.0, sharp=1.0), ""
     elif "+cm" in base:
-        kind = ["teacher", "debias", "sharp"], common | dict(sharp=9.0), settings.recipe
+        used = ["teacher", "debias", "sharp"]
+        fields, flag = common | dict(sharp=9.0), settings.recipe
     elif base == "sft":
-        kind = plain, own, settings.sft
+        used, fields, flag = plain, own, settings.sft
     else:
-        kind = FIELDS if "loss" in own else plain, common | own, settings.recipe
-    used, fields, flag = kind
+        used = FIELDS if "loss" in own else plain
+        fields, flag = common | own, settings.recipe
     fields = fields | real.get(base, {})
     asked = changes + settings.sft.split(":") if base == "sft" else changes
     named = [change.partition("=")[0] for change in asked if change]

@@ -1435,6 +1435,8 @@ def test_scripts_on_the_pages_in_short(page, pictures, by_itself, monkeypatch):
         script = script.replace('"sft", "sdpo-reward", "grpo", "tb", "distill"', '"sft",')
         exec(script, {"__name__": page})
     assert sorted(path.stem for path in Path("data/pictures").iterdir()) == pictures
+    if page == "results":                                       # who knows the world is far above
+        assert (np.max(json.loads(Path("runs/limit.json").read_text()), 0) > (0.42, 0.92)).all()
 
 # --- Bad flags and files: one line on stderr, exit status 2, nothing written ----------------------
 @pytest.mark.parametrize("said, flag", [
