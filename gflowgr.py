@@ -50,8 +50,6 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from data import InputError, check, find_item, load_data, read_ids, report
 from reward import TEACHERS, Debiased, Reward, folds_of
-# at(table, nodes): what a table has at nodes of the tree. entries(lists): where the items of C
-# lists stand in a table (C, n). folds_of: a teacher, fitted also without each 20th of the users
 from tokenizer import SemanticIDs, at, entries, item_features
 
 NEVER = -1e9                            # log P of an illegal code; with −inf, losses would be nan
@@ -109,8 +107,9 @@ class Recipe:
     epochs: int = 8                 # passes over the training log
 
 # --- What a loss learns from: contexts and paths --------------------------------------------------
-# A row is some contexts of a user, which GPT-2 reads in one go. Rows of a user who took the items
-# a b c d e f g h, of which GPT-2 may read 4, the window; what it reads of U is in brackets:
+# A row is some contexts of a user, which GPT-2 reads in one go. If it may read 4 items, the window,
+# the first row of a user has 5 targets, each later row 2 more, so that they see at least 3 items.
+# Of a user who took a b c d e f g h; in brackets, what is read of U:
 #     Row(user, start=0, places=0…4)   reads <user> a b c d   targets a (U is empty) … e (a b c d)
 #     Row(user, start=2, places=5…6)   reads <user> c d e f   targets f (c d e), g (c d e f)
 #     Row(user, start=3, places=7…7)   reads <user> d e f g   target h (d e f g)
@@ -154,8 +153,8 @@ class Paths:
             items = torch.cat([positives, items], 1)            # (C, J = 1 + N)
         if recipe.chosen == "reward":
             items = torch.cat([draw(batch.r, 1), items], 1)
-        # One call for all: the path of v, at index 0, is for L_GR; L_GFN reads the J others (if v
-        # is chosen, it is one of them, too). Of all: log P_F of steps, of all codes, learned log F
+        # One call for all. Path 0, that of v, is for L_GR; the J others are for L_GFN, and if v is
+        # chosen, it is one of these, too. Of all paths: log P_F of steps, of all codes, learned F
         all_items = torch.cat([positives, items], 1)            # (C, 1 + J)
         log_steps, log_probs, learned_log_flow = policy(batch.packed, all_items)
         self.recipe = recipe
@@ -183,7 +182,8 @@ class Paths:
         if not self.recipe.exact:
             return torch.cat([self.learned_log_flow, self.log_r[..., None]], -1)
         nodes = self.ids.nodes[self.items]                      # (C, J, L+1) of s_0 … s_L
-        return at(self.ids.flows(self.batch.r), nodes).log()    # flows: of all nodes (C, M + n)
+        flows = self.ids.flows(self.batch.r)                    # (C, M + n) F of all nodes
+        return at(flows, nodes).log()                           # `at` reads a table at nodes
 
     @cached_property
     def log_ref(self):
@@ -212,10 +212,10 @@ def loss_of(recipe, policy, reference, batch, progress):
     if not recipe.loss:                                         # SFT
         log_steps, *_ = policy(batch.packed, batch.positives[:, None])             # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
-    # The N items of each context, (C, N), for instance drawn from P. They may come from anywhere
-    # (off-policy): at P = R/Z, TB is 0 on every path. But users with the same U have different v,
-    # so different R. On items from P, TB has (twice) the gradient of KL(P ‖ R/Z). The mean of these
-    # KL is least where P is the geometric mean of the R, scaled to sum 1: there P ends
+    # The N items of each context, (C, N). They may come from anywhere (off-policy): at P = R/Z, TB
+    # is 0 on every path. But users with the same U have different v, so different R, and one P. On
+    # items from P, each of them pulls with twice the gradient of KL(P ‖ R/Z). The mean of their KL
+    # is least where P is the geometric mean of their R, scaled to sum 1: near there, P ends
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
@@ -243,7 +243,7 @@ def train(name, recipe, policy, setup):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = setup.seed, epoch                                # all draws depend on these alone
+        seed = setup.seed, epoch                # of torch (items, dropout), of the order of batches
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         epoch_batches = batches(setup, policy, reward, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
@@ -271,7 +271,7 @@ def session(batch, count, policy, progress):
     """The paper's first: other items of the user's log. Those before v are seen, so R = 0; ours:
     those after v."""
     weight = torch.zeros_like(batch.r)
-    weight[entries(batch.following)] = 1
+    weight[entries(batch.following)] = 1                # entries: rows and columns of their items
     weight.scatter_(1, batch.positives[:, None], 1e-6)  # v is drawn only if nothing else follows
     return draw(weight, count)
 
@@ -294,7 +294,8 @@ def curriculum(batch, count, policy, progress):
     3. Keep places start … start + N − 1, counted from 0; start = round(progress · (N−1))."""
     weight = unlogged(batch, 0.5 * batch.scores + 0.5 / batch.scores.shape[1])
     pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
-    ranked = pool.gather(1, batch.scores.gather(1, pool).argsort(1))
+    scores = batch.scores.gather(1, pool)
+    ranked = pool.gather(1, scores.argsort(1))                                      # low to high
     start = round(progress * (count - 1))
     return ranked[:, start:start + count]
 
@@ -308,7 +309,7 @@ def policy_beam(batch, count, policy, progress):
     return items.where(items >= 0, batch.positives[:, None])    # v in place of −1
 
 def policy_draws(batch, count, policy, progress):
-    """Ours: N different items drawn from P itself; no item twice, so only nearly ∝ P."""
+    """Ours: items drawn from P itself, N different ones: so they are only nearly ∝ P."""
     # sample=1: recommend draws with probability P, in place of searching (how: after the lecture)
     items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)
     return items.where(items >= 0, batch.positives[:, None])
@@ -337,7 +338,7 @@ class Policy(torch.nn.Module):
         self.user_token = semantic_ids.num_levels * semantic_ids.num_codes
         self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch, not pretrained
             vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
-            n_head=math.gcd(width, max(1, width // 32)),        # about 32 numbers a head, no rest
+            n_head=math.gcd(width, max(1, width // 32)),        # about 32 numbers a head
             n_positions=window + semantic_ids.num_levels,       # <user>, items, L−1 codes
             resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,
             bos_token_id=self.user_token, eos_token_id=self.user_token,
@@ -382,7 +383,7 @@ class Policy(torch.nn.Module):
     def recommend(self, histories, k=10, beams=None, guide=None, sample=0.0):
         """The k best items of B histories: items (B, k), best first; scores (B, k), here log P.
         Never an item of the history, never a duplicate; −1 and −inf where fewer than k are unseen.
-        max(beams or self.beams, k) beams: the best items are found if there are enough beams.
+        max(beams or self.beams, k) beams: the more there are, the surer the best are found.
         guide (B, n) ≥ 0 multiplies P: the score of an item is log P + log guide.
         sample > 0, a temperature, draws k items at random instead, see `drawn_search`.
         Raises InputError for an item that is not in the catalogue, or if nothing is asked for."""
@@ -397,8 +398,8 @@ class Policy(torch.nn.Module):
 
 # --- Recommending: beam search down the tree ------------------------------------------------------
 def beam_search(tree, k, beams):
-    """The best prefixes go on to the next level → items (B, k) and log P. Those that are left are
-    W beams of each user; `tree`, a Beams (below), has them all, and GPT-2's view of them."""
+    """The best prefixes go on to the next level → items (B, k) and log P. `tree`, a Beams (below),
+    has those that are left, W beams of each user, and what GPT-2 has read of them."""
     # log P of the beams (B, W), which are at tree.node (B, W). At first, W = 1: the root, s_0
     log_p = torch.zeros_like(tree.node, dtype=torch.float)
     for _ in range(tree.ids.num_levels):
@@ -422,7 +423,7 @@ def distillation(child_flow, log_probs):
     """Ours, a KL at each step: exact flows F of all codes (C, J, L, K), sums of R below them, and
     log P_F of all codes (C, J, L, K) → scalar. TB and DB see only the codes that a path takes; this
     loss compares P_F of all codes with q, their shares of the flow. It is 0 at P = R/Z, whatever
-    the paths are. (If they are drawn ∝ R, it is KL(R/Z ‖ P) of whole items.)
+    the paths are.
     Mean over paths of Σ_l Σ_c q(c) · (log q(c) − log P_F(c | s_l)), q(c) = F(c) / F(s_l)."""
     target = child_flow / child_flow.sum(-1, keepdim=True)      # q; 0 for an illegal child
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
@@ -430,7 +431,7 @@ def distillation(child_flow, log_probs):
 def code_flow(p):
     """Exact F of all codes after the prefixes s_0 … s_{L-1} of a Paths p (C, J, L, K)."""
     child = p.ids.next_node[p.ids.nodes[p.items][..., :-1]]     # where each code leads; −1: nowhere
-    return at(p.ids.flows(p.batch.r), child) * (child >= 0)     # −1 reads the root's, hence · 0
+    return at(p.ids.flows(p.batch.r), child) * (child >= 0)     # nowhere, F is 0
 
 def sdpo(log_pf, log_ref, beta):
     """S-DPO (Chen et al. 2024) → scalar: the chosen item, path 0, shall be above the rejected items
@@ -442,8 +443,8 @@ def sdpo(log_pf, log_ref, beta):
 
 def grpo(log_pf, log_ref, log_r, beta):
     """GRPO (Shao et al. 2024), reinforcement learning: log P, log P_ref, log R of paths (C, J) →
-    scalar. It raises P where R is above the mean of the J paths, which P itself drew. (They are
-    drawn at this very step, ours: no item twice; so GRPO's ratio P / P_old is 1 and left out.)
+    scalar. It raises P where R is above the mean of the J paths, which P itself drew (ours: no
+    item twice). It drew them at this very step, so GRPO's ratio P / P_old is 1, and left out.
     A = (R − mean R) / std R over a context's J paths; std with J − 1, at least 1e-8.
     Mean over paths of β · (x − log x − 1) − A · log P, x = P_ref / P: a KL, and the gain of R."""
     r = log_r.exp()
@@ -468,14 +469,15 @@ RECIPES |= {
     "distill": dict(loss=lambda p: distillation(code_flow(p), p.log_probs), lam=30.0, dropout=0.2)}
 
 # --- Fast: GPT-2 reads a history once, for all contexts of a row and their paths ------------------
-# tokens (B, H) of B rows; of context c, GPT-2 reads tokens[row_of[c], :ends[c] + 1]. unseen, bools
+# tokens (B, H) of B rows; of context c, GPT-2 reads tokens[row_of[c], :ends[c] + 1]. Of the rows
+# above, row_of is 0 0 0 0 0 1 1 2, ends is 0 1 2 3 4 3 4 4, as <user> is token 0. unseen, bools
 # (C, M + n): is an item that is not in U at this node of the tree, or below it?
 Packed = namedtuple("Packed", "tokens row_of ends unseen")
 
 def training_rows(histories, window):
     """Rows in which every item is a target once, and sees the items before it: window/2 to
     `window` of them, or all, if they are fewer."""
-    for user, history in enumerate(histories):
+    for user, history in enumerate(histories):                  # in the example, cuts: 0 5 7 8
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
         for first, stop in zip(cuts, cuts[1:]):
             yield Row(user, max(0, stop - 1 - window), range(first, stop))
@@ -559,7 +561,7 @@ class Beams:
         if guide is not None:                       # (B, M + n) log of its sum below each node
             guide = guide.to(self.unseen.device) * self.unseen[:, self.ids.num_prefixes:]
             self.log_guide = self.ids.flows(guide).clamp(min=1e-30).log()
-            self.log_guide[:, 0] = 0                # of the root: it is the same for all items
+            self.log_guide[:, 0] = 0        # the root's: so steps add up to that of the item
         self.level = 0                                          # number of codes so far
         self.node = torch.zeros_like(ends[:, None])             # (B, W = 1) the beams: at the root
         self.cache = DynamicCache()
@@ -616,7 +618,7 @@ def drawn_search(tree, k, beams):
        much later as they lost, since exponential times have no memory. If a and b, below a prefix
        that arrives at 1, take .5 and .8 in their race, a arrives at 1, b at 1 + .8 − .5 = 1.3.
     The scores of items are −log(time)."""
-    # time: the log of it. When the root arrives does not matter; here at 1, whose log is 0
+    # When the root arrives does not matter: here at 1, whose log is 0
     log_p = time = torch.zeros_like(tree.node, dtype=torch.float)                   # (B, W)
     for _ in range(tree.ids.num_levels):
         child, log_probs = tree.children()
@@ -624,8 +626,9 @@ def drawn_search(tree, k, beams):
         # In the race of children, each has the time Exp(1) / P, the winner the least
         race = torch.empty_like(log_p).exponential_().log_() - log_p                # (B, W, K)
         winner = race.amin(-1, keepdim=True)                                        # (B, W, 1)
-        # A child's time = the prefix's + late, late = its own in the race − the winner's
-        late = race + torch.log1p(-torch.exp(winner - race))    # log(e^race − e^winner), or log 0
+        # All times are logs. late: the child's time in the race − the winner's, 0 for the winner:
+        # log(e^race − e^winner). A child arrives at the prefix's time + late
+        late = race + torch.log1p(-torch.exp(winner - race))
         time = torch.logaddexp(time[..., None], late).flatten(1)                    # (B, W·K)
         time, best = time.topk(min(beams, time.shape[1]), 1, largest=False)
         log_p = log_p.flatten(1).gather(1, best)
@@ -685,7 +688,7 @@ transformers.utils.logging.disable_progress_bar()               # a small model 
 def save_policy(policy, folder):
     """Write a plain GPT-2 (config.json, model.safetensors), then semantic_ids.json."""
     path = Path(folder) / "semantic_ids.json"
-    path.unlink(missing_ok=True)                                # written last: the model is whole
+    path.unlink(missing_ok=True)        # load_model needs it, so it finds no half-written weights
     policy.lm.save_pretrained(folder)
     # safetensors lets the owner alone read the weights; here, all who may read config.json
     shutil.copymode(path.with_name("config.json"), path.with_name("model.safetensors"))

@@ -41,7 +41,7 @@ def shares(scores, histories, popular, s=0.001):
     for table in (scores, popular):                             # in place, as they are large
         table[seen] = 0
         table /= table.sum(1, keepdim=True).clamp(min=1e-12)    # a user who saw all items: all 0
-    s = torch.where(scores.any(1, keepdim=True), s, 1.0)        # (B, 1) of each user
+    s = torch.where(scores.any(1, keepdim=True), s, 1.0)        # (B, 1); 1 for one without a score
     return (1 - s) * scores + s * popular
 
 class CollaborativeModel:
@@ -86,6 +86,7 @@ def similar_items(features, most=200):
     vectors = functional.normalize(torch.tensor(features).float())
     n = len(vectors)
     values, near = (vectors @ vectors.T).clamp(min=0).pow(3).topk(min(most, n))     # (n, most)
+    # Row i has those near item i
     return sparse(entries(near.tolist()), values.flatten(), (n, n))
 
 class Blend:
@@ -118,7 +119,7 @@ class Folds:
         checksums = [zlib.crc32(np.array(history, np.int64).tobytes()) for history in histories]
         self.fold = np.array(checksums) % folds                 # of each user
         @cache                                                  # fitted when it is first asked for
-        def without(fold):                                      # fold −1: on all users
+        def without(fold):                                      # no user is in fold −1: on all
             others = [[*histories[user]] for user in np.flatnonzero(self.fold != fold)]
             return fit(others, num_items)
         self.without = without
@@ -133,7 +134,7 @@ class Folds:
         shape = (len(histories), len(self.popular))
         right = torch.is_tensor(scores) and scores.shape == shape and scores.is_floating_point()
         total = torch.tensor([len(history) < shape[1] for history in histories]).float()
-        right = right and scores.min() >= 0                     # total: 0 if all items are seen
+        right = right and scores.min() >= 0                     # total: 1, or 0 if all are seen
         right = right and (scores.sum(1) - total).abs().max() < 1e-3
         if not right or scores[entries(histories)].any():
             name = type(cm).__name__
@@ -181,6 +182,7 @@ class Debiased:
         scores = self.cm.scores(histories, *users)
         powers = (scores / self.cm.popular ** self.debias) ** self.sharp
         total = powers.sum(1, keepdim=True)
+        # Rows may be 0 only if all items are seen
         right = ((total > 0) & (total < torch.inf)) | ~scores.any(1, keepdim=True)
         check(right.all(), "the scores of a teacher vanish: debias or sharp is too large")
         return powers / total.clamp(min=1e-30)
@@ -196,8 +198,9 @@ class Debiased:
 class Reward:
     """The comprehensive reward R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/m of the m unseen
     items; R of an item of the history is 0. Each signal sums to 1 over the unseen items (r_a to .1
-    where v was only clicked), so the heuristic weights are shares of Z. The paper's raw signals
-    are 10, a score, and up to L for each item: over thousands of items, L would outweigh 10."""
+    where v was only clicked), so the heuristic weights are shares of Z. The paper's signals are
+    not scaled: 10 for v, a score, and the number of equal codes, whose sum over all items would
+    be far more than 10."""
     ids: object             # SemanticIDs
     teacher: object         # has scores(histories, users)
     weights: tuple          # w_a, w_ŷ, w_s
@@ -210,8 +213,8 @@ class Reward:
 
     def similarity(self, positives, unseen):
         """r_s (B, n), rows sum to 1: codes that unseen IDs share with that of v, positive (B,)."""
-        # r_s(v') = c(v') / Σ c over unseen items; c(v'): in how many levels v' has the code of v
-        # of one level: (B, 1) codes of the positives, (n,) codes of all items
+        # r_s(v') = c(v') / Σ c over unseen items; c(v'): in how many levels v' has the code of v.
+        # Of each level: codes of the positives (B, 1), codes of all items (n,)
         c = sum((level[positives, None] == level).byte() for level in self.ids.codes.T)
         c = c * unseen
         return c / c.sum(1, keepdim=True)

@@ -36,7 +36,7 @@ def leading_vectors(matrix, rank, seed, power=0.0):
     """Singular value decomposition (SVD): a sparse matrix (n, m) ≈ U diag(s) Vᵀ with the `rank`
     largest s, or with all, if there are fewer → U diag(s)^power (n, rank)."""
     rank = min(rank, *matrix.shape)
-    with torch.random.fork_rng(devices=[]):                     # training draws as without it
+    with torch.random.fork_rng(devices=[]):                     # no other random numbers change
         torch.manual_seed(seed)
         u, s, _ = torch.svd_lowrank(matrix, q=min(rank + 8, *matrix.shape), niter=4)
     return u[:, :rank].numpy() * s[:rank].numpy() ** power
