@@ -414,11 +414,6 @@ def beam_search(tree, k, beams):
 # === The lecture ends here. Below: rivals, how it is fast, other searches, the experiment =========
 
 # --- Rivals: what else could learn from the log or from R -----------------------------------------
-def huber_balance(log_z, log_pf, log_r):
-    """Ours: TB, but a few paths with R far from P cannot outweigh all others. Shapes as in TB.
-    Mean of h(log Z(U) + log P − log R): h(x) = x²/2 up to 1 nat, |x| − 1/2 beyond."""
-    return functional.huber_loss(log_z[:, None] + log_pf, log_r)
-
 def distillation(child_flow, log_probs):
     """Ours, a KL at each step: exact flows F of all codes (C, J, L, K), sums of R below them, and
     log P_F of all codes (C, J, L, K) → scalar. TB and DB see only the codes that a path takes; this
@@ -460,7 +455,9 @@ def sdpo_of(p):
 
 SDPO = dict(loss=sdpo_of, trajectories=7)
 RECIPES |= {
-    "tb-huber": dict(loss=lambda p: huber_balance(p.log_z, p.log_pf, p.log_r)),
+    # Ours: TB, but a few paths with R far from P cannot outweigh all others. Mean of
+    # h(log Z(U) + log P − log R): h(x) = x²/2 up to 1 nat, |x| − 1/2 beyond
+    "tb-huber": dict(loss=lambda p: functional.huber_loss(p.log_z[:, None] + p.log_pf, p.log_r)),
     "sft-continued": dict(rate=9e-4, dropout=0.4),              # SFT, for longer
     "sdpo": dict(SDPO, chosen="logged", beta=1.0, rate=9e-4, dropout=0.2),
     "sdpo-reward": dict(SDPO, chosen="reward", lam=100.0, rate=1e-3),
