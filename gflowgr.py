@@ -178,7 +178,7 @@ class Paths:
 
     @cached_property
     def log_flow(self):
-        """(C, J, L+1) log F of s_0 … s_L, or learned, but F(s_L) = R."""
+        """(C, J, L+1) log F of s_0 … s_L, exact or learned; F(s_L) is R."""
         if not self.recipe.exact:
             return torch.cat([self.learned_log_flow, self.log_r[..., None]], -1)
         nodes = self.ids.nodes[self.items]                      # (C, J, L+1) of s_0 … s_L
@@ -623,8 +623,8 @@ def drawn_search(tree, k, beams):
         # In the race of children, each has the time Exp(1) / P, the winner the least
         race = torch.empty_like(log_p).exponential_().log_() - log_p                # (B, W, K)
         winner = race.amin(-1, keepdim=True)                                        # (B, W, 1)
-        # All times are logs. late: the child's time in the race − the winner's, 0 for the winner:
-        # log(e^race − e^winner). A child arrives at the prefix's time + late
+        # All times are logs. late: how much the child was later than the winner (who has log 0),
+        # log(e^race − e^winner). It arrives at the prefix's time + late
         late = race + torch.log1p(-torch.exp(winner - race))
         time = torch.logaddexp(time[..., None], late).flatten(1)                    # (B, W·K)
         time, best = time.topk(min(beams, time.shape[1]), 1, largest=False)
@@ -780,7 +780,7 @@ def parse(argv):
         parser.error("--recommend and --model go together")
     name = Path(settings.data).resolve().name
     settings.out = settings.out or f"runs/{name}" + "-quick" * settings.quick
-    if settings.quick:                                          # your own epochs, later, count
+    if settings.quick:                                          # of two, the last one counts
         settings.sft = f"epochs=1:{settings.sft}"
         settings.recipe = f"epochs=1:{settings.recipe}"
     return settings

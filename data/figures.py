@@ -29,7 +29,7 @@ def plot_flows(path, codes, titles, panels):
     levels = codes.shape[1]
     target = np.asarray([*panels.values()][0])
     keys = []                       # below a prefix, the branch with the largest share comes first
-    prefixes = []                  # of each level: the prefix of each item, as a number (n,)
+    prefixes = []                   # of each level: the prefix of each item, as a number (n,)
     for level in range(levels + 1):
         prefix = np.unique(codes[:, :level], axis=0, return_inverse=True)[1]
         prefixes.append(prefix)
@@ -51,7 +51,7 @@ def plot_flows(path, codes, titles, panels):
                     code = codes[item, level - 1] if level else "all"
                     axis.text(level + 0.5, middle, code, ha="center", va="center", color="white",
                               visible=room)
-                    label = f"{height:.0%} {titles[item]}"
+                    label = f"{height:.0%} {titles[item][:24]}"
                     axis.text(level + 1.1, middle, label, va="center", color=color,
                               visible=room and level == levels)
                 axis.text(level + 0.5, -0.05, f"code {level}" if level else "root", ha="center")
