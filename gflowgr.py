@@ -153,7 +153,7 @@ class Paths:
             items = torch.cat([positives, items], 1)            # (C, J = 1 + N)
         if recipe.chosen == "reward":
             items = torch.cat([draw(batch.r, 1), items], 1)
-        # One call for all. Path 0, that of v, is for L_GR; the J others are for L_GFN, and if v is
+        # One call for all: first the path of v, for L_GR, then the J others, for L_GFN; if v is
         # chosen, it is one of these, too. Of all paths: log P_F of steps, of all codes, learned F
         all_items = torch.cat([positives, items], 1)            # (C, 1 + J)
         log_steps, log_probs, learned_log_flow = policy(batch.packed, all_items)
@@ -214,8 +214,8 @@ def loss_of(recipe, policy, reference, batch, progress):
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
     # The N items of each context, (C, N). They may come from anywhere (off-policy): at P = R/Z, TB
     # is 0 on every path. But users with the same U have different v, so different R, and one P. On
-    # items from P, each of them pulls with twice the gradient of KL(P ‖ R/Z). The mean of their KL
-    # is least where P is the geometric mean of their R, scaled to sum 1: near there, P ends
+    # items from P, each user pulls P with twice the gradient of KL(P ‖ R/Z). The mean of these KL
+    # is least where P is the geometric mean of the users' R, scaled to sum 1: near there, P ends
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
@@ -229,8 +229,8 @@ def loss_of(recipe, policy, reference, batch, progress):
 def train(name, recipe, policy, setup):
     """The one training loop → the curve, a list of {"epoch", "loss", "score"}, epoch 0: before.
     policy: new for SFT, for the others as SFT left it. The rate rises to its peak and falls to 0.
-    setup has what all methods share: `rows` of the log, `size` of a batch, the Reward of a recipe,
-    and `measure`: policy → the score that each epoch prints, by the name `measured`."""
+    setup has what all methods share: data, seed, `rows` of the log, `size` of a batch, the Reward
+    of a recipe, and `measure`: policy → the score that each epoch prints, named `measured`."""
     reward = setup.reward(recipe) if recipe.loss else None      # computes R; SFT needs none
     reference = copy.deepcopy(policy).eval()                    # frozen
     per_epoch = math.ceil(len(setup.rows) / setup.size)
@@ -448,7 +448,7 @@ def grpo(log_pf, log_ref, log_r, beta):
     return (beta * (log_x.exp() - log_x - 1) - advantage * log_pf).mean()
 
 def sdpo_of(p):
-    """S-DPO of a Paths p; where path 0, the chosen item, is drawn again, it is not rejected."""
+    """S-DPO of a Paths p. Where the chosen item, path 0, was drawn again, that is not rejected."""
     again = p.items == p.items[:, :1]                           # (C, J)
     again[:, 0] = False
     return sdpo(p.log_pf.masked_fill(again, NEVER), p.log_ref, p.recipe.beta)
@@ -491,7 +491,7 @@ def pack(rows, histories, policy):
 def pack_histories(histories, policy):
     """The Packed of B histories, each a row of its own: its last `window` items."""
     starts = [max(0, len(history) - policy.window) for history in histories]
-    rows = [Row(b, start, [len(histories[b])]) for b, start in enumerate(starts)]
+    rows = [Row(b, starts[b], range(len(past), len(past) + 1)) for b, past in enumerate(histories)]
     return pack(rows, histories, policy)
 
 def batches(setup, policy, reward, rng):
@@ -558,7 +558,7 @@ class Beams:
         if guide is not None:                       # (B, M + n) log of its sum below each node
             guide = guide.to(self.unseen.device) * self.unseen[:, self.ids.num_prefixes:]
             self.log_guide = self.ids.flows(guide).clamp(min=1e-30).log()
-            self.log_guide[:, 0] = 0        # the root's: so steps add up to that of the item
+            self.log_guide[:, 0] = 0        # so the steps of a path add up to that of its item
         self.level = 0                                          # number of codes so far
         self.node = torch.zeros_like(ends[:, None])             # (B, W = 1) the beams: at the root
         self.cache = DynamicCache()
@@ -785,8 +785,9 @@ def parse(argv):
         settings.recipe = f"epochs=1:{settings.recipe}"
     return settings
 
+# Numbers have to be below these, all others below 1e9
 MOST = dict(dropout=1, debias=10, sharp=20, trajectories=129, codes=65537, levels=17, window=1025,
-            width=1025, layers=17, beams=1025, batch=1025)      # numbers are below; others: 1e9
+            width=1025, layers=17, beams=1025, batch=1025)
 
 def check_numbers(where, values):
     """Raise InputError if a number of a Settings or Recipe is out of its range."""
@@ -853,7 +854,7 @@ def run(settings):
     setups = [Setup(seed, data, settings) for seed in seeds]
     jobs = [(name, setup) for setup in setups for name in names]
     kept = {}                                   # {job: its finished run}
-    for name, setup in jobs:                    # refuses a run that was made otherwise
+    for name, setup in jobs:                    # InputError for a run that was made otherwise
         found = report.earlier_run(setup.folder(name) / "run.json", made_with(name, setup))
         if found and settings.resume:
             kept[name, setup] = found
@@ -997,7 +998,7 @@ def run_method(name, setup):
     finished = setup.folder(name) / "run.json"
     finished.parent.mkdir(parents=True, exist_ok=True)          # fails now, not after training
     for file in (finished, finished.with_name("semantic_ids.json")):
-        file.unlink(missing_ok=True)                            # now, not before: it begins anew
+        file.unlink(missing_ok=True)                            # the old run goes when a new begins
     started = time.time()
     model, curve = model_of(name, recipe, setup)
     middle = time.time()

@@ -31,8 +31,8 @@ def weighted(table, histories, weight, length=10 ** 9):
     return (sparse(places, weights, (len(lists), len(table))) @ table).to_dense()
 
 def shares(scores, histories, popular, s=0.001):
-    """Scores (B, n), overwritten → (1 − s) · scores + s · popular (n,). First, both are set to 0 at
-    items of the history and divided by their sum. A user without a score gets popularity alone.
+    """Scores (B, n), overwritten, and popular (n,) → (1 − s) · scores + s · popular (B, n), when
+    both are 0 at items of the history, and of sum 1. For a user without a score, s = 1.
     Scores [6, 3, 1, 0] of a user who took 0, popular [5, 2, 1, 1], s = .1:
     .9 · [0, .75, .25, 0] + .1 · [0, .5, .25, .25] = [0, .725, .25, .025]"""
     functional.threshold_(scores, 1e-6, 0.0)                    # 0 if below; 1e-6: float rounding
@@ -73,7 +73,7 @@ class SVD:
     CM(U, i) ∝ max(0, Σ_j ⟨v_j, v_i⟩ / age(j)^.75) over all items j of U."""
     def __init__(self, histories, num_items, rank=0):
         self.vectors = torch.tensor(item_vectors(histories, num_items, rank))       # (n, rank)
-        # (n,) lengths: the more users took an item, the longer its vector
+        # (n,) lengths: an item that more users took has a longer vector, as its row of X is longer
         self.popular = self.vectors.norm(dim=1).clamp(min=1e-4)
 
     def scores(self, histories):
@@ -119,7 +119,7 @@ class Folds:
         checksums = [zlib.crc32(np.array(history, np.int64).tobytes()) for history in histories]
         self.fold = np.array(checksums) % folds                 # of each user
         @cache                                                  # fitted when it is first asked for
-        def without(fold):                                      # no user is in fold −1: on all
+        def without(fold):                                      # −1: no user's fold, so on all
             others = [[*histories[user]] for user in np.flatnonzero(self.fold != fold)]
             return fit(others, num_items)
         self.without = without

@@ -34,7 +34,7 @@ def sparse(index, values, shape):
 
 def leading_vectors(matrix, rank, seed, power=0.0):
     """Singular value decomposition (SVD): a sparse matrix (n, m) ≈ U diag(s) Vᵀ with the `rank`
-    largest s, or with all, if there are fewer → U diag(s)^power (n, rank)."""
+    largest s, or with all, if there are fewer → U diag(s)^power (n, rank); power 0: U."""
     rank = min(rank, *matrix.shape)
     with torch.random.fork_rng(devices=[]):                     # no other random numbers change
         torch.manual_seed(seed)
