@@ -1281,6 +1281,14 @@ def test_a_spoiled_folder_is_one_line_and_no_pickle_is_read(file, text, tmp_path
         (tmp_path / file).write_text(text)
     refused("holds no saved model", "--recommend=x", "--model", tmp_path)
 
+def test_while_weights_are_written_the_folder_holds_no_model(tmp_path, monkeypatch):
+    policy = made()
+    policy.save_pretrained(tmp_path)
+    monkeypatch.setattr(policy.lm, "save_pretrained", lambda folder: 1 / 0)     # a full disk
+    with pytest.raises(ZeroDivisionError):
+        policy.save_pretrained(tmp_path)
+    refused("holds no saved model", "--recommend=x", "--model", tmp_path)
+
 @pytest.mark.parametrize("name", ["tb-1", "tb+cm,sharp=3-1"])
 def test_recommend_prints_ten_titles(name, finished, monkeypatch):
     titles = finished.data.titles
@@ -1465,6 +1473,13 @@ def test_scripts_on_the_pages_in_short(page, pictures, by_itself, monkeypatch):
 def test_a_wrong_flag_is_one_line_and_status_2(said, flag, told, tmp_path):
     folder = folder_of(tmp_path / "d", "\n".join(["item_id", *"abcd", *map(str, range(1997))]))
     told(said, f"--data={folder}", *flag.split())
+
+def test_without_beauty_one_line_says_how_to_get_it(told, tmp_path, monkeypatch):
+    (tmp_path / "beauty").mkdir()
+    script = (ROOT / "data/beauty/prepare.py").read_text("utf-8")
+    (tmp_path / "beauty/prepare.py").write_text(script, "utf-8")
+    monkeypatch.setattr(folder_of_data, "__file__", str(tmp_path / "__init__.py"))
+    told("no Beauty yet; download Beauty.inter.json", "--data=beauty")
 
 @pytest.mark.parametrize("said, file, text", [
     ("no column item_id", "items", ""),
