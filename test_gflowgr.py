@@ -1333,6 +1333,10 @@ def test_two_users_and_nine_items_without_text_or_truth_work_as_they_are(tmp_pat
     assert status == 0, err
     assert "dropped: 1 repeats of an item, 1 users with < 3 items" in out
     assert "| sft+cm | " in out
+    printed = dict(re.findall(r"(\S+), seed 42: (\S+=\S+)\n", out))    # what is not as in Recipe
+    assert printed["sft"].endswith("epochs=1")
+    for change in ":".join(printed.values()).split(":"):
+        assert str(gflowgr.FIELDS[change.partition("=")[0]]) != change.partition("=")[2]
     assert "liked@10" not in out
     assert cli("--data", folder, "--out", tmp_path / "no_sft", "--methods=cm")[0] == 0
 
@@ -1480,6 +1484,9 @@ def test_without_beauty_one_line_says_how_to_get_it(told, tmp_path, monkeypatch)
     (tmp_path / "beauty/prepare.py").write_text(script, "utf-8")
     monkeypatch.setattr(folder_of_data, "__file__", str(tmp_path / "__init__.py"))
     told("no Beauty yet; download Beauty.inter.json", "--data=beauty")
+    (tmp_path / "ml-100k").mkdir()                              # this one is fetched
+    (tmp_path / "ml-100k/prepare.py").write_text("def fetch(): raise OSError('no network')")
+    told("no network", "--data=ml-100k")
 
 @pytest.mark.parametrize("said, file, text", [
     ("no column item_id", "items", ""),
