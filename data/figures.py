@@ -28,6 +28,7 @@ def plot_flows(path, codes, titles, panels):
     codes = np.asarray(codes)
     levels = codes.shape[1]
     target = np.asarray([*panels.values()][0])
+    chosen = target.argmax()
     keys = []                       # below a prefix, the branch with the largest share comes first
     prefixes = []                   # of each level: the prefix of each item, as a number (n,)
     for level in range(levels + 1):
@@ -44,16 +45,16 @@ def plot_flows(path, codes, titles, panels):
                 for item, height, bottom in zip(order[first], heights, bottoms):
                     if height < 0.005:
                         continue
-                    color = ORANGE if prefix[item] == prefix[target.argmax()] else BLUE
+                    color = ORANGE if prefix[item] == prefix[chosen] else BLUE
                     axis.bar(level, height, 1, bottom, align="edge", color=color, edgecolor="white")
+                    if height < 0.035:                         # no room for text
+                        continue
                     middle = bottom + height / 2
-                    room = height > 0.035                      # else no text
                     code = codes[item, level - 1] if level else "all"
-                    axis.text(level + 0.5, middle, code, ha="center", va="center", color="white",
-                              visible=room)
-                    label = f"{height:.0%} {titles[item][:24]}"
-                    axis.text(level + 1.1, middle, label, va="center", color=color,
-                              visible=room and level == levels)
+                    axis.text(level + 0.5, middle, code, ha="center", va="center", color="white")
+                    if level == levels:
+                        label = f"{height:.0%} {titles[item][:24]}"
+                        axis.text(level + 1.1, middle, label, va="center", color=color)
                 axis.text(level + 0.5, -0.05, f"code {level}" if level else "root", ha="center")
             axis.set(title=title, xlim=(0, levels + 3.6), ylim=(0, 1))
             axis.axis("off")
