@@ -49,7 +49,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, get_cosine_s
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from data import InputError, check, find_item, load_data, read_ids, report
-from reward import TEACHERS, Debiased, Reward, folds_of
+from reward import TEACHERS, Reward, Teacher
 from tokenizer import SemanticIDs, at, entries, item_features
 
 NEVER = -1e9                            # log P of an illegal code; with −inf, losses would be nan
@@ -191,8 +191,7 @@ class Paths:
         with torch.no_grad():
             return self.reference(self.batch.packed, self.items)[0].sum(-1)
 
-# In what a method differs from Recipe's defaults; p: a Paths. The trials that chose the numbers are
-# in data/log.md
+# What each method changes in Recipe; p: a Paths. How the numbers were chosen: data/log.md
 TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))    # Z: exact, or learned
 PAPER = dict(TB, sampler="curriculum", trajectories=3, exact=False, dropout=0.4)
 RECIPES = {
@@ -460,7 +459,7 @@ RECIPES |= {
     "tb-huber": dict(loss=lambda p: functional.huber_loss(p.log_z[:, None] + p.log_pf, p.log_r)),
     "sft-continued": dict(rate=9e-4, dropout=0.4),              # SFT, for longer
     "sdpo": dict(SDPO, chosen="logged", beta=1.0, rate=9e-4, dropout=0.2),
-    "sdpo-reward": dict(SDPO, chosen="reward", lam=100.0, rate=1e-3),
+    "sdpo-reward": dict(SDPO, chosen="reward", sampler="policy_draws", lam=100.0, rate=1e-3),
     "grpo": dict(loss=lambda p: grpo(p.log_pf, p.log_ref, p.log_r, p.recipe.beta), trajectories=16,
                  beta=0.01),
     "distill": dict(loss=lambda p: distillation(code_flow(p), p.log_probs), lam=30.0, dropout=0.2)}
@@ -711,8 +710,7 @@ def load_model(folder, dropout=0.0):
     if guide:
         data = load_data(guide["data"]["name"], guide["data"]["quick"])
         check(guide["data"] == data.sizes, f"the data have changed since {folder}")
-        cm = folds_of(guide["teacher"], data, guide["rank"])
-        policy.cm = Debiased(cm, guide["debias"], guide["sharp"])
+        policy.cm = Teacher(guide["teacher"], data, guide["debias"], guide["sharp"])
     return policy
 
 Policy.save_pretrained = save_policy                            # the names of transformers
@@ -720,15 +718,14 @@ Policy.from_pretrained = staticmethod(load_model)
 
 # --- Settings: flags, names of methods ------------------------------------------------------------
 REAL = {                            # what real logs have instead of the made-up world's values
-    "Settings": dict(methods="pop,cm,blend,sft,tb-huber,sft+cm", ids="mixed", rank=0, width=128,
-                     layers=3, batch=64),
+    "Settings": dict(methods="pop,cm,blend,sft,tb-huber,sft+cm", ids="mixed", width=128, layers=3,
+                     batch=64),
     "Recipe": dict(teacher="blend", debias=0.0, sharp=6.0, lam=3.0, rate=1.5e-3, epochs=5,
                    sampler="reward_draws", trajectories=2),     # in place of its defaults
     "sft": dict(dropout=0.2, epochs=8),
     "sft-continued": dict(dropout=0.2, rate=4.5e-4),
     "vargrad": dict(sampler="policy_draws", trajectories=8),
     "grpo": dict(sampler="policy_draws", trajectories=8),
-    "sdpo-reward": dict(sampler="policy_draws"),
     "distill": dict(lam=3.0)}
 
 @dataclass
@@ -746,7 +743,6 @@ class Settings:
     quick: bool = HfArg(default=False, help="a smoke run in seconds: 100 users, one epoch")
     device: str = HfArg(default="auto", help="where to train: auto, cuda, mps or cpu")
     ids: str = HfArg(default="svd", help="content (text), mixed, svd (text and log), or FILE.csv")
-    rank: int = HfArg(default=24, help="of SVD, in the teacher and in IDs (0: n / 30)")
     codes: int = HfArg(default=0, help="K, codes a level (0: a power of 2, about n / 24)")
     levels: int = HfArg(default=3, help="L, levels of an ID: as in the paper's examples")
     window: int = HfArg(default=20, help="items of the history that are read: the last say most")
@@ -791,7 +787,7 @@ MOST = dict(dropout=1, debias=10, sharp=20, trajectories=129, codes=65537, level
 
 def check_numbers(where, values):
     """Raise InputError if a number of a Settings or Recipe is out of its range."""
-    zero = "codes rank gr lam debias dropout w_a w_y w_s".split()
+    zero = "codes gr lam debias dropout w_a w_y w_s".split()
     for name, value in vars(values).items():
         if type(value) in (int, float):
             least = "from 0" if name in zero else "above 0"
@@ -909,7 +905,7 @@ class Setup:
             # n / 24, but not above 512, and K^L IDs have to be enough for n items
             least = max(2, min(n / 24, 512), n ** (1 / settings.levels))
             K = settings.codes or 2 ** math.ceil(math.log2(least))
-            features = item_features(settings.ids, data.texts, data.train, self.seed, settings.rank)
+            features = item_features(settings.ids, data.texts, data.train, self.seed)
             text = settings.ids != "content" or features.any()
             check(text, "--ids content needs text in items.csv")
             ids = SemanticIDs.fit(features, K, settings.levels, self.seed)
@@ -936,8 +932,7 @@ class Setup:
 
     def cm_of(self, recipe):
         """The teacher of a recipe, its scores as debias and sharp say."""
-        cm = folds_of(recipe.teacher, self.data, self.settings.rank)    # fitted once
-        return Debiased(cm, recipe.debias, recipe.sharp)
+        return Teacher(recipe.teacher, self.data, recipe.debias, recipe.sharp)
 
     def reward(self, recipe):
         """The comprehensive reward of a recipe."""
@@ -946,7 +941,7 @@ class Setup:
 def made_with(name, setup):
     """All inputs of a run that --resume compares, but code."""
     data = {what: value for what, value in setup.data.sizes.items() if what != "name"}
-    made = {"data": data, "--rank": setup.settings.rank}
+    made = {"data": data}
     parts = [name]
     if name.partition(":")[0] not in TEACHERS:                  # all others start from SFT
         made["IDs"] = zlib.crc32(setup.ids.codes.cpu().numpy())
@@ -1018,8 +1013,7 @@ def model_of(name, recipe, setup):
     if base.endswith("+cm"):
         policy = setup.policy(base.removesuffix("+cm"))
         policy.catalogue["guide"] = {"data": setup.data.sizes, "teacher": recipe.teacher,
-                                     "debias": recipe.debias, "sharp": recipe.sharp,
-                                     "rank": setup.settings.rank}
+                                     "debias": recipe.debias, "sharp": recipe.sharp}
         save_policy(policy, setup.folder(name))
         policy.cm = setup.cm_of(recipe)
         return policy, []

@@ -8,7 +8,7 @@ history; InputError for an item that is not in the catalogue. The recommender th
 import warnings
 import zlib
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -81,8 +81,11 @@ class SVD:
         users = weighted(self.vectors, histories, lambda age: age ** -0.75)         # (B, rank)
         return shares(users @ self.vectors.T, histories, self.popular)      # below 0 becomes 0
 
-def similar_items(features, most=200):
-    """Sparse (n, n): max(0, cosine of features (n, d))³ of each item and its `most` nearest."""
+@lru_cache(maxsize=1)                                           # the same in all folds (below)
+def similar_items(data, most=200):
+    """Sparse (n, n): max(0, cosine of `mixed` features)³ of each item and its `most` nearest. Of
+    all users, in each fold, too: so R knows a little of what a user logged later."""
+    features = item_features("mixed", data.texts, data.train, seed=0)
     vectors = functional.normalize(torch.tensor(features).float())
     n = len(vectors)
     values, near = (vectors @ vectors.T).clamp(min=0).pow(3).topk(min(most, n))     # (n, most)
@@ -92,9 +95,9 @@ def similar_items(features, most=200):
 class Blend:
     """Ours, for real logs: √(counts · neighbours) + SVD / √(length of vector), both with sum 1.
     Neighbours: Σ_j similar[j, i] / age(j) over the last 20 items j, similar by `similar_items`."""
-    def __init__(self, histories, num_items, similar, rank=0):
+    def __init__(self, histories, num_items, similar):
         self.counts = CollaborativeModel.fit(histories, num_items)
-        self.svd = SVD(histories, num_items, rank)
+        self.svd = SVD(histories, num_items)
         self.similar = similar                                  # sparse (n, n)
         self.popular = self.counts.popular
 
@@ -110,77 +113,62 @@ class Blend:
 TEACHERS = {"pop": partial(CollaborativeModel.fit, popularity=1.0),     # popularity alone
             "cm": CollaborativeModel.fit, "svd": SVD, "blend": Blend}
 
-class Folds:
-    """For training: scores that do not know what the user logged later. Users are split into 20
-    folds by a checksum of their training history, so users with the same one share a fold. A user's
-    scores come from a recommender fitted on the other 19 folds. fit: its function; it may be yours,
-    so it gets copies of the histories."""
-    def __init__(self, fit, histories, num_items, folds=20):
-        checksums = [zlib.crc32(np.array(history, np.int64).tobytes()) for history in histories]
-        self.fold = np.array(checksums) % folds                 # of each user
-        @cache                                                  # fitted when it is first asked for
-        def without(fold):                                      # −1: no user's fold, so on all
-            others = [[*histories[user]] for user in np.flatnonzero(self.fold != fold)]
-            return fit(others, num_items)
-        self.without = without
-        # (n,) what Debiased divides by: counts; of SVD, lengths of vectors
-        count = torch.tensor(np.bincount(entries(histories)[1], minlength=num_items))
-        whole = without(-1)
-        self.popular = whole.popular if isinstance(whole, SVD) else (count + 1.0).float()
+def fold_of(history):
+    """Which of 20 folds a user is in, by a checksum of all training items: those with the same ones
+    share a fold."""
+    return zlib.crc32(np.array(history, np.int64).tobytes()) % 20
 
-    def checked(self, cm, histories):
-        """The scores of a recommender, or InputError."""
-        scores = cm.scores([[*history] for history in histories])   # copies, as in a fit
+@lru_cache(maxsize=168)                                         # all seeds have the same
+def fitted(fit, data, fold):
+    """What fit makes of all training histories but those in a fold; −1: of all."""
+    # Copies: the fit may be yours, and change them
+    others = [[*history] for history in data.train if fold_of(history) != fold]
+    if fit is Blend:
+        fit = partial(Blend, similar=similar_items(data))
+    return fit(others, len(data.titles))
+
+class Teacher:
+    """A recommender of TEACHERS whose scores are (score / popularity^δ)^sharp, ours. δ: what is
+    shown more is logged more. sharp: P learns few high scores more easily than many middling ones.
+    In training, a user's scores come from one that was fitted on the other folds: it does not know
+    what the user logged later. An item's popularity is its count + 1; in `SVD`, the length of its
+    vector."""
+    def __init__(self, name, data, debias=0.0, sharp=1.0):
+        check(name in TEACHERS, f"there is no teacher {name!r}; there are {', '.join(TEACHERS)}")
+        self.fit = TEACHERS[name]
+        self.data = data
+        self.debias = debias                                    # δ
+        self.sharp = sharp
+        whole = fitted(self.fit, data, -1)
+        count = torch.tensor(np.bincount(entries(data.train)[1], minlength=len(data.titles)))
+        self.popular = whole.popular if isinstance(whole, SVD) else (count + 1.0).float()   # (n,)
+
+    def fold_scores(self, histories, fold):
+        """(B, n) of the recommender without a fold; InputError if your own's are not as ours."""
+        cm = fitted(self.fit, self.data, fold)
+        scores = cm.scores([[*history] for history in histories])   # copies, as in `fitted`
         shape = (len(histories), len(self.popular))
         right = torch.is_tensor(scores) and scores.shape == shape and scores.is_floating_point()
         total = torch.tensor([len(history) < shape[1] for history in histories]).float()
         right = right and scores.min() >= 0                     # total: 1, or 0 if all are seen
         right = right and (scores.sum(1) - total).abs().max() < 1e-3
         if not right or scores[entries(histories)].any():
-            name = type(cm).__name__
             found = " ".join(str(scores).split())[:100]
-            raise InputError(f"{name}.scores has to return a tensor of floats {shape}, ≥ 0, 0 at "
-                             f"items of the history, each row of sum 1, not {found} …")
+            raise InputError(f"{type(cm).__name__}.scores has to return a tensor of floats {shape},"
+                             f" ≥ 0, 0 at items of the history, each row of sum 1, not {found} …")
         return scores.float()
 
     def scores(self, histories, users=None):
-        """(B, n). users: in training, whose histories these are; None: users to be served.
-        InputError if your own scores are not as ours."""
-        if users is None:
-            return self.checked(self.without(-1), histories)
+        """(B, n) ≥ 0, rows sum to 1. users: in training, whose histories these are; None: of users
+        to be served."""
+        folds = [-1] * len(histories)
+        if users is not None:
+            folds = [fold_of(self.data.train[user]) for user in users]
         scores = torch.empty(len(histories), len(self.popular))
-        folds = self.fold[users]
-        for fold in np.unique(folds).tolist():
-            rows = np.flatnonzero(folds == fold)
-            scores[rows] = self.checked(self.without(fold), [histories[row] for row in rows])
-        return scores
-
-@lru_cache(maxsize=8)                                           # all seeds have the same
-def folds_of(name, data, rank):
-    """The teacher with this name, fitted on training items, as Folds. rank: of SVD."""
-    check(name in TEACHERS, f"there is no teacher {name!r}; there are {', '.join(TEACHERS)}")
-    fit = TEACHERS[name]
-    if fit is SVD:
-        fit = partial(SVD, rank=rank)
-    if fit is Blend:
-        # Of all users, in each fold, too: so R knows a little of what a user logged later
-        features = item_features("mixed", data.texts, data.train, seed=0)
-        fit = partial(Blend, similar=similar_items(features), rank=rank)
-    return Folds(fit, data.train, len(data.titles))
-
-@dataclass
-class Debiased:
-    """A recommender whose scores are (score / popularity^δ)^sharp, ours. δ: what is shown more is
-    logged more. sharp: P learns few high scores more easily than many middling ones. An item's
-    popularity is its count + 1; in `SVD`, the length of its vector."""
-    cm: object              # has scores(histories, *users) and popular, (n,)
-    debias: float           # δ
-    sharp: float = 1.0
-
-    def scores(self, histories, *users):
-        """(B, n) ≥ 0, rows sum to 1; users, if given: as in Folds."""
-        scores = self.cm.scores(histories, *users)
-        powers = (scores / self.cm.popular ** self.debias) ** self.sharp
+        for fold in sorted({*folds}):
+            rows = np.flatnonzero(np.array(folds) == fold)
+            scores[rows] = self.fold_scores([histories[row] for row in rows], fold)
+        powers = (scores / self.popular ** self.debias) ** self.sharp
         total = powers.sum(1, keepdim=True)
         # Rows may be 0 only if all items are seen
         right = ((total > 0) & (total < torch.inf)) | ~scores.any(1, keepdim=True)

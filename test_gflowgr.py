@@ -35,7 +35,7 @@ import traceback
 import zipfile
 import zlib
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,7 +51,7 @@ import reward
 import tokenizer
 from data import InputError, figures, load_data, report
 from gflowgr import NEVER, Policy, RECIPES, Recipe, SAMPLERS, Setup, policy_draws, recipe_of
-from reward import SVD, TEACHERS, CollaborativeModel, Debiased, Folds, Reward, folds_of
+from reward import SVD, TEACHERS, CollaborativeModel, Reward, Teacher
 from tokenizer import SemanticIDs
 
 ROOT = Path(gflowgr.__file__).parent
@@ -720,9 +720,13 @@ def test_features_against_loops():
     for kind, log in logs.items():
         found = tokenizer.item_features(kind, texts, histories, seed=0)
         np.testing.assert_allclose(found @ found.T, text @ text.T + 4 * log @ log.T, atol=1e-4)
-    assert tokenizer.item_features("svd", texts, histories, 0, rank=2).shape == (7, 9)
+    some = [[user % 700] for user in range(1000)]
+    assert [tokenizer.item_vectors(some, n).shape[1] for n in (749, 750)] == [24, 25]   # n / 30
 
 # --- Traditional recommenders ---------------------------------------------------------------------
+def log_data(n=25):                           # equals itself alone, as a Dataset does
+    texts = [f"{'ab'[v % 2]} {'cde'[v % 3]} {'fghij'[v % 5]}" for v in range(n)]
+    return type("Data", (), dict(texts=texts, titles=texts, train=LOG))
 @pytest.fixture(scope="module")
 def vectors():                                # of LOG's items (25, 8), signs of columns aside
     x = np.zeros((31, 25), np.float32)
@@ -732,14 +736,15 @@ def vectors():                                # of LOG's items (25, 8), signs of
     return torch.tensor(np.linalg.svd(x)[2][:8].T)
 
 def test_svd_and_blend_against_loops(vectors):
-    texts = [f"{'ab'[v % 2]} {'cde'[v % 3]} {'fghij'[v % 5]}" for v in range(25)]
-    features = torch.tensor(tokenizer.item_features("mixed", texts, LOG, seed=0))
+    data = log_data()
+    features = torch.tensor(tokenizer.item_features("mixed", data.texts, LOG, seed=0))
     near = torch.cosine_similarity(features[:, None], features, dim=2).clamp(min=0) ** 3
     popular = torch.tensor([1.0 + sum(LOG, []).count(v) for v in range(25)])
     long = vectors.norm(dim=1).clamp(min=1e-4)
     users = [*USERS, list(range(23))]                           # 20 of them count
-    data = type("Data", (), dict(texts=texts, titles=texts, train=LOG))     # it has a hash
-    counts, svd, blend = [folds_of(name, data, 8).scores(users) for name in ("cm", "svd", "blend")]
+    counts, svd, blend = [Teacher(name, data).scores(users) for name in ("cm", "svd", "blend")]
+    of_8 = SVD(LOG, 25, rank=8).scores(users)
+    lengths = SVD(LOG, 25).vectors.norm(dim=1).clamp(min=1e-4)
     for user, history in enumerate(users):
         score = torch.zeros(25)
         similar = torch.zeros(25)
@@ -747,50 +752,49 @@ def test_svd_and_blend_against_loops(vectors):
             score += vectors @ vectors[j] / age ** 0.75
             if age <= 20:
                 similar += near[j] / age
-        close(svd[user], shares_loops(score, long, history), atol=1e-3)     # it is approximate
+        close(of_8[user], shares_loops(score, long, history), atol=1e-3)    # it is approximate
         both = (counts[user] * shares_loops(similar, popular, history)).sqrt()
-        alone = svd[user] / long.sqrt()
+        alone = svd[user] / lengths.sqrt()
         halves = [shares_loops(half, popular, history) for half in (both, alone)]
         close(blend[user], shares_loops(sum(halves), popular, history))
-    for cm in (folds_of("svd", data, 3).without(-1), folds_of("blend", data, 3).without(-1).svd):
-        assert cm.vectors.shape == (25, 3)
     rounded = reward.shares(torch.tensor([[9.0, 1e-7, 0]]), [[0]], torch.tensor([9.0, 1, 3]))
     close(rounded, torch.tensor([[0, 0.25, 0.75]]))             # 1e-7 counts as 0
     for row in near:
         row[row < row.sort().values[-4]] = 0                    # the four nearest alone
-    close(reward.similar_items(features.numpy(), most=4).to_dense(), near)
+    close(reward.similar_items(data, most=4).to_dense(), near)
 
 def test_seeds_share_teachers_data_do_not(tiny):
     one, other = prepared(*tiny), prepared(*tiny)
     shared = Setup(1, one.data, one.settings)
-    assert shared.cm_of(Recipe()).cm is one.cm_of(Recipe()).cm is not other.cm_of(Recipe()).cm
-    fewer = prepared(*tiny, "--rank=3")
-    assert fewer.cm_of(Recipe()).cm.without(-1).vectors.shape == (48, 3)
-    assert not fewer.ids.codes.equal(one.ids.codes)
+    first, second, third = [setup.cm_of(Recipe()).popular for setup in (one, shared, other)]
+    assert first is second is not third                         # of the recommender that is fitted
 
-def test_a_fold_does_not_know_its_users_and_who_is_served_gets_all():
-    folds = Folds(counted, LOG, 25, folds=4)
+def test_a_fold_does_not_know_its_users_and_who_is_served_gets_all(monkeypatch):
+    monkeypatch.setitem(TEACHERS, "counted", counted)
+    data = log_data()
+    teacher = Teacher("counted", data)
     past = [history[:2] for history in LOG]
-    found = folds.scores(past[::-1], range(len(LOG))[::-1]).flip(0)
-    whole, *parts = [folds.without(fold) for fold in range(-1, 4)]
+    found = teacher.scores(past[::-1], range(len(LOG))[::-1]).flip(0)
+    whole, *parts = [reward.fitted(counted, data, fold) for fold in range(-1, 20)]
     for user, history in enumerate(LOG):
         [one] = [cm for cm in parts if history not in cm.log]   # one of the fits
         close(found[user], one.scores([past[user]])[0])
     given = [history for cm in (whole, *parts) for history in cm.log]
     assert not {*map(id, given)} & {*map(id, LOG)}              # copies: a fit may change them
     whole = CollaborativeModel.fit(LOG, 25).scores(past)
-    close(folds.scores(past), whole)
+    close(teacher.scores(past), whole)
     assert ((found - whole).abs().amax(1) > 0.001).all()
 
-@pytest.mark.parametrize("fit", [CollaborativeModel.fit, SVD])
-def test_scores_are_divided_by_popularity_or_length_and_guide_beams(fit, vectors):
+@pytest.mark.parametrize("name", ["cm", "svd"])
+def test_scores_are_divided_by_popularity_or_length_and_guide_beams(name):
     popular = torch.tensor([1.0 + sum(LOG, []).count(v) for v in range(25)])
-    if fit == SVD:
-        popular = vectors.norm(dim=1).clamp(min=1e-4)
-    cm = Folds(fit, LOG, 25, folds=2)
+    if name == "svd":
+        popular = SVD(LOG, 25).vectors.norm(dim=1).clamp(min=1e-4)
+    data = log_data()
+    cm = Teacher(name, data)
     users = USERS[:3]
     wanted = (cm.scores(users) / popular ** 0.7) ** 3
-    close(Debiased(cm, 0.7, sharp=3.0).scores(users), wanted / wanted.sum(1, keepdim=True))
+    close(Teacher(name, data, 0.7, 3.0).scores(users), wanted / wanted.sum(1, keepdim=True))
     policy = made(25)
     policy.cm = cm
     for own, guide in ((None, cm.scores(users)), (wanted, wanted)):     # its CM, if no other
@@ -841,9 +845,8 @@ def test_a_distribution_has_no_dropout_and_sum_1():
 
 def test_a_list_ends_where_no_item_is_left():
     seen = list(range(24))
-    cm = CollaborativeModel.fit(TRAIN, 24, popularity=0.0)
-    for recommend in (made().recommend, partial(made().recommend, sample=1.0),
-                      Debiased(cm, 1.0).recommend):
+    cm = Teacher("cm", log_data(24))
+    for recommend in (made().recommend, partial(made().recommend, sample=1.0), cm.recommend):
         items, scores = recommend([seen, seen[1:], [0, 0, 3]], 24)
         assert (items >= 0).sum(1).tolist() == [0, 1, 22]
         assert scores.isfinite().equal(items >= 0)
@@ -924,8 +927,8 @@ def paths_by_hand(recipe, setup, models, user, past, items):    # {attribute of 
     after = setup.data.train[user][len(past):]
     codes = setup.ids.codes.tolist()
     log_pf, learned_flow = one_by_one(models[0], past)
-    teacher = setup.cm_of(recipe).cm
-    signal = teacher.scores([past], [user])[0] / teacher.without(-1).popular ** recipe.debias
+    teacher = setup.cm_of(replace(recipe, debias=0.0, sharp=1.0))
+    signal = teacher.scores([past], [user])[0] / teacher.popular ** recipe.debias
     signal = signal ** recipe.sharp
     alike = torch.tensor([sum(x == y for x, y in zip(row, codes[after[0]])) for row in codes])
     alike[past] = 0
@@ -1422,12 +1425,13 @@ def test_the_figures_on_the_pages_were_made_with_these_defaults():
     for data in ("toy", "real"):                                # "real" is no made-up world
         settings = gflowgr.parse([f"--data={data}"])
         made += [settings, *[recipe_of(name, settings) for name in (*RECIPES, "sft+cm")]]
-    for function in (CollaborativeModel.fit, Folds, Policy, Reward, TOY["write"],
-                     tokenizer.item_features, tokenizer.kmeans, Setup.policy):
+    for function in (CollaborativeModel.fit, Policy, Reward, Teacher, TOY["write"],
+                     tokenizer.item_vectors, tokenizer.item_features, tokenizer.kmeans,
+                     Setup.policy):
         made.append(inspect.signature(function))
     text = re.sub(" at 0x[0-9a-f]+", "", repr(made))
     checksum = zlib.crc32(text.encode())
-    assert checksum == 1926227861, "run the commands of the pages anew, then change this number"
+    assert checksum == 4044664838, "run the commands of the pages anew, then change this number"
 
 @pytest.mark.parametrize("page, pictures", [
     ("course", ["loop"]), ("results", ["diverse", "measures"])])

@@ -81,20 +81,20 @@ def ppmi(histories, num_items):
 
 def item_vectors(histories, num_items, rank=0):
     """(n, rank) vectors of items: U of X ≈ U diag(s) Vᵀ, where X[i, u] is 1 / count(i)^.25 if item
-    i is in history u, else 0. Rank 0: n / 30, at least 8."""
+    i is in history u, else 0. Rank 0: n / 30, at least 24."""
     users, items = entries(histories)                           # of each interaction
     values = np.bincount(items)[items] ** -0.25
     x = sparse((items, users), values.astype(np.float32), (num_items, len(histories)))
-    return leading_vectors(x, rank or max(8, num_items // 30), seed=0)
+    return leading_vectors(x, rank or max(24, num_items // 30), seed=0)
 
 def unit(rows):
     """Rows (n, d), divided by their lengths; those that are 0 stay 0."""
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.where(length > 1e-6, length, np.inf)
 
-def item_features(kind, texts, histories, seed, rank=0, dim=64):
+def item_features(kind, texts, histories, seed, dim=64):
     """(n, d): "content" is an item's text (TIGER). The log can be added (LETTER): "mixed" has its
-    neighbours there, "svd" its vector in a matrix factorisation of this rank.
+    neighbours there, "svd" its vector in a matrix factorisation.
     Pass training histories only: validation or test items would leak into every result."""
     text = unit(leading_vectors(tf_idf(texts), dim, seed, power=0.5))
     if kind == "content":
@@ -102,7 +102,7 @@ def item_features(kind, texts, histories, seed, rank=0, dim=64):
     if kind == "mixed":
         log = unit(leading_vectors(ppmi(histories, len(texts)), dim, seed, power=0.5))
     else:
-        log = unit(item_vectors(histories, len(texts), rank).astype(np.float64))
+        log = unit(item_vectors(histories, len(texts)).astype(np.float64))
     return np.hstack([text, 2 * log])                           # 2: it says more than a few words
 
 # --- Residual k-means -----------------------------------------------------------------------------

@@ -28,7 +28,6 @@ def plot_flows(path, codes, titles, panels):
     codes = np.asarray(codes)
     levels = codes.shape[1]
     target = np.asarray([*panels.values()][0])
-    chosen = target.argmax()
     keys = []                       # below a prefix, the branch with the largest share comes first
     prefixes = []                   # of each level: the prefix of each item, as a number (n,)
     for level in range(levels + 1):
@@ -42,20 +41,19 @@ def plot_flows(path, codes, titles, panels):
                 first = np.flatnonzero(np.diff(prefix[order], prepend=-1))
                 heights = np.add.reduceat(np.asarray(shares)[order], first)
                 bottoms = 1 - heights.cumsum()
-                for item, height, bottom in zip(order[first], heights, bottoms):
-                    if height < 0.005:
-                        continue
-                    color = ORANGE if prefix[item] == prefix[chosen] else BLUE
-                    axis.bar(level, height, 1, bottom, align="edge", color=color, edgecolor="white")
-                    if height < 0.035:                         # no room for text
-                        continue
-                    middle = bottom + height / 2
-                    code = codes[item, level - 1] if level else "all"
-                    axis.text(level + 0.5, middle, code, ha="center", va="center", color="white")
-                    if level == levels:
-                        label = f"{height:.0%} {titles[item][:24]}"
-                        axis.text(level + 1.1, middle, label, va="center", color=color)
+                large = heights > 0.005
+                items = order[first[large]]                    # one item below each prefix
+                colors = np.where(prefix[items] == prefix[target.argmax()], ORANGE, BLUE)
+                bars = axis.bar(level, heights[large], 1, bottoms[large], align="edge",
+                                color=colors, edgecolor="white")
+                room = heights[large] > 0.035                  # for text
+                names = codes[items, level - 1].astype(str) if level else "all"
+                axis.bar_label(bars, np.where(room, names, ""), label_type="center", color="white")
                 axis.text(level + 0.5, -0.05, f"code {level}" if level else "root", ha="center")
+            for bar, item, color in zip(bars, items, colors):  # of the last level
+                if bar.get_height() > 0.035:
+                    label = f"{bar.get_height():.0%} {titles[item][:24]}"
+                    axis.text(levels + 1.1, bar.get_center()[1], label, va="center", color=color)
             axis.set(title=title, xlim=(0, levels + 3.6), ylim=(0, 1))
             axis.axis("off")
 

@@ -85,9 +85,7 @@ def make_world(rng, items_per_theme=60, num_themes=12, quality=0.5):
 def write_csv(path, header, rows):
     """Write one CSV file; its lines end in a line feed on every system."""
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 def write(folder, num_users=700, items_per_theme=60, num_themes=12, seed=8, quality=0.5):
     """Write the three CSV files of a world (at most of this size) into `folder`."""
