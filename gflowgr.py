@@ -930,13 +930,13 @@ class Setup:
         return Policy(self.ids, settings.window, settings.width, settings.layers, dropout,
                       settings.beams, catalogue).to(settings.device)
 
-    def cm_of(self, recipe):
+    def teacher(self, recipe):
         """The teacher of a recipe, its scores as debias and sharp say."""
         return Teacher(recipe.teacher, self.data, recipe.debias, recipe.sharp)
 
     def reward(self, recipe):
         """The comprehensive reward of a recipe."""
-        return Reward(self.ids, self.cm_of(recipe), (recipe.w_a, recipe.w_y, recipe.w_s))
+        return Reward(self.ids, self.teacher(recipe), (recipe.w_a, recipe.w_y, recipe.w_s))
 
 def made_with(name, setup):
     """All inputs of a run that --resume compares, but code."""
@@ -981,7 +981,7 @@ def try_out(names, setup):
             check(torch.isfinite(loss), f"{name}: with an untrained policy, the loss is {loss}")
             loss.backward()
         elif "+cm" in name or name.partition(":")[0] in TEACHERS:
-            setup.cm_of(recipe).scores(setup.data.train[:2])
+            setup.teacher(recipe).scores(setup.data.train[:2])
 
 def run_method(name, setup):
     """Train and test one method with one seed → its entry of results.json["runs"]."""
@@ -1009,13 +1009,13 @@ def model_of(name, recipe, setup):
     """Train a method, or put it together → its model, with recommend(histories), and its curve."""
     base = name.partition(":")[0]
     if base in TEACHERS:
-        return setup.cm_of(recipe), []
+        return setup.teacher(recipe), []
     if base.endswith("+cm"):
         policy = setup.policy(base.removesuffix("+cm"))
         policy.catalogue["guide"] = {"data": setup.data.sizes, "teacher": recipe.teacher,
                                      "debias": recipe.debias, "sharp": recipe.sharp}
         save_policy(policy, setup.folder(name))
-        policy.cm = setup.cm_of(recipe)
+        policy.cm = setup.teacher(recipe)
         return policy, []
     policy = setup.policy("" if base == "sft" else "sft", recipe.dropout)
     curve = train(name, recipe, policy, setup)

@@ -766,7 +766,7 @@ def test_svd_and_blend_against_loops(vectors):
 def test_seeds_share_teachers_data_do_not(tiny):
     one, other = prepared(*tiny), prepared(*tiny)
     shared = Setup(1, one.data, one.settings)
-    first, second, third = [setup.cm_of(Recipe()).popular for setup in (one, shared, other)]
+    first, second, third = [setup.teacher(Recipe()).popular for setup in (one, shared, other)]
     assert first is second is not third                         # of the recommender that is fitted
 
 def test_a_fold_does_not_know_its_users_and_who_is_served_gets_all(monkeypatch):
@@ -927,7 +927,7 @@ def paths_by_hand(recipe, setup, models, user, past, items):    # {attribute of 
     after = setup.data.train[user][len(past):]
     codes = setup.ids.codes.tolist()
     log_pf, learned_flow = one_by_one(models[0], past)
-    teacher = setup.cm_of(replace(recipe, debias=0.0, sharp=1.0))
+    teacher = setup.teacher(replace(recipe, debias=0.0, sharp=1.0))
     signal = teacher.scores([past], [user])[0] / teacher.popular ** recipe.debias
     signal = signal ** recipe.sharp
     alike = torch.tensor([sum(x == y for x, y in zip(row, codes[after[0]])) for row in codes])
