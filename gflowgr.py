@@ -191,7 +191,8 @@ class Paths:
         with torch.no_grad():
             return self.reference(self.batch.packed, self.items)[0].sum(-1)
 
-# What each method changes in Recipe; p: a Paths. How the numbers were chosen: data/log.md
+# What each method changes in Recipe; p: a Paths. How the numbers were chosen: data/log.md. The
+# paper's L_GFN reads v, too; ours does not, but for `paper`: R is high there, P would stay with v
 TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))    # Z: exact, or learned
 PAPER = dict(TB, sampler="curriculum", trajectories=3, exact=False, dropout=0.4)
 RECIPES = {
@@ -212,9 +213,8 @@ def loss_of(recipe, policy, reference, batch, progress):
         log_steps, *_ = policy(batch.packed, batch.positives[:, None])             # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
     # The N items of each context, (C, N). They may come from anywhere (off-policy): at P = R/Z, TB
-    # is 0 on every path. But users with the same U have different v, so different R, and one P. On
-    # items from P, each user pulls P with twice the gradient of KL(P ‖ R/Z). The mean of these KL
-    # is least where P is the geometric mean of the users' R, scaled to sum 1: near there, P ends
+    # is 0 on every path. But users with the same U have different v, so different R, and one P;
+    # where it ends is a question of data/course.md, lesson 3
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
@@ -322,7 +322,7 @@ SAMPLERS = {sampler.__name__: sampler for sampler in (
 
 # --- The policy: P_F(next code | user, codes so far) ----------------------------------------------
 class Policy(torch.nn.Module):
-    """A small GPT-2 that reads a history and writes a semantic ID, plus the table of IDs.
+    """A small GPT-2, ours, that reads a history and writes a semantic ID, plus the table of IDs.
     Tokens: code c of level l is l·K + c; L·K is <user>, which begins each row, and pads it. An item
     i of a history is one token, L·K + 1 + i (ours: its L codes would take L tokens).
     Letters in shapes: H tokens of a history, d width of the model, W beams of a user."""
@@ -452,7 +452,7 @@ def sdpo_of(p):
     again[:, 0] = False
     return sdpo(p.log_pf.masked_fill(again, NEVER), p.log_ref, p.recipe.beta)
 
-SDPO = dict(loss=sdpo_of, trajectories=7)
+SDPO = dict(loss=sdpo_of, trajectories=7)      # the paper: three rejected items, β .1
 RECIPES |= {
     # Ours: TB, but a few paths with R far from P cannot outweigh all others. Mean of
     # h(log Z(U) + log P − log R): h(x) = x²/2 up to 1 nat, |x| − 1/2 beyond

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from data import InputError, check
 # entries(lists): rows and columns of all their items in a matrix; sparse(index, values, shape): a
-# matrix; followers: which item soon follows which; item_vectors: an SVD of the log
+# matrix; followers: which item soon follows which; item_features, item_vectors: of text and log
 from tokenizer import entries, followers, item_features, item_vectors, sparse
 
 warnings.filterwarnings("ignore", message="Sparse CSR")         # torch calls its sparse CSR "beta"
@@ -45,16 +45,16 @@ def shares(scores, histories, popular, s=0.001):
     return (1 - s) * scores + s * popular
 
 class CollaborativeModel:
-    """Counts of which item follows which: CM(U, v) ∝ Σ_j .6^(age(j) − 1) · near[j, v] over the
-    last ten items j, age 1: the newest, plus a little popularity. near[j, v]: how often v soon
-    follows j, or, at a quarter of the weight, goes before it. In the log 0 1 2, near[0] is 0, 1,
-    .8: after 0, the scores of 1 and 2 are 1 : .8."""
+    """Counts of which item follows which: CM(U, i) ∝ Σ_j .6^(age(j) − 1) · near[j, i] over the
+    last ten items j, age 1: the newest, plus a little popularity. near[j, i]: how often i soon
+    follows j, or, at a quarter of the weight, goes before it, divided by √count(j). In the log
+    0 1 2, near[0] is 0, 1, .8: after 0, the scores of 1 and 2 are 1 : .8."""
     @classmethod
     def fit(cls, histories, num_items, popularity=0.05):
         """A fitted model. Constants: chosen on validation items of MovieLens and Beauty."""
         cm = cls()
-        # near[j, v] = (forward[j, v] + .25 · forward[v, j]) / √count(j), where
-        # forward[j, v] = Σ .8^(d − 1), a term each time v stands d ≤ 5 places after j
+        # near[j, i] = (forward[j, i] + .25 · forward[i, j]) / √count(j), where
+        # forward[j, i] = Σ .8^(d − 1), a term each time i stands d ≤ 5 places after j
         forward = followers(histories, num_items, window=5, decay=0.8)  # sparse (n, n)
         both = (forward + 0.25 * forward.T).coalesce()
         count = torch.tensor(np.bincount(entries(histories)[1], minlength=num_items)).double()
@@ -131,8 +131,8 @@ class Teacher:
     """A recommender of TEACHERS whose scores are (score / popularity^δ)^sharp, ours. δ: what is
     shown more is logged more. sharp: P learns few high scores more easily than many middling ones.
     In training, a user's scores come from one that was fitted on the other folds: it does not know
-    what the user logged later. An item's popularity is its count + 1; in `SVD`, the length of its
-    vector."""
+    what the user logged later (but for `similar_items`). An item's popularity is its count + 1; in
+    `SVD`, the length of its vector."""
     def __init__(self, name, data, debias=0.0, sharp=1.0):
         check(name in TEACHERS, f"there is no teacher {name!r}; there are {', '.join(TEACHERS)}")
         self.fit = TEACHERS[name]
@@ -186,9 +186,8 @@ class Teacher:
 class Reward:
     """The comprehensive reward R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/m of the m unseen
     items; R of an item of the history is 0. Each signal sums to 1 over the unseen items (r_a to .1
-    where v was only clicked), so the heuristic weights are shares of Z. The paper's signals are
-    not scaled: 10 for v, a score, and the number of equal codes, whose sum over all items would
-    be far more than 10."""
+    where v was only clicked), so the heuristic weights are shares of Z. In the paper, r_a is 10
+    at v, and r_s the number of equal codes, whose sum over all items would be far more."""
     ids: object             # SemanticIDs
     teacher: object         # has scores(histories, users)
     weights: tuple          # w_a, w_ŷ, w_s

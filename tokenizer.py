@@ -6,7 +6,8 @@ By hand: three items with one feature each, 0, 1 and 10; L = 2 codes, K = 2.
     residuals, item − centroid       −0.5, 0.5, 0
     two centroids, −0.5 and 0.25, the mean of 0.5 and 0: second codes 0, 1, 1
 IDs (0, 0), (0, 1), (1, 1): all differ, and similar items begin alike. The paper's IDs, TIGER and
-LETTER, come from a trained network (RQ-VAE). Letters: n items, L levels, K codes, M prefixes.
+LETTER, come from a trained network (RQ-VAE). Letters: n items, L levels, K codes, M prefixes, B
+users or C contexts.
 """
 import re
 from itertools import chain
