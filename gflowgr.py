@@ -805,7 +805,6 @@ def recipe_of(name, settings):
         NAME:field=value            the name itself, as in tb:epochs=4"""
     base, *changes = name.split(":")
     real = real_of(settings.data)
-    common = real.get("Recipe", {})
     own = RECIPES.get(base, {})
     check(isinstance(own, dict), f"RECIPES[{base!r}] is a {type(own).__name__}, no dict")
     plain = ["rate", "dropout", "epochs"]                       # SFT has no other fields
@@ -814,26 +813,25 @@ def recipe_of(name, settings):
         used, fields, flag = ["debias"], dict(teacher=base, debias=0.0, sharp=1.0), ""
     elif "+cm" in base:
         used = ["teacher", "debias", "sharp"]
-        fields, flag = common | dict(sharp=9.0), settings.recipe
+        fields, flag = real.get("Recipe", {}) | dict(sharp=9.0), settings.recipe
     elif base == "sft":
         used, fields, flag = plain, own, settings.sft
     else:
         used = FIELDS if "loss" in own else plain
-        fields, flag = common | own, settings.recipe
+        fields, flag = real.get("Recipe", {}) | own, settings.recipe
     fields = fields | real.get(base, {})
     asked = changes + settings.sft.split(":") if base == "sft" else changes
     named = [change.partition("=")[0] for change in asked if change]
     odd = [what for what in (*named, *own.keys() - {"loss"}) if what not in used]
     check(not odd, f"{name}: of {base}, one can change {', '.join(used)}, not {odd}")
-    parser = HfArgumentParser(Recipe, allow_abbrev=False, add_help=False)
+    parser = HfArgumentParser(Recipe, allow_abbrev=False, add_help=False)  # it checks all values
     parser.set_defaults(loss=fields.pop("loss", None))
     parser.error = lambda message: check(False, f"{name}: {message}; fields are {[*FIELDS]}")
     changes = [f"{what}={value}" for what, value in fields.items()] + flag.split(":") + changes
     recipe = Recipe(**vars(parser.parse_args([f"--{change}" for change in changes if change])))
     check_numbers(f"{name}: ", recipe)
     for what, there in {"sampler": SAMPLERS, "teacher": TEACHERS}.items():
-        known = getattr(recipe, what) in there
-        check(known, f"{name}: {what} has to be one of {', '.join(there)}")
+        check(getattr(recipe, what) in there, f"{name}: {what} has to be one of {[*there]}")
     compares = base in ("grpo", "vargrad")
     check(recipe.trajectories > 1 or not compares, f"{name}: it compares paths: trajectories > 1")
     return recipe

@@ -1467,7 +1467,7 @@ def test_scripts_on_the_pages_in_short(page, pictures, by_itself, monkeypatch):
     ("--codes 65537 is out of range", "--codes=65537"),
     ("--oracle sft", "--oracle=sft"),
     ("there is no ''; there are pop, ", "--methods=tb,"),
-    ("tb:sampler=x: sampler has to be one of session, ", "--data=nowhere --methods=tb:sampler=x"),
+    ("tb:sampler=x: sampler has to be one of ['session', ", "--data=nowhere --methods=tb:sampler=x"),
     ("fields are ['gr', 'lam', 'sampler', ", "--recipe=loss=x"),
     ("of tb, one can change gr, lam, ", "--methods=tb:loss=x"),
     ("of sft, one can change rate, dropout, epochs, not ['lam']", "--methods=sft:lam=3"),

@@ -72,8 +72,7 @@ def _read_users(path, index):
     return kept
 
 def load_data(name, quick=False):
-    """The Dataset of "toy", "beauty", a folder, or "ml-100k" (fetched once, or raises OSError);
-    quick: of at most 100 users, evenly spread."""
+    """The Dataset of a folder or name (OSError: no download); quick: of at most 100 users."""
     named = name in ("toy", "ml-100k", "beauty")
     folder = Path(__file__).parent / name if named else Path(name)
     if name == "ml-100k":
