@@ -5,9 +5,8 @@ By hand: three items with one feature each, 0, 1 and 10; L = 2 codes, K = 2.
     two centroids, 0.5 and 10        first codes 0, 0, 1: each item's nearest centroid
     residuals, item − centroid       −0.5, 0.5, 0
     two centroids, −0.5 and 0.25, the mean of 0.5 and 0: second codes 0, 1, 1
-IDs (0, 0), (0, 1), (1, 1): all differ, and similar items begin alike. The paper's IDs, TIGER and
-LETTER, come from a trained network (RQ-VAE). Letters: n items, L levels, K codes, M prefixes, B
-users or C contexts.
+IDs (0, 0), (0, 1), (1, 1): all differ, similar items begin alike. The paper's IDs (TIGER, LETTER)
+come from a trained network. Letters: n items, L levels, K codes, M prefixes, C contexts, B users.
 """
 import re
 from itertools import chain
@@ -17,6 +16,123 @@ import torch
 from tqdm import tqdm
 
 from data import check
+
+class SemanticIDs(torch.nn.Module):
+    """The table item ↔ semantic ID, and the tree of its prefixes. A Module, so that .to() moves it.
+    A node of the tree is a number: 0 is the root, 1 … M−1 are the other prefixes, level by level,
+    M + i is item i. With the three IDs above, M = 3: (), (0), (1).
+    nodes (n, L + 1)        [[0, 1, 3], [0, 1, 4], [0, 2, 5]]: from the root to each item
+    next_node (M + 1, K)    [[1, 2], [3, 4], [−1, 5], [−1, −1]]: where each code leads, or −1
+    Index −1 reads the last row of next_node, all −1: a walk that left the tree stays outside."""
+    def __init__(self, codes, num_codes):
+        codes = np.asarray(codes)
+        right = codes.ndim == 2 and codes.dtype.kind in "iu" and 0 <= codes.min()
+        right = right and codes.max() < num_codes and len(np.unique(codes, axis=0)) == len(codes)
+        check(right, f"IDs: (n, L) integers from 0 to {num_codes - 1}, all rows different")
+        super().__init__()
+        self.num_codes = int(num_codes)
+        self.num_levels = codes.shape[1]
+        nodes = []                                              # of all items, level by level
+        count = 0                                               # nodes so far
+        for level in range(self.num_levels):
+            prefixes, which = np.unique(codes[:, :level], axis=0, return_inverse=True)
+            nodes.append(count + which)                         # which (n,): of these prefixes
+            count += len(prefixes)
+        self.num_prefixes = count                               # M
+        nodes = np.stack([*nodes, count + np.arange(len(codes))], 1)    # (n, L + 1), items last
+        check(count * num_codes < 2 ** 28, f"a tree of {count} prefixes · {num_codes} codes is too "
+              "large for the memory; use fewer codes")
+        next_node = np.full((count + 1, num_codes), -1, np.int64)
+        next_node[nodes[:, :-1], codes] = nodes[:, 1:]          # code c_l leads from s_{l-1} to s_l
+        for name, table in {"codes": codes, "next_node": next_node, "nodes": nodes}.items():
+            self.register_buffer(name, torch.tensor(table, dtype=torch.long), persistent=False)
+
+    @classmethod
+    def fit(cls, features, num_codes, num_levels=3, seed=0):
+        """Residual k-means of features (n, d); same seed, same IDs; InputError for n > K^L."""
+        residual = np.array(features, np.float64)
+        check(len(residual) <= num_codes ** num_levels, f"{len(residual)} items do not fit into "
+              f"{num_codes}^{num_levels} IDs; raise --codes")
+        check(len(residual) * num_codes < 2 ** 28, f"{len(residual)} items · {num_codes} codes are "
+              "too many for the memory; lower --codes")
+        rng = np.random.default_rng(seed)
+        codes = np.zeros((len(residual), 0), np.int64)          # those of the levels so far
+        for level in range(num_levels):
+            _, parent = np.unique(codes, axis=0, return_inverse=True)       # (n,) a number of them
+            centroids = kmeans(residual, num_codes, rng)
+            capacity = num_codes ** (num_levels - 1 - level)    # IDs below level + 1 codes
+            code = assign_with_capacity(squared_distances(residual, centroids), parent, capacity)
+            residual = residual - centroids[code]
+            codes = np.column_stack([codes, code])
+        return cls(codes, num_codes)
+
+    def flows(self, values):
+        """Exact flow F(s) of every node: Σ of values (C, n), such as R, over the items below it;
+        Z at node 0. In the example above, [.5, .2, .3] → [1, .7, .3, .5, .2, .3]: of the root, of
+        the prefixes (0) and (1), of the items."""
+        flow = values.new_zeros(self.num_prefixes, len(values))
+        items = values.T.contiguous()                           # (n, C): rows are faster to add
+        for level in range(self.num_levels):
+            flow.index_add_(0, self.nodes[:, level], items)
+        return torch.cat([flow, items]).T                       # (C, M + n)
+
+    def unseen(self, histories):
+        """(B, M + n) bool: is any item below this node not in the history? Used by P, R and beams.
+        Ours: in the paper, P is over all items, seen ones included. In the example, if item 2 was
+        seen, it and its prefix (1) are False, nodes 5 and 2."""
+        left = torch.ones(len(histories), len(self.codes), device=self.codes.device)
+        left[entries(histories, len(self.codes))] = 0
+        return self.flows(left) > 0                             # flow: number of unseen items below
+
+    def legal_children(self, nodes, unseen):
+        """Where each code leads from nodes (B, …): nodes (B, …, K), −1 if to no unseen item;
+        unseen (B, M + n). In the example, if item 0 was seen, from prefix (0), node 1, to [−1, 4]:
+        code 1 alone is legal, and leads to item 1."""
+        child = self.next_node[nodes]                           # (B, …, K)
+        # Where child is −1, `at` reads node 0, but −1 is −1 either way
+        return child.where(at(unseen, child), -1)
+
+def at(table, nodes):
+    """What a table (B, M + n) has at nodes (B, …); node −1 reads node 0."""
+    return table.gather(1, nodes.clamp(min=0).flatten(1)).view_as(nodes)
+
+# --- Residual k-means -----------------------------------------------------------------------------
+def squared_distances(points, centroids):
+    """(n, k) of points (n, d) and centroids (k, d): |p − c|² = |p|² − 2 p·c + |c|²."""
+    cross = points @ centroids.T
+    return np.maximum((points ** 2).sum(1)[:, None] - 2 * cross + (centroids ** 2).sum(1), 0)
+
+def kmeans(points, k, rng, steps=20):
+    """(k, d) centroids of points (n, d): k-means++ seeds, then Lloyd's steps."""
+    centroids = np.empty((k, points.shape[1]))
+    cost = np.full(len(points), np.inf)                         # squared distance to the nearest
+    for j in tqdm(range(k), "k-means++ seeds", disable=None, leave=False):
+        p = cost / cost.sum() if j and cost.sum() > 0 else None     # None: any point
+        centroids[j] = points[rng.choice(len(points), p=p)]
+        cost = np.minimum(cost, ((points - centroids[j]) ** 2).sum(1))
+    for _ in tqdm(range(steps), "k-means steps", disable=None, leave=False):
+        nearest = squared_distances(points, centroids).argmin(1)                        # (n,)
+        count = np.bincount(nearest, minlength=k)[:, None]                              # (k, 1)
+        total = np.stack([np.bincount(nearest, column, k) for column in points.T], 1)   # (k, d)
+        centroids = np.where(count > 0, total / np.maximum(count, 1), centroids)        # means
+    return centroids
+
+def assign_with_capacity(cost, parent, capacity):
+    """Give each item its cheapest code, but at most `capacity` items to a cell (parent, code): no
+    more than there are IDs below these codes, so that all IDs differ.
+    Every item asks for the cheapest code that has not refused it. A cell keeps its `capacity`
+    cheapest items and refuses the others for good. Repeat until no item is refused.
+    cost (n, K), overwritten; parent (n,), a number for the item's codes so far → codes (n,)."""
+    items = np.arange(len(cost))
+    while True:
+        code = cost.argmin(1)
+        cell = parent * cost.shape[1] + code
+        order = np.lexsort((cost[items, code], cell))           # by cell, the cheapest first
+        first = np.searchsorted(cell[order], cell[order])       # the place where its cell begins
+        refused = order[np.arange(len(order)) - first >= capacity]
+        if not len(refused):
+            return code
+        cost[refused, code[refused]] = np.inf
 
 # --- Features of items: vectors of their text and of the log --------------------------------------
 def entries(lists, num_items=np.inf):
@@ -105,120 +221,3 @@ def item_features(kind, texts, histories, seed, dim=64):
     else:
         log = unit(item_vectors(histories, len(texts)).astype(np.float64))
     return np.hstack([text, 2 * log])                           # 2: it says more than a few words
-
-# --- Residual k-means -----------------------------------------------------------------------------
-def squared_distances(points, centroids):
-    """(n, k) of points (n, d) and centroids (k, d): |p − c|² = |p|² − 2 p·c + |c|²."""
-    cross = points @ centroids.T
-    return np.maximum((points ** 2).sum(1)[:, None] - 2 * cross + (centroids ** 2).sum(1), 0)
-
-def kmeans(points, k, rng, steps=20):
-    """(k, d) centroids of points (n, d): k-means++ seeds, then Lloyd's steps."""
-    centroids = np.empty((k, points.shape[1]))
-    cost = np.full(len(points), np.inf)                         # squared distance to the nearest
-    for j in tqdm(range(k), "k-means++ seeds", disable=None, leave=False):
-        p = cost / cost.sum() if j and cost.sum() > 0 else None     # None: any point
-        centroids[j] = points[rng.choice(len(points), p=p)]
-        cost = np.minimum(cost, ((points - centroids[j]) ** 2).sum(1))
-    for _ in tqdm(range(steps), "k-means steps", disable=None, leave=False):
-        nearest = squared_distances(points, centroids).argmin(1)                        # (n,)
-        count = np.bincount(nearest, minlength=k)[:, None]                              # (k, 1)
-        total = np.stack([np.bincount(nearest, column, k) for column in points.T], 1)   # (k, d)
-        centroids = np.where(count > 0, total / np.maximum(count, 1), centroids)        # means
-    return centroids
-
-def assign_with_capacity(cost, parent, capacity):
-    """Give each item its cheapest code, but at most `capacity` items to a cell (parent, code): no
-    more than there are IDs below these codes, so that all IDs differ.
-    Every item asks for the cheapest code that has not refused it. A cell keeps its `capacity`
-    cheapest items and refuses the others for good. Repeat until no item is refused.
-    cost (n, K), overwritten; parent (n,), a number for the item's codes so far → codes (n,)."""
-    items = np.arange(len(cost))
-    while True:
-        code = cost.argmin(1)
-        cell = parent * cost.shape[1] + code
-        order = np.lexsort((cost[items, code], cell))           # by cell, the cheapest first
-        first = np.searchsorted(cell[order], cell[order])       # the place where its cell begins
-        refused = order[np.arange(len(order)) - first >= capacity]
-        if not len(refused):
-            return code
-        cost[refused, code[refused]] = np.inf
-
-class SemanticIDs(torch.nn.Module):
-    """The table item ↔ semantic ID, and the tree of its prefixes. A Module, so that .to() moves it.
-    A node of the tree is a number: 0 is the root, 1 … M−1 are the other prefixes, level by level,
-    M + i is item i. Three items with codes (0, 0), (0, 1), (1, 1) have M = 3: (), (0), (1).
-    nodes (n, L + 1)        [[0, 1, 3], [0, 1, 4], [0, 2, 5]]: from the root to each item
-    next_node (M + 1, K)    [[1, 2], [3, 4], [−1, 5], [−1, −1]]: where each code leads, or −1
-    Index −1 reads the last row of next_node, all −1: a walk that left the tree stays outside."""
-    def __init__(self, codes, num_codes):
-        codes = np.asarray(codes)
-        right = codes.ndim == 2 and codes.dtype.kind in "iu" and 0 <= codes.min()
-        right = right and codes.max() < num_codes and len(np.unique(codes, axis=0)) == len(codes)
-        check(right, f"IDs: (n, L) integers from 0 to {num_codes - 1}, all rows different")
-        super().__init__()
-        self.num_codes = int(num_codes)
-        self.num_levels = codes.shape[1]
-        nodes = []                                              # of all items, level by level
-        count = 0                                               # nodes so far
-        for level in range(self.num_levels):
-            prefixes, which = np.unique(codes[:, :level], axis=0, return_inverse=True)
-            nodes.append(count + which)                         # which (n,): of these prefixes
-            count += len(prefixes)
-        self.num_prefixes = count                               # M
-        nodes = np.stack([*nodes, count + np.arange(len(codes))], 1)    # (n, L + 1), items last
-        check(count * num_codes < 2 ** 28, f"a tree of {count} prefixes · {num_codes} codes is too "
-              "large for the memory; use fewer codes")
-        next_node = np.full((count + 1, num_codes), -1, np.int64)
-        next_node[nodes[:, :-1], codes] = nodes[:, 1:]          # code c_l leads from s_{l-1} to s_l
-        for name, table in {"codes": codes, "next_node": next_node, "nodes": nodes}.items():
-            self.register_buffer(name, torch.tensor(table, dtype=torch.long), persistent=False)
-
-    @classmethod
-    def fit(cls, features, num_codes, num_levels=3, seed=0):
-        """Residual k-means of features (n, d); same seed, same IDs; InputError for n > K^L."""
-        residual = np.array(features, np.float64)
-        check(len(residual) <= num_codes ** num_levels, f"{len(residual)} items do not fit into "
-              f"{num_codes}^{num_levels} IDs; raise --codes")
-        check(len(residual) * num_codes < 2 ** 28, f"{len(residual)} items · {num_codes} codes are "
-              "too many for the memory; lower --codes")
-        rng = np.random.default_rng(seed)
-        codes = np.zeros((len(residual), 0), np.int64)          # those of the levels so far
-        for level in range(num_levels):
-            _, parent = np.unique(codes, axis=0, return_inverse=True)       # (n,) a number of them
-            centroids = kmeans(residual, num_codes, rng)
-            capacity = num_codes ** (num_levels - 1 - level)    # IDs below level + 1 codes
-            code = assign_with_capacity(squared_distances(residual, centroids), parent, capacity)
-            residual = residual - centroids[code]
-            codes = np.column_stack([codes, code])
-        return cls(codes, num_codes)
-
-    def flows(self, values):
-        """Exact flow F(s) of every node: Σ of values (C, n), such as R, over the items below it;
-        Z at node 0. In the example above, [.5, .2, .3] → [1, .7, .3, .5, .2, .3]: of the root, of
-        the prefixes (0) and (1), of the items."""
-        flow = values.new_zeros(self.num_prefixes, len(values))
-        items = values.T.contiguous()                           # (n, C): rows are faster to add
-        for level in range(self.num_levels):
-            flow.index_add_(0, self.nodes[:, level], items)
-        return torch.cat([flow, items]).T                       # (C, M + n)
-
-    def unseen(self, histories):
-        """(B, M + n) bool: is any item below this node not in the history? Used by P, R and beams.
-        Ours: in the paper, P is over all items, seen ones included. In the example, if item 2 was
-        seen, it and its prefix (1) are False, nodes 5 and 2."""
-        left = torch.ones(len(histories), len(self.codes), device=self.codes.device)
-        left[entries(histories, len(self.codes))] = 0
-        return self.flows(left) > 0                             # flow: number of unseen items below
-
-    def legal_children(self, nodes, unseen):
-        """Where each code leads from nodes (B, …): nodes (B, …, K), −1 if to no unseen item;
-        unseen (B, M + n). In the example, if item 0 was seen, from prefix (0), node 1, to [−1, 4]:
-        code 1 alone is legal, and leads to item 1."""
-        child = self.next_node[nodes]                           # (B, …, K)
-        # Where child is −1, `at` reads node 0, but −1 is −1 either way
-        return child.where(at(unseen, child), -1)
-
-def at(table, nodes):
-    """What a table (B, M + n) has at nodes (B, …); node −1 reads node 0."""
-    return table.gather(1, nodes.clamp(min=0).flatten(1)).view_as(nodes)
