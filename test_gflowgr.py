@@ -34,7 +34,7 @@ import timeit
 import traceback
 import zipfile
 import zlib
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from pytest import approx
 
 import data as folder_of_data
@@ -758,6 +759,7 @@ def test_svd_and_blend_against_loops(vectors):
         alone = svd[user] / lengths.sqrt()
         halves = [shares_loops(half, popular, history) for half in (both, alone)]
         close(blend[user], shares_loops(sum(halves), popular, history))
+    assert SVD(LOG, 25).vectors.shape == (25, 24)
     rounded = reward.shares(torch.tensor([[9.0, 1e-7, 0]]), [[0]], torch.tensor([9.0, 1, 3]))
     close(rounded, torch.tensor([[0, 0.25, 0.75]]))             # 1e-7 counts as 0
     for row in near:
@@ -1151,6 +1153,26 @@ def test_trajectory_balance_reaches_the_reward(method, tmp_path, monkeypatch):
     [[*_, panels]] = drawn
     np.testing.assert_allclose(*panels.values(), atol=0.02)
 
+def test_flows_are_drawn_as_bars_with_codes_and_titles(monkeypatch):
+    axes = [*Figure().subplots(1, 2)]
+    monkeypatch.setattr(figures, "picture", lambda *sizes: nullcontext(axes))
+    panels = {"R/Z": [0.5, 0.2, 0.3], "P": [0.02, 0.004, 0.976]}
+    figures.plot_flows("path", [[0, 0], [0, 1], [1, 1]], ["Ash", "Bay", "Cat"], panels)
+    names = "root", "code 1", "code 2"
+    for axis, title, bars, texts in zip(axes, panels, (
+            # (level, from, height) of the root, of (0) and (1), of the items
+            [(0, 0, 1), (1, 0.3, 0.7), (1, 0, 0.3), (2, 0.5, 0.5), (2, 0.3, 0.2), (2, 0, 0.3)],
+            [(0, 0, 1), (1, 0.976, 0.024), (1, 0, 0.976), (2, 0.98, 0.02), (2, 0, 0.976)]), (
+            ["all", *"01", *"011", "50% Ash", "20% Bay", "30% Cat"], ["all", "1", "1", "98% Cat"])):
+        found = [(bar.get_x(), bar.get_y(), bar.get_height()) for bar in axis.patches]
+        np.testing.assert_allclose(found, bars, atol=1e-9)      # without Bay's .004
+        assert axis.get_title() == title
+        said = [text.get_text() for text in axis.texts if text.get_text()]
+        assert sorted(said) == sorted([*texts, *names])
+        colors = [bar.get_facecolor() for bar in axis.patches]  # that of the root leads to Ash
+        assert [color == colors[0] for color in colors] == [sum(bar[1:]) == 1 for bar in bars]
+        assert {bar.get_width() for bar in axis.patches} == {1}
+
 def test_exposure_of_several_users_by_hand():
     data = SimpleNamespace(titles=list("012345"), truth={
         "liked": [{0, 1, 2, 5}, {2, 3}, set(), {1, 2, 4}, {0}], "theme": list("bcdacb"),
@@ -1468,7 +1490,7 @@ def test_scripts_on_the_pages_in_short(page, pictures, by_itself, monkeypatch):
     ("--codes 65537 is out of range", "--codes=65537"),
     ("--oracle sft", "--oracle=sft"),
     ("there is no ''; there are pop, ", "--methods=tb,"),
-    ("tb:sampler=x: sampler has to be one of ['session', ", "--data=nowhere --methods=tb:sampler=x"),
+    ("tb:sampler=x: sampler has to be one of ['sess", "--data=nowhere --methods=tb:sampler=x"),
     ("fields are ['gr', 'lam', 'sampler', ", "--recipe=loss=x"),
     ("of tb, one can change gr, lam, ", "--methods=tb:loss=x"),
     ("of sft, one can change rate, dropout, epochs, not ['lam']", "--methods=sft:lam=3"),
