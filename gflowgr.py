@@ -192,7 +192,7 @@ class Paths:
             return self.reference(self.batch.packed, self.items)[0].sum(-1)
 
 # What each method changes in Recipe; p: a Paths. How the numbers were chosen: data/log.md. The
-# paper's L_GFN reads v, too; ours does not, but for `paper`: R is high there, P would stay with v
+# paper adds v to the items of L_GFN; here, `paper` does: R is high at v, so P stays near the log
 TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))    # Z: exact, or learned
 PAPER = dict(TB, sampler="curriculum", trajectories=3, exact=False, dropout=0.4)
 RECIPES = {
@@ -471,8 +471,8 @@ RECIPES |= {
 Packed = namedtuple("Packed", "tokens row_of ends unseen")
 
 def training_rows(histories, window):
-    """Rows in which every item is a target once, and sees the items before it: window/2 to
-    `window` of them, or all, if they are fewer."""
+    """Rows in which every item is a target once, and sees the items before it: more than window/2
+    of them, at most `window`, or all, if they are fewer."""
     for user, history in enumerate(histories):                  # in the example, cuts: 0 5 7 8
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
         for first, stop in zip(cuts, cuts[1:]):
@@ -568,8 +568,8 @@ class Beams:
 
     def children(self):
         """Of all beams: the nodes of all next codes, −1 if illegal; their log P_F (B, W, K). With a
-        guide, ours: log P_F + log(the guide's sum below the code / its sum below the beam). Over
-        the steps of a path, this adds up to log P + log guide of the item."""
+        guide, ours: log P_F + log(the guide's sum below the code / its sum below the beam; at the
+        root, 1). Over the steps of a path, this adds up to log P + log guide of the item."""
         K = self.ids.num_codes
         head = self.lm.wte.weight[self.level * K:(self.level + 1) * K]              # (K, d)
         child = self.ids.legal_children(self.node, self.unseen)                     # (B, W, K)
@@ -682,7 +682,7 @@ def distribution(policy, histories):
 transformers.utils.logging.disable_progress_bar()               # a small model is loaded at once
 
 def save_policy(policy, folder):
-    """Write a plain GPT-2 (config.json, model.safetensors), then semantic_ids.json."""
+    """Write a GPT-2 (config.json, model.safetensors; no flow head), then semantic_ids.json."""
     path = Path(folder) / "semantic_ids.json"
     path.unlink(missing_ok=True)        # load_model needs it, so it finds no half-written weights
     policy.lm.save_pretrained(folder)

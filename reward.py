@@ -28,7 +28,7 @@ class Reward:
     """The comprehensive reward R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/m of the m unseen
     items; R of an item of the history is 0. Each signal sums to 1 over the unseen items (r_a to .1
     where v was only clicked), so the heuristic weights are shares of Z. In the paper, r_a is 10
-    at v, and r_s the number of equal codes, whose sum over all items would be far more."""
+    at v, and r_s the number of equal codes; summed over all items, far more than 1."""
     ids: object             # SemanticIDs
     teacher: object         # has scores(histories, users)
     weights: tuple          # w_a, w_ŷ, w_s

@@ -820,7 +820,7 @@ def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
             v = batch.positives[c].item()
             read = tokens[row, :end + 1] - policy.user_token - 1    # −1: <user>
             assert read.tolist() == [-1, *past[len(past) - end:]]
-            assert min(len(past), max(1, window // 2)) <= end <= window
+            assert min(len(past), window // 2 + 1) <= end <= window
             assert batch.liked[c] == (v % 3 > 0)
             assert past + batch.following[c] == histories[batch.users[c]]
             assert batch.following[c][0] == v

@@ -150,8 +150,8 @@ def sparse(index, values, shape):
     return torch.sparse_coo_tensor(index, values, shape, check_invariants=False).coalesce()
 
 def leading_vectors(matrix, rank, seed, power=0.0):
-    """Singular value decomposition (SVD): a sparse matrix (n, m) ≈ U diag(s) Vᵀ with the `rank`
-    largest s, or with all, if there are fewer → U diag(s)^power (n, rank); power 0: U."""
+    """Singular value decomposition (SVD): a sparse matrix (n, m) ≈ A diag(s) Bᵀ with the `rank`
+    largest s, or with all, if there are fewer → A diag(s)^power (n, rank); power 0: A."""
     rank = min(rank, *matrix.shape)
     with torch.random.fork_rng(devices=[]):                     # no other random numbers change
         torch.manual_seed(seed)
@@ -197,7 +197,7 @@ def ppmi(histories, num_items):
     return sparse((a, b), ratio.log().clamp(min=0), near.shape).float()
 
 def item_vectors(histories, num_items, rank=0):
-    """(n, rank) vectors of items: U of X ≈ U diag(s) Vᵀ, where X[i, u] is 1 / count(i)^.25 if item
+    """(n, rank) vectors of items: A of X ≈ A diag(s) Bᵀ, where X[i, u] is 1 / count(i)^.25 if item
     i is in history u, else 0. Rank 0: 24, from 1,500 items on n / 30, as data/log.md found."""
     users, items = entries(histories)                           # of each interaction
     values = np.bincount(items)[items] ** -0.25
