@@ -653,6 +653,7 @@ def refused(message, *flags):                 # one line on stderr, exit status 
     status, _, err = cli(*flags)
     assert status == 2
     assert re.fullmatch(f"error: .*{re.escape(message)}.*\n", err), err
+    assert (".py, line" in err) == ("Error" in message)       # of own code
 
 @pytest.fixture
 def told(tmp_path):                           # refused before anything is written
@@ -1169,6 +1170,9 @@ def test_flows_are_drawn_as_bars_with_codes_and_titles(monkeypatch):
         assert axis.get_title() == title
         said = [text.get_text() for text in axis.texts if text.get_text()]
         assert sorted(said) == sorted([*texts, *names])
+        below = [text.get_text() for text in axis.texts if text.get_position()[1] < 0]
+        assert below == [*names]
+        assert axis.get_xlim()[1] > max(text.get_position()[0] for text in axis.texts) > 3
         colors = [bar.get_facecolor() for bar in axis.patches]  # that of the root leads to Ash
         assert [color == colors[0] for color in colors] == [sum(bar[1:]) == 1 for bar in bars]
         assert {bar.get_width() for bar in axis.patches} == {1}
