@@ -1068,6 +1068,11 @@ def test_changes_come_in_the_order_real_recipe_name(monkeypatch):
         assert recipe_of(name, settings) == Recipe(**{**own, **changes}), name
     assert gflowgr.parse(["--quick", "--recipe=epochs=3"]).recipe == "epochs=1:epochs=3"
 
+def test_guided_methods_need_their_policy_and_sft():
+    settings = gflowgr.parse(["--methods=tb+cm:debias=1,sft+cm,cm"])
+    names = ["sft", "tb", "tb+cm:debias=1", "sft+cm", "cm"]
+    assert gflowgr.check_settings(settings) == (names, [42])
+
 # --- Own code: a mistake is one line, status 2, nothing trained, nothing written ------------------
 def own(returned):                            # fit of a CM; returned: right scores → its scores
     def fit(histories, num_items):
@@ -1173,6 +1178,7 @@ def test_flows_are_drawn_as_bars_with_codes_and_titles(monkeypatch):
         below = [text.get_text() for text in axis.texts if text.get_position()[1] < 0]
         assert below == [*names]
         assert axis.get_xlim()[1] > max(text.get_position()[0] for text in axis.texts) > 3
+        assert axis.get_xlim()[0] == axis.get_ylim()[0] == 0
         colors = [bar.get_facecolor() for bar in axis.patches]  # that of the root leads to Ash
         assert [color == colors[0] for color in colors] == [sum(bar[1:]) == 1 for bar in bars]
         assert {bar.get_width() for bar in axis.patches} == {1}
@@ -1249,10 +1255,12 @@ def test_a_run_leaves_the_table_and_the_picture(finished, monkeypatch, tmp_path)
     assert (finished.out / "measures.png").read_bytes()[:4] == b"\x89PNG"
     drawn = {}                                # name at the end of a line: its points
     def annotate(axis, name, place, *_, **__):
+        drawn["axes"] = axis
         drawn[name] = [[*place]] + axis.lines[-1].get_xydata().tolist()
     monkeypatch.setattr("matplotlib.axes.Axes.annotate", annotate)
     about = {what: finished.results[what] for what in ("data", "settings", "versions")}
     report.finish(tmp_path, finished.runs, about, finished.data)
+    assert (drawn["axes"].get_xlabel(), drawn["axes"].get_ylabel()) == ("NDCG@10", "liked@10")
     summary = finished.results["summary"]
     base = summary["sft"]["ndcg@10"]["mean"]
     for method, metrics in summary.items():
@@ -1348,8 +1356,9 @@ def test_ids_from_a_file_and_devices(tmp_path, capsys):
     folder = folder_of(tmp_path)
     for a, b, c in (("70000,5", "9,0", "70001,0"), ("1,1", "0,0", "2,0")):      # no gaps
         (folder / "ids.csv").write_text(f"item_id,x,y\na,{a}\nb,{b}\nc,{c}\nd,{b}\nz,7,7\n")
-        codes = prepared(f"--data={folder}", f"--ids={folder / 'ids.csv'}").ids.codes.tolist()
-        assert codes == [[1, 1, 0], [0, 0, 0], [2, 0, 0], [0, 0, 1]]        # b and d had the same
+        ids = prepared(f"--data={folder}", f"--ids={folder / 'ids.csv'}").ids
+        assert ids.num_codes == 3                               # b and d had the same:
+        assert ids.codes.tolist() == [[1, 1, 0], [0, 0, 0], [2, 0, 0], [0, 0, 1]]
     assert "1 items have the ID of another" in capsys.readouterr().out
     setup = prepared("--data=toy")
     assert setup.ids.num_codes == 32                            # 720 / 24 = 30; a power of 2
