@@ -1229,6 +1229,7 @@ def test_every_run_counts_and_its_saved_model_serves_what_was_measured(finished)
     targets = torch.tensor([history[-2:] for history in finished.data.histories])
     for run in finished.runs:
         name = run["method"]
+        assert all(0 <= seconds < 600 for seconds in run["seconds"].values())
         lists = torch.tensor(run["lists"])
         expected = ndcg_loops(lists, targets[:, 1], 10)
         assert run["by_user"]["ndcg@10"] == approx(expected.tolist(), abs=1e-6)
