@@ -78,12 +78,10 @@ class Teacher:
     def scores(self, histories, users=None):
         """(B, n) ≥ 0, rows sum to 1. users: in training, whose histories these are; None: users to
         be served."""
-        folds = [-1] * len(histories)
-        if users is not None:
-            folds = [fold_of(self.data.train[user]) for user in users]
+        folds = np.full(len(histories), -1) if users is None else folds_of(self.data)[users]
         scores = torch.empty(len(histories), len(self.popular))
-        for fold in sorted({*folds}):
-            rows = np.flatnonzero(np.array(folds) == fold)
+        for fold in np.unique(folds).tolist():
+            rows = np.flatnonzero(folds == fold)
             scores[rows] = self.checked([histories[row] for row in rows], fold)
         powers = (scores / self.popular ** self.debias) ** self.sharp
         total = powers.sum(1, keepdim=True)
@@ -118,15 +116,16 @@ class Teacher:
 def fitted(fit, data, fold):
     """What fit makes of all training histories but those in a fold; −1: of all."""
     # Copies: the fit may be yours, and change them
-    others = [[*history] for history in data.train if fold_of(history) != fold]
+    others = [[*data.train[user]] for user in np.flatnonzero(folds_of(data) != fold)]
     if fit is Blend:
         fit = partial(Blend, similar=similar_items(data))
     return fit(others, len(data.titles))
 
-def fold_of(history):
-    """Which of 20 folds a user is in, by a checksum of all training items: those with the same ones
-    share a fold."""
-    return zlib.crc32(np.array(history, np.int64).tobytes()) % 20
+@lru_cache(maxsize=8)
+def folds_of(data):
+    """Which of 20 folds each user is in (users,), by a checksum of the user's training items: users
+    with the same ones share a fold."""
+    return np.array([zlib.crc32(np.array(items, np.int64).tobytes()) % 20 for items in data.train])
 
 # --- Recommenders ---------------------------------------------------------------------------------
 def weighted(table, histories, weight, length=10 ** 9):

@@ -847,9 +847,10 @@ def test_a_distribution_has_no_dropout_and_sum_1():
     close(found[0], found[1])
     close(found[0].sum(1), torch.ones(3))
 
-def test_a_list_ends_where_no_item_is_left():
+def test_a_list_ends_where_no_item_is_left(monkeypatch):
     seen = list(range(24))
-    cm = Teacher("cm", log_data(24))
+    monkeypatch.setitem(TEACHERS, "bare", partial(CollaborativeModel.fit, popularity=0.0))
+    cm = Teacher("bare", log_data(24), 1.0)
     for recommend in (made().recommend, partial(made().recommend, sample=1.0), cm.recommend):
         items, scores = recommend([seen, seen[1:], [0, 0, 3]], 24)
         assert (items >= 0).sum(1).tolist() == [0, 1, 22]
@@ -1504,7 +1505,8 @@ def test_scripts_on_the_pages_in_short(page, pictures, by_itself, monkeypatch):
     ("--codes 65537 is out of range", "--codes=65537"),
     ("--oracle sft", "--oracle=sft"),
     ("there is no ''; there are pop, ", "--methods=tb,"),
-    ("tb:sampler=x: sampler has to be one of ['sess", "--data=nowhere --methods=tb:sampler=x"),
+    ("tb:sampler=x: sampler has to be one of ['session', ",
+     "--data=nowhere --methods=tb:sampler=x"),
     ("fields are ['gr', 'lam', 'sampler', ", "--recipe=loss=x"),
     ("of tb, one can change gr, lam, ", "--methods=tb:loss=x"),
     ("of sft, one can change rate, dropout, epochs, not ['lam']", "--methods=sft:lam=3"),
