@@ -732,7 +732,7 @@ REAL = {                            # what real logs have instead of the made-up
 class Settings:
     """All settings, each a command-line flag. REAL changes some of the defaults."""
     data: str = HfArg(default="toy", help="toy, ml-100k, beauty, or a folder of two CSV files")
-    methods: str = HfArg(default="pop,cm,svd,svd:debias=.5,sft,tb,sft+cm",
+    methods: str = HfArg(default="pop,cm,svd,svd:debias=.5,squared,sft,tb,sft+cm",
                          help="comma-separated; with changes: tb:epochs=4:sampler=policy_beam")
     sft: str = HfArg(default="", help="changes in the recipe of sft, like epochs=12:rate=.003")
     recipe: str = HfArg(default="", help="changes in all other recipes, like epochs=6:w_s=0")
@@ -897,19 +897,18 @@ class Setup:
     def ids(self):
         """The SemanticIDs that --ids asks for: k-means on features of items, or those of a file."""
         settings = self.settings
-        data = self.data
-        n = len(data.titles)
+        n = len(self.data.titles)
         if settings.ids in ("content", "mixed", "svd"):
             # n / 24, but not above 512, and K^L IDs have to be enough for n items
             least = max(2, min(n / 24, 512), n ** (1 / settings.levels))
             K = settings.codes or 2 ** math.ceil(math.log2(least))
-            features = item_features(settings.ids, data.texts, data.train, self.seed)
+            features = item_features(settings.ids, self.data.texts, self.data.train, self.seed)
             text = settings.ids != "content" or features.any()
             check(text, "--ids content needs text in items.csv")
             ids = SemanticIDs.fit(features, K, settings.levels, self.seed)
         else:
             check("." in settings.ids, f"--ids {settings.ids} is not content, mixed, svd or a file")
-            codes = read_ids(settings.ids, data.item_ids)
+            codes = read_ids(settings.ids, self.data.item_ids)
             ids = SemanticIDs(codes, max(map(max, codes)) + 1)
         print(f"seed {self.seed}: {n} semantic IDs of {ids.num_levels} codes")
         return ids.to(settings.device)

@@ -4,9 +4,7 @@ import os
 
 import numpy as np
 
-BLUE = "C0"                            # of a style that colour-blind readers can tell apart
-ORANGE = "C5"
-# Of lines, to be told apart by colour-blind readers as well
+# These, and those of the style below, are told apart by colour-blind readers, too
 LINES = "#0072B2 #D55E00 #009E73 #CC79A7 0.5 #E69F00 #56B4E9".split()
 STYLE = {"font.size": 9, "text.parse_math": False}             # a $ in a title stays a $
 
@@ -43,7 +41,7 @@ def plot_flows(path, codes, titles, panels):
                 bottoms = 1 - heights.cumsum()
                 large = heights > 0.005
                 items = order[first[large]]                    # one item below each prefix
-                colors = np.where(prefix[items] == prefix[target.argmax()], ORANGE, BLUE)
+                colors = np.where(prefix[items] == prefix[target.argmax()], "C5", "C0")
                 bars = axis.bar(level, heights[large], 1, bottoms[large], align="edge",
                                 color=colors, edgecolor="white")
                 room = heights[large] > 0.035                  # for text

@@ -26,8 +26,7 @@ def earlier_run(path, made_with):
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} cannot be read; delete this file") from None
     for name in {**made_with, **old}:
-        before = old.get(name)
-        now = made_with.get(name)
+        before, now = old.get(name), made_with.get(name)
         check(before == now, f"{path} was made with {name} = {before}, now it is {now}; choose "
               "another --out, or delete it")
     return run
@@ -124,9 +123,8 @@ def finish(out, runs, about, data):
     write(f"{out}/results.md", table(results) + "\n")
     print("", table(results), "", sep="\n")
     if data.truth:
-        points = {}
-        for name, metrics in results["summary"].items():
-            points[name] = [(metrics["ndcg@10"]["mean"], metrics["liked@10"]["mean"])]
+        points = {name: [(metrics["ndcg@10"]["mean"], metrics["liked@10"]["mean"])]
+                  for name, metrics in results["summary"].items()}
         figures.plot_lines(f"{out}/measures.png", points, "NDCG@10", "liked@10")
         print("measures.png: each method's NDCG@10 (across) and liked@10 (up)")
     print(f"results.json, results.md and the saved models are in {out}/")
