@@ -70,14 +70,14 @@ def trajectory_balance(log_z, log_pf, log_r):
 
 def vargrad(log_pf, log_r):
     """VarGrad (Richter et al. 2020), TB that needs no log Z: log P, log R of paths (C, J) → scalar.
-    At P = R/Z, log P − log R is −log Z(U) on all paths of a context. Its mean over them stands for
-    −log Z(U); so TB becomes the variance (with 1/J) of log P − log R, averaged over contexts."""
+    At P = R/Z, log P − log R has one value on all paths of a context: −log Z(U). So, in place of
+    TB: the variance (with 1/J) of log P − log R over the paths, averaged over contexts."""
     return (log_pf - log_r).var(1, correction=0).mean()
 
 def detailed_balance(log_flow, log_steps):
     """Detailed balance (DB, Bengio et al. 2023) → scalar. The flow F(s) of a prefix is the sum of R
-    over the items below it; F(s_0) = Z(U), F(s_L) = R. log_flow (C, J, L+1): log F of the prefixes
-    s_0 … s_L of each path; log_steps (C, J, L): log P_F of each of its steps.
+    over the items below it; F(s_0) = Z(U), F(s_L) = R. log_flow (C, J, L+1): log F of s_0 … s_L,
+    for each path; log_steps (C, J, L): log P_F of each of its steps.
     Mean over all paths of Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))²."""
     return (log_flow[..., :-1] + log_steps - log_flow[..., 1:]).square().sum(-1).mean()
 
@@ -103,22 +103,15 @@ class Recipe:
     sharp: float = 3.0              # ours: P learns a few high r_ŷ better than many middling ones
     beta: float = 0.1               # S-DPO, GRPO (below): how strongly P is held near that of SFT
     rate: float = 3e-3              # peak learning rate: small models like it high
-    dropout: float = 0.0            # SFT needs some; TB, which learns from many items, needs none
+    dropout: float = 0.0            # SFT needs some; `tb`, which learns from many items, none
     epochs: int = 8                 # passes over the training log
 
 # --- What a loss learns from: contexts and paths --------------------------------------------------
-# A row is some contexts of a user, which GPT-2 reads in one go. If it may read 4 items, the window,
-# the first row of a user has 5 targets, each later row 2 more, so that they see at least 3 items.
-# Of a user who took a b c d e f g h; in brackets, what is read of U:
-#     Row(user, start=0, places=0…4)   reads <user> a b c d   targets a (U is empty) … e (a b c d)
-#     Row(user, start=2, places=5…6)   reads <user> c d e f   targets f (c d e), g (c d e f)
-#     Row(user, start=3, places=7…7)   reads <user> d e f g   target h (d e f g)
-Row = namedtuple("Row", "user start places")
-
 class Batch:
-    """C contexts (U, v): each item v of a training history, once an epoch, and U, those before."""
+    """C contexts (U, v). In an epoch, each item of a training history is v in one Batch."""
     def __init__(self, rows, data, policy, reward=None):
-        """data: a Dataset, with the histories. reward: a Reward; None, for SFT."""
+        """rows: what GPT-2 reads in one go (after the lecture). data: a Dataset; train and liked
+        have a list for each user, of items and of bools. reward: a Reward; None, for SFT."""
         # C pairs: v stands at this place of the user's training history
         contexts = [(row.user, place) for row in rows for place in row.places]
         self.users = [user for user, _ in contexts]
@@ -126,16 +119,16 @@ class Batch:
         # C lists: v and the user's later training items
         self.following = [data.train[user][place:] for user, place in contexts]
         liked = [data.liked[user][place] for user, place in contexts]
-        # U as GPT-2 reads it, and which nodes of the tree lead to unseen items
+        # U as GPT-2 reads it; unseen (C, M + n): does a node of the tree lead to unseen items?
         self.packed = pack(rows, self.histories, policy)
         device = self.packed.tokens.device
         self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
-        self.liked = torch.tensor(liked, device=device)         # (C,) bool: v was not only clicked
+        self.liked = torch.tensor(liked, device=device)     # (C,) bool: if not, v was just clicked
         if reward:
             # Scores that do not know v, by a recommender that was fitted without this user
             scores = reward.teacher.scores(self.histories, self.users)
             self.scores = scores.to(device)             # (C, n) of sum 1, as debias, sharp say
-            unseen = self.packed.unseen[:, reward.ids.num_prefixes:]    # (C, n) bool: not in U
+            unseen = self.packed.unseen[:, reward.ids.num_prefixes:]    # (C, n) those of items
             self.r = reward(self.scores, self.positives, self.liked, unseen)    # (C, n), 0 if seen
 
 def draw(weight, count):
@@ -153,8 +146,8 @@ class Paths:
             items = torch.cat([positives, items], 1)            # (C, J = 1 + N)
         if recipe.chosen == "reward":
             items = torch.cat([draw(batch.r, 1), items], 1)
-        # One call for all: first the path of v, for L_GR, then the J others, for L_GFN; if v is
-        # chosen, it is one of these, too. Of all paths: log P_F of steps, of all codes, learned F
+        # One call for all: the path of v, for L_GR, then the J paths for L_GFN (v may be among
+        # them). Of all: log P_F of its steps, of all codes there, learned log F
         all_items = torch.cat([positives, items], 1)            # (C, 1 + J)
         log_steps, log_probs, learned_log_flow = policy(batch.packed, all_items)
         self.recipe = recipe
@@ -191,15 +184,15 @@ class Paths:
         with torch.no_grad():
             return self.reference(self.batch.packed, self.items)[0].sum(-1)
 
-# What each method changes in Recipe; p: a Paths. How the numbers were chosen: data/log.md. The
-# paper adds v to the items of L_GFN; here, `paper` does: R is high at v, so P stays near the log
+# What each method changes in Recipe; p: a Paths. All numbers were chosen by trials, in data/log.md
 TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))    # Z: exact, or learned
 PAPER = dict(TB, sampler="curriculum", trajectories=3, exact=False, dropout=0.4)
 RECIPES = {
     "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
-    # The paper's, as we read it, with its λ; w_a, w_y, w_s are ours
+    # The paper's, as we read it, with its λ; w_a, w_y, w_s are ours. Its L_GFN reads v, too: R is
+    # high there, so P stays near the log. `tb-paper` does not; scores are divided, cubed as in `tb`
     "paper": dict(PAPER, chosen="logged", debias=0.0, sharp=1.0, lam=1.0),
-    "tb-paper": dict(PAPER, lam=0.3),       # ours: L_GFN does not read v; debias, sharp as in `tb`
+    "tb-paper": dict(PAPER, lam=0.3),
     "tb": TB,
     "db": dict(loss=lambda p: detailed_balance(p.log_flow, p.log_steps), dropout=0.1),
     "vargrad": dict(loss=lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1)}
@@ -213,16 +206,16 @@ def loss_of(recipe, policy, reference, batch, progress):
         log_steps, *_ = policy(batch.packed, batch.positives[:, None])             # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
     # The N items of each context, (C, N). They may come from anywhere (off-policy): at P = R/Z, TB
-    # is 0 on every path. But users with the same U have different v, so different R, and one P;
-    # where it ends is a question of data/course.md, lesson 3
+    # is 0 on every path. But users with the same U have different v, so different R, and one P.
+    # It ends between them; with items from P, near the geometric mean (data/course.md, session 3)
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
-    check_drawn(items, recipe, batch)
+    check_drawn(items, recipe, batch)                           # InputError if one of U is drawn
     p = Paths(recipe, policy, reference, batch, items)
     L_GR = -p.log_v.mean()
     L_GFN = recipe.loss(p)
-    check_loss(L_GFN, recipe)
+    check_loss(L_GFN, recipe)                                   # … if it is not one number
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
 def train(name, recipe, policy, setup):
@@ -242,7 +235,7 @@ def train(name, recipe, policy, setup):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = setup.seed, epoch                # of torch (items, dropout), of the order of batches
+        seed = setup.seed, epoch                # torch draws items, dropout; numpy orders batches
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         epoch_batches = batches(setup, policy, reward, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
@@ -270,8 +263,8 @@ def session(batch, count, policy, progress):
     """The paper's first: other items of the user's log. Those before v are seen, so R = 0; ours:
     those after v."""
     weight = torch.zeros_like(batch.r)
-    weight[entries(batch.following)] = 1                # entries: rows and columns of their items
-    weight.scatter_(1, batch.positives[:, None], 1e-6)  # v is drawn only if nothing else follows
+    weight[entries(batch.following)] = 1                        # at rows and columns of these items
+    weight.scatter_(1, batch.positives[:, None], 1e-6)  # v, their first: only if no other follows
     return draw(weight, count)
 
 def unlogged(batch, weight):
@@ -300,7 +293,7 @@ def curriculum(batch, count, policy, progress):
 
 def policy_beam(batch, count, policy, progress):
     """The paper's fourth: the N best items by P itself, without v (the paper: N−1)."""
-    # Best first; −1 where fewer are unseen
+    # The N + 1 best, best first, found with as many beams; −1 where fewer are unseen
     items, _ = policy.recommend(batch.histories, count + 1, beams=count + 1)
     # Each row loses v; if it has no v, its last
     rows = [row[row != v][:count] for row, v in zip(items, batch.positives)]
@@ -341,17 +334,17 @@ class Policy(torch.nn.Module):
             n_positions=window + semantic_ids.num_levels,       # <user>, items, L−1 codes
             resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,
             bos_token_id=self.user_token, eos_token_id=self.user_token,
-            activation_function="gelu_pytorch_tanh"))           # the values of gelu_new
+            activation_function="gelu_pytorch_tanh"))           # GPT-2's own, computed faster
         self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)   # log F(s); log Z(U) at s_0
         for parameter in self.flow_head.parameters():
             torch.nn.init.zeros_(parameter)                     # log Z ≈ 0: R's weights sum to 1
 
     def tokens(self, histories):
         """Tokens (B, H) of histories of at most `window` items: <user>, the items, padding."""
-        # As if <user> was item −1: its token is user_token, that of item i is user_token + 1 + i
-        rows = [torch.tensor([-1, *history]) for history in histories]
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-        return tokens.to(self.semantic_ids.codes.device) + self.user_token + 1
+        # Less user_token: <user> is 0, item i is 1 + i
+        rows = [torch.tensor([0, *[1 + item for item in history]]) for history in histories]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return tokens.to(self.semantic_ids.codes.device) + self.user_token
 
     def forward(self, packed, items):
         """P on the paths of items (C, J), J of each of the C histories U that are `packed`. Returns
@@ -359,8 +352,8 @@ class Policy(torch.nn.Module):
         illegal, and the learned log F of s_0 … s_{L-1} (C, J, L)."""
         ids = self.semantic_ids
         L = ids.num_levels
-        # GPT-2's hidden states at s_0 … s_{L-1}: it has read U and the codes so far. They are the
-        # same as if each path was read alone; how all are read at once comes after the lecture
+        # GPT-2's hidden states at s_0 … s_{L-1}, as if it read <user>, the items of U and all codes
+        # but the last, path by path (how all are read at once comes after the lecture)
         prefixes = read_packed(self, packed, items)                                 # (C, J, L, d)
         # A level's output weights are the embeddings of its codes, which are the first L·K tokens
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
@@ -374,7 +367,7 @@ class Policy(torch.nn.Module):
 
     def path_log_probs(self, histories, items):
         """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L). On the
-        path of a seen item, the first illegal step is near NEVER, and so is the sum."""
+        path of a seen item, the first illegal step is near NEVER, so the sum is, too."""
         items = torch.as_tensor(items, device=self.semantic_ids.codes.device)
         return self(pack_histories(histories, self), items)[0]
 
@@ -388,7 +381,7 @@ class Policy(torch.nn.Module):
         Raises InputError for an item that is not in the catalogue, or if nothing is asked for."""
         right = len(histories) and k > 0 and sample >= 0
         check(right, "recommend needs at least one history, k from 1, sample from 0")
-        if guide is None and self.cm:
+        if guide is None and self.cm:                           # a NAME+cm: cm is its teacher
             guide = self.cm.scores(histories)
         check(not sample or guide is None, "recommend: sample or guide (NAME+cm has one), not both")
         tree = Beams(self, histories, sample or 1.0, guide)     # at the root
@@ -465,9 +458,16 @@ RECIPES |= {
     "distill": dict(loss=lambda p: distillation(code_flow(p), p.log_probs), lam=30.0, dropout=0.2)}
 
 # --- Fast: GPT-2 reads a history once, for all contexts of a row and their paths ------------------
-# tokens (B, H) of B rows; of context c, GPT-2 reads tokens[row_of[c], :ends[c] + 1]. Of the rows
-# above, row_of is 0 0 0 0 0 1 1 2, ends is 0 1 2 3 4 3 4 4, as <user> is token 0. unseen, bools
-# (C, M + n): is an item that is not in U at this node of the tree, or below it?
+# A row is some contexts of a user, which GPT-2 reads in one go. If it may read 4 items, the window,
+# the first row of a user has 5 targets v, each later one up to 2, so that they see 3 items or more.
+# Of a user who took a b c d e f g h:
+#     Row(user, start=0, places=0…4)   reads <user> a b c d   v: a b c d e, after 0 1 2 3 4 items
+#     Row(user, start=2, places=5…6)   reads <user> c d e f   v: f g, after 3 4
+#     Row(user, start=3, places=7…7)   reads <user> d e f g   v: h, after 4
+Row = namedtuple("Row", "user start places")
+# tokens (B, H) of B rows; of context c, GPT-2 reads tokens[row_of[c], :ends[c] + 1]. Here, row_of
+# is 0 0 0 0 0 1 1 2, and ends is 0 1 2 3 4 3 4 4, as <user> is token 0. unseen, bools (C, M + n):
+# is an item that is not in U at this node of the tree, or below it?
 Packed = namedtuple("Packed", "tokens row_of ends unseen")
 
 def training_rows(histories, window):
@@ -622,8 +622,8 @@ def drawn_search(tree, k, beams):
         # In the race of children, each has the time Exp(1) / P, the winner the least
         race = torch.empty_like(log_p).exponential_().log_() - log_p                # (B, W, K)
         winner = race.amin(-1, keepdim=True)                                        # (B, W, 1)
-        # All times are logs. late: how much the child was later than the winner (who has log 0),
-        # log(e^race − e^winner). It arrives at the prefix's time + late
+        # All times are logs. late: how much later than the winner, log(e^race − e^winner); of the
+        # winner itself, log 0. A child arrives at its prefix's time + late
         late = race + torch.log1p(-torch.exp(winner - race))
         time = torch.logaddexp(time[..., None], late).flatten(1)                    # (B, W·K)
         time, best = time.topk(min(beams, time.shape[1]), 1, largest=False)
@@ -649,7 +649,7 @@ def rank_all(recommend, histories):
     return torch.cat([recommend(part)[0].cpu() for part in parts])
 
 def validate(policy, data):
-    """NDCG@10 on the validation items of at most 2,000 users, evenly spread over all."""
+    """NDCG@10 on validation items of at most 2,000 users; `train` ends the eval mode."""
     step = math.ceil(len(data.train) / 2000)
     # The last item is for the test, the one before it for validation; data.train has neither
     target = torch.tensor([history[-2] for history in data.histories[::step]])
@@ -657,7 +657,7 @@ def validate(policy, data):
     return ndcg_at(ranked, target, 10).mean().item()
 
 def evaluate(recommend, data):
-    """Test items → means {metric: number}, per user {metric: list}, the lists (B, 10)."""
+    """Last items, after all others → means {metric: number}, by user {metric: list}, lists."""
     ranked = rank_all(recommend, [history[:-1] for history in data.histories])
     target = torch.tensor([history[-1] for history in data.histories])
     by_user = {}
@@ -669,14 +669,6 @@ def evaluate(recommend, data):
     metrics = {name: float(np.mean(numbers)) for name, numbers in by_user.items()}
     metrics["coverage@10"] = len(ranked[ranked >= 0].unique()) / len(data.titles)
     return metrics, by_user, ranked
-
-@torch.no_grad()
-def distribution(policy, histories):
-    """P(v | U) of every item (B, n), 256 at a time: attention is quadratic in the paths."""
-    policy.eval()
-    parts = torch.arange(len(policy.semantic_ids.codes)).expand(len(histories), -1).split(256, 1)
-    steps = [policy.path_log_probs(histories, items) for items in parts]            # (B, 256, L)
-    return torch.cat(steps, 1).sum(-1).exp().cpu()
 
 # --- Saved models ---------------------------------------------------------------------------------
 transformers.utils.logging.disable_progress_bar()               # a small model is loaded at once
@@ -700,18 +692,18 @@ def load_model(folder, dropout=0.0):
         ids = SemanticIDs(table["codes"], table["num_codes"])
         lm = GPT2LMHeadModel.from_pretrained(                   # safetensors: no pickle
             folder, use_safetensors=True, resid_pdrop=dropout, embd_pdrop=dropout)
-        policy = Policy(ids, lm.config.n_positions - ids.num_levels, beams=table["beams"],
-                        catalogue=table["catalogue"], lm=lm).eval()
+        window = lm.config.n_positions - ids.num_levels
+        policy = Policy(ids, window, beams=table["beams"], catalogue=table["catalogue"], lm=lm)
         check(lm.config.vocab_size == policy.user_token + 1 + len(ids.codes), "its IDs do not fit")
     except Exception as error:                                  # a wrong folder can raise anything
         raise InputError(f"{folder} holds no saved model of this version (untrained methods are "
                          f"never saved): {error}") from None
-    guide = policy.catalogue.get("guide")
+    guide = policy.catalogue.get("guide")                       # of NAME+cm: how it was made
     if guide:
         data = load_data(guide["data"]["name"], guide["data"]["quick"])
         check(guide["data"] == data.sizes, f"the data have changed since {folder}")
         policy.cm = Teacher(guide["teacher"], data, guide["debias"], guide["sharp"])
-    return policy
+    return policy.eval()
 
 Policy.save_pretrained = save_policy                            # the names of transformers
 Policy.from_pretrained = staticmethod(load_model)
@@ -820,7 +812,7 @@ def recipe_of(name, settings):
         used = FIELDS if "loss" in own else plain
         fields, flag = real.get("Recipe", {}) | own, settings.recipe
     fields = fields | real.get(base, {})
-    asked = changes + settings.sft.split(":") if base == "sft" else changes
+    asked = [*changes, *(settings.sft.split(":") if base == "sft" else [])]
     named = [change.partition("=")[0] for change in asked if change]
     odd = [what for what in (*named, *own.keys() - {"loss"}) if what not in used]
     check(not odd, f"{name}: of {base}, one can change {', '.join(used)}, not {odd}")
@@ -1020,6 +1012,14 @@ def model_of(name, recipe, setup):
     return setup.policy(name), curve                            # tested as it was saved
 
 # --- The oracle: does P reach R/Z? ----------------------------------------------------------------
+@torch.no_grad()
+def distribution(policy, histories):
+    """P(v | U) of every item (B, n), 256 at a time: attention is quadratic in the paths."""
+    policy.eval()
+    parts = torch.arange(len(policy.semantic_ids.codes)).expand(len(histories), -1).split(256, 1)
+    steps = [policy.path_log_probs(histories, items) for items in parts]            # (B, 256, L)
+    return torch.cat(steps, 1).sum(-1).exp().cpu()
+
 def run_oracle(settings):
     """Train from random weights on four contexts, where R/Z is known: does P reach it?"""
     _, seeds = check_settings(settings)

@@ -41,7 +41,7 @@ class Reward:
     def similarity(self, positives, unseen):
         """r_s (B, n), rows sum to 1: codes that unseen IDs share with that of v, positive (B,)."""
         # r_s(v') = c(v') / Σ c over unseen items; c(v'): in how many levels v' has the code of v.
-        # Of each level: codes of the positives (B, 1), codes of all items (n,)
+        # In each level, the codes of v (B, 1) are compared with those of all items (n,)
         c = sum((level[positives, None] == level).byte() for level in self.ids.codes.T)
         c = c * unseen
         return c / c.sum(1, keepdim=True)
@@ -61,7 +61,7 @@ class Reward:
 class Teacher:
     """A recommender of TEACHERS whose scores are (score / popularity^δ)^sharp, ours. δ: what is
     shown more is logged more. sharp: P learns few high scores more easily than many middling ones.
-    An item's popularity is its count + 1; in `SVD`, the length of its vector.
+    An item's popularity is its count + 1; in `SVD` and `Squared`, the length of its vector.
     Users are split into 20 folds. In training, a user's scores come from a recommender that was
     fitted on the other 19: it does not know what the user logged later (but for `similar_items`).
     Users to be served get scores of one that was fitted on all."""
@@ -112,12 +112,12 @@ class Teacher:
                              f" ≥ 0, 0 at items of the history, each row of sum 1, not {found} …")
         return scores.float()
 
-@lru_cache(maxsize=168)                                         # all seeds have the same
+@lru_cache(maxsize=168)                                         # 21 a teacher, kept for all seeds
 def fitted(fit, data, fold):
-    """What fit makes of all training histories but those in a fold; −1: of all."""
+    """What fit makes of all training histories but those in a fold, 0 to 19; −1: of all."""
     # Copies: the fit may be yours, and change them
     others = [[*data.train[user]] for user in np.flatnonzero(folds_of(data) != fold)]
-    if fit is Blend:
+    if fit is Blend:                                            # it reads the items' texts, too
         fit = partial(Blend, similar=similar_items(data))
     return fit(others, len(data.titles))
 
@@ -176,8 +176,8 @@ class CollaborativeModel:
         return shares(scores, histories, self.popular, self.popularity)
 
 class SVD:
-    """Matrix factorisation, PureSVD (Cremonesi et al. 2010), with the vectors of `item_vectors`:
-    CM(U, i) ∝ max(0, Σ_j ⟨v_j, v_i⟩ / age(j)^.75) over all items j of U."""
+    """Matrix factorisation, PureSVD (Cremonesi et al. 2010): items that the same users took have
+    similar vectors v. CM(U, i) ∝ max(0, Σ_j ⟨v_j, v_i⟩ / age(j)^.75) over all items j of U."""
     def __init__(self, histories, num_items, rank=0):
         self.vectors = torch.tensor(item_vectors(histories, num_items, rank))       # (n, rank)
         # (n,) lengths: an item that more users took has a longer vector, as its row of X is longer

@@ -20,10 +20,10 @@ from data import check
 class SemanticIDs(torch.nn.Module):
     """The table item ↔ semantic ID, and the tree of its prefixes. A Module, so that .to() moves it.
     A node of the tree is a number: 0 is the root, 1 … M−1 are the other prefixes, level by level,
-    M + i is item i. With the three IDs above, M = 3: (), (0), (1).
+    M + i is item i. With the IDs (0, 0), (0, 1), (1, 1), M = 3: (), (0), (1).
     nodes (n, L + 1)        [[0, 1, 3], [0, 1, 4], [0, 2, 5]]: from the root to each item
-    next_node (M + 1, K)    [[1, 2], [3, 4], [−1, 5], [−1, −1]]: where each code leads, or −1
-    Index −1 reads the last row of next_node, all −1: a walk that left the tree stays outside."""
+    next_node (M + 1, K)    [[1, 2], [3, 4], [−1, 5], [−1, −1]]: from node 0, code 1 leads to 2; −1:
+    nowhere. The last row is that of node −1: who left the tree stays outside."""
     def __init__(self, codes, num_codes):
         codes = np.asarray(codes)
         right = codes.ndim == 2 and codes.dtype.kind in "iu" and 0 <= codes.min()
@@ -36,7 +36,7 @@ class SemanticIDs(torch.nn.Module):
         count = 0                                               # nodes so far
         for level in range(self.num_levels):
             prefixes, which = np.unique(codes[:, :level], axis=0, return_inverse=True)
-            nodes.append(count + which)                         # which (n,): of these prefixes
+            nodes.append(count + which)         # which (n,) of these; at level 0, the empty prefix
             count += len(prefixes)
         self.num_prefixes = count                               # M
         nodes = np.stack([*nodes, count + np.arange(len(codes))], 1)    # (n, L + 1), items last
@@ -58,7 +58,7 @@ class SemanticIDs(torch.nn.Module):
         rng = np.random.default_rng(seed)
         codes = np.zeros((len(residual), 0), np.int64)          # those of the levels so far
         for level in range(num_levels):
-            _, parent = np.unique(codes, axis=0, return_inverse=True)       # (n,) a number of them
+            _, parent = np.unique(codes, axis=0, return_inverse=True)       # (n,) equal: same codes
             centroids = kmeans(residual, num_codes, rng)
             capacity = num_codes ** (num_levels - 1 - level)    # IDs below level + 1 codes
             code = assign_with_capacity(squared_distances(residual, centroids), parent, capacity)
@@ -86,11 +86,10 @@ class SemanticIDs(torch.nn.Module):
 
     def legal_children(self, nodes, unseen):
         """Where each code leads from nodes (B, …): nodes (B, …, K), −1 if to no unseen item;
-        unseen (B, M + n). In the example, if item 0 was seen, from prefix (0), node 1, to [−1, 4]:
-        code 1 alone is legal, and leads to item 1."""
+        unseen (B, M + n), above. In the example, if item 0 was seen, codes 0 and 1 lead from prefix
+        (0), node 1, to [−1, 4]: code 1 alone is legal, and leads to item 1."""
         child = self.next_node[nodes]                           # (B, …, K)
-        # Where child is −1, `at` reads node 0, but −1 is −1 either way
-        return child.where(at(unseen, child), -1)
+        return child.where(at(unseen, child), -1)               # if −1, it stays −1
 
 def at(table, nodes):
     """What a table (B, M + n) has at nodes (B, …); node −1 reads node 0."""
@@ -113,7 +112,8 @@ def kmeans(points, k, rng, steps=20):
     for _ in tqdm(range(steps), "k-means steps", disable=None, leave=False):
         nearest = squared_distances(points, centroids).argmin(1)                        # (n,)
         count = np.bincount(nearest, minlength=k)[:, None]                              # (k, 1)
-        total = np.stack([np.bincount(nearest, column, k) for column in points.T], 1)   # (k, d)
+        # Sums of the points of each centroid (k, d)
+        total = np.stack([np.bincount(nearest, column, minlength=k) for column in points.T], 1)
         centroids = np.where(count > 0, total / np.maximum(count, 1), centroids)        # means
     return centroids
 
@@ -127,9 +127,9 @@ def assign_with_capacity(cost, parent, capacity):
     while True:
         code = cost.argmin(1)
         cell = parent * cost.shape[1] + code
-        order = np.lexsort((cost[items, code], cell))           # by cell, the cheapest first
+        order = np.lexsort((cost[items, code], cell))           # by cell; in it, the cheapest first
         first = np.searchsorted(cell[order], cell[order])       # the place where its cell begins
-        refused = order[np.arange(len(order)) - first >= capacity]
+        refused = order[np.arange(len(order)) - first >= capacity]      # later in it than capacity
         if not len(refused):
             return code
         cost[refused, code[refused]] = np.inf
@@ -168,7 +168,7 @@ def tf_idf(texts):
         pairs = [f"{first} {second}" for first, second in zip(words, words[1:])]
         # A new term gets the next column
         columns.append([column_of.setdefault(term, len(column_of)) for term in words + pairs])
-    rows, terms = entries(columns)
+    rows, terms = entries(columns)                              # here, texts and their terms
     count = np.bincount(terms)                                  # (terms,)
     idf = np.log(len(texts) / count).clip(0) * (count > 1)
     return sparse((rows, terms), idf[terms].astype(np.float32), (len(texts), len(count)))
@@ -197,8 +197,8 @@ def ppmi(histories, num_items):
     return sparse((a, b), ratio.log().clamp(min=0), near.shape).float()
 
 def item_vectors(histories, num_items, rank=0):
-    """(n, rank) vectors of items: A of X ≈ A diag(s) Bᵀ, where X[i, u] is 1 / count(i)^.25 if item
-    i is in history u, else 0. Rank 0: 24, from 1,500 items on n / 30, as data/log.md found."""
+    """(n, rank) vectors of items: A of X ≈ A diag(s) Bᵀ, the SVD of items × users; X[i, u] is
+    1 / count(i)^.25 if history u has item i, else 0. Rank 0: 24, from 1,500 items on n / 30."""
     users, items = entries(histories)                           # of each interaction
     values = np.bincount(items)[items] ** -0.25
     x = sparse((items, users), values.astype(np.float32), (num_items, len(histories)))
