@@ -90,7 +90,7 @@ class Recipe:
     gr: float = 1.0                 # weight of L_GR = −log P(v | U), the loss of SFT
     lam: float = 10.0               # λ, weight of L_GFN
     sampler: str = "policy_draws"   # which N unseen items L_GFN reads; here, N drawn from P
-    trajectories: int = 8           # N: the paper's best is about 3
+    trajectories: int = 8           # N: the paper has about 3, and v
     chosen: Literal["", "logged", "reward"] = ""    # one item more: v itself, or drawn ∝ R
     exact: bool = True              # ours: Z and flows are sums of R, known for all items; False:
                                     # learned, by a linear head on the policy's hidden states
@@ -189,8 +189,8 @@ TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))    # Z:
 PAPER = dict(TB, sampler="curriculum", trajectories=3, exact=False, dropout=0.4)
 RECIPES = {
     "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
-    # The paper's, as we read it, with its λ; w_a, w_y, w_s are ours. Its L_GFN reads v, too: R is
-    # high there, so P stays near the log. `tb-paper` does not; scores are divided, cubed as in `tb`
+    # The paper's, as we read it, with its λ; w_a, w_y, w_s are ours. Its L_GFN reads v, too, where
+    # R is high, so P stays near the log. `tb-paper` does not; it has debias and sharp as in `tb`
     "paper": dict(PAPER, chosen="logged", debias=0.0, sharp=1.0, lam=1.0),
     "tb-paper": dict(PAPER, lam=0.3),
     "tb": TB,
@@ -215,7 +215,7 @@ def loss_of(recipe, policy, reference, batch, progress):
     p = Paths(recipe, policy, reference, batch, items)
     L_GR = -p.log_v.mean()
     L_GFN = recipe.loss(p)
-    check_loss(L_GFN, recipe)                                   # … if it is not one number
+    check_loss(L_GFN, recipe)                                   # InputError if not one number
     return recipe.gr * L_GR + recipe.lam * L_GFN
 
 def train(name, recipe, policy, setup):
@@ -223,8 +223,8 @@ def train(name, recipe, policy, setup):
     policy: new for SFT, for the others as SFT left it. The rate rises to its peak and falls to 0.
     setup has what all methods share: data, seed, `rows` of the log, `size` of a batch, the Reward
     of a recipe, and `measure`: policy → the score that each epoch prints, named `measured`."""
-    reward = setup.reward(recipe) if recipe.loss else None      # computes R; SFT needs none
-    reference = copy.deepcopy(policy).eval()                    # frozen
+    reward = setup.reward(recipe) if recipe.loss else None      # to compute R; SFT needs none
+    reference = copy.deepcopy(policy).eval()                    # S-DPO, GRPO compare with it
     per_epoch = math.ceil(len(setup.rows) / setup.size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},               # GPT-2
@@ -285,7 +285,7 @@ def curriculum(batch, count, policy, progress):
     2. Sort the pool from low to high score.
     3. Keep places start … start + N − 1, counted from 0; start = round(progress · (N−1))."""
     weight = unlogged(batch, 0.5 * batch.scores + 0.5 / batch.scores.shape[1])
-    pool = torch.multinomial(weight, 2 * count - 1, replacement=True)               # (C, 2N-1)
+    pool = draw(weight, 2 * count - 1)                                              # (C, 2N-1)
     scores = batch.scores.gather(1, pool)
     ranked = pool.gather(1, scores.argsort(1))                                      # low to high
     start = round(progress * (count - 1))
@@ -354,22 +354,22 @@ class Policy(torch.nn.Module):
         L = ids.num_levels
         # GPT-2's hidden states at s_0 … s_{L-1}, as if it read <user>, the items of U and all codes
         # but the last, path by path (how all are read at once comes after the lecture)
-        prefixes = read_packed(self, packed, items)                                 # (C, J, L, d)
-        # A level's output weights are the embeddings of its codes, which are the first L·K tokens
+        hidden = read_packed(self, packed, items)                                   # (C, J, L, d)
+        # A level's output weights are the embeddings of its codes, of the tokens 0 … L·K − 1
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
-        logits = torch.einsum("cjld,lkd->cjlk", prefixes, heads).float()            # (C, J, L, K)
+        logits = torch.einsum("cjld,lkd->cjlk", hidden, heads).float()              # (C, J, L, K)
         # Legal codes lead to an unseen item. In the tree of IDs, each prefix has a number, its node
         nodes = ids.nodes[items][..., :-1]                      # (C, J, L) those of s_0 … s_{L-1}
         child = ids.legal_children(nodes, packed.unseen)        # (C, J, L, K) nodes, −1 if illegal
         log_probs = logits.masked_fill(child < 0, NEVER).log_softmax(-1)
         log_steps = log_probs.gather(-1, ids.codes[items][..., None])[..., 0]       # (C, J, L)
-        return log_steps, log_probs, self.flow_head(prefixes)[..., 0]
+        return log_steps, log_probs, self.flow_head(hidden)[..., 0]
 
     def path_log_probs(self, histories, items):
         """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L). On the
         path of a seen item, the first illegal step is near NEVER, so the sum is, too."""
         items = torch.as_tensor(items, device=self.semantic_ids.codes.device)
-        return self(pack_histories(histories, self), items)[0]
+        return self(pack_histories(histories, self), items)[0]      # each history is a row
 
     @torch.no_grad()
     def recommend(self, histories, k=10, beams=None, guide=None, sample=0.0):
@@ -471,8 +471,8 @@ Row = namedtuple("Row", "user start places")
 Packed = namedtuple("Packed", "tokens row_of ends unseen")
 
 def training_rows(histories, window):
-    """Rows in which every item is a target once, and sees the items before it: more than window/2
-    of them, at most `window`, or all, if they are fewer."""
+    """Rows in which every item is a target once. It sees at most `window` items before it, more
+    than window/2, or all there are."""
     for user, history in enumerate(histories):                  # in the example, cuts: 0 5 7 8
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
         for first, stop in zip(cuts, cuts[1:]):
@@ -554,10 +554,10 @@ class Beams:
         self.lm = policy.lm.transformer
         self.temperature = temperature
         self.log_guide = None
-        if guide is not None:                       # (B, M + n) log of its sum below each node
+        if guide is not None:       # (B, M + n) log of its sum over the unseen items below a node
             guide = guide.to(self.unseen.device) * self.unseen[:, self.ids.num_prefixes:]
             self.log_guide = self.ids.flows(guide).clamp(min=1e-30).log()
-            self.log_guide[:, 0] = 0        # so the steps of a path add up to that of its item
+            self.log_guide[:, 0] = 0        # at the root: not a share of all, but the guide itself
         self.level = 0                                          # number of codes so far
         self.node = torch.zeros_like(ends[:, None])             # (B, W = 1) the beams: at the root
         self.cache = DynamicCache()
@@ -568,9 +568,9 @@ class Beams:
 
     def children(self):
         """Of all beams: the nodes of all next codes, −1 if illegal; their log P_F (B, W, K). With a
-        guide, ours: log P_F + log(the guide's sum below the code / its sum below the beam; at the
-        root, 1). Over the steps of a path, this adds up to log P + log guide of the item."""
-        K = self.ids.num_codes
+        guide, ours: log P_F + log(guide's sum below the code) − log(guide's sum below the beam; at
+        the root, 1). Over the steps of a path, all but log P + log guide of the item cancels."""
+        K = self.ids.num_codes                                  # a level has the next K tokens
         head = self.lm.wte.weight[self.level * K:(self.level + 1) * K]              # (K, d)
         child = self.ids.legal_children(self.node, self.unseen)                     # (B, W, K)
         logits = (self.hidden @ head.T).masked_fill_(child < 0, NEVER)
@@ -608,18 +608,18 @@ class Beams:
 def drawn_search(tree, k, beams):
     """Draw k items by the P_F of `tree`, no item twice (Kool et al. 2019, stochastic beams).
     1. A race: each item arrives after a random time, Exp(1) / P. The first k are such a draw.
-    2. A prefix arrives with the first item below it: after Exp(1) / P of the prefix. So at each
-       level, the W prefixes that arrive first go on.
-    3. The children of a prefix race, too. The winner arrives when the prefix does, the others as
-       much later as they lost, since exponential times have no memory. If a and b, below a prefix
-       that arrives at 1, take .5 and .8 in their race, a arrives at 1, b at 1 + .8 − .5 = 1.3.
+    2. A prefix arrives with the first item below it; this is after Exp(1) / P of the prefix. So at
+       each level, the W prefixes that arrive first go on.
+    3. The children of a prefix draw their times, too. The first of them arrives when the prefix
+       does, the others as much later as they are behind it: exponential times have no memory. If
+       the prefix arrives at 1, and a and b draw .5 and .8, a arrives at 1, b at 1 + .8 − .5 = 1.3.
     The scores of items are −log(time)."""
     # When the root arrives does not matter: here at 1, whose log is 0
     log_p = time = torch.zeros_like(tree.node, dtype=torch.float)                   # (B, W)
     for _ in range(tree.ids.num_levels):
         child, log_probs = tree.children()
-        log_p = log_p[..., None] + log_probs                                        # (B, W, K)
-        # In the race of children, each has the time Exp(1) / P, the winner the least
+        log_p = log_p[..., None] + log_probs            # (B, W, K) of the whole prefix, with c
+        # The children's own times; the winner has the least
         race = torch.empty_like(log_p).exponential_().log_() - log_p                # (B, W, K)
         winner = race.amin(-1, keepdim=True)                                        # (B, W, 1)
         # All times are logs. late: how much later than the winner, log(e^race − e^winner); of the
@@ -709,7 +709,7 @@ Policy.save_pretrained = save_policy                            # the names of t
 Policy.from_pretrained = staticmethod(load_model)
 
 # --- Settings: flags, names of methods ------------------------------------------------------------
-REAL = {                            # what real logs have instead of the made-up world's values
+REAL = {    # what real logs have instead: in Settings, in all recipes but sft, in some methods
     "Settings": dict(methods="pop,cm,blend,sft,tb-huber,sft+cm", ids="mixed", width=128, layers=3,
                      batch=64),
     "Recipe": dict(teacher="blend", debias=0.0, sharp=6.0, lam=3.0, rate=1.5e-3, epochs=5,
@@ -793,7 +793,7 @@ def recipe_of(name, settings):
         REAL["Recipe"]              on real logs, but not for sft
         RECIPES[NAME]
         REAL[NAME]                  on real logs
-        --sft or --recipe           for sft; for all others
+        --sft or --recipe           for sft; for all others, if they have this field
         NAME:field=value            the name itself, as in tb:epochs=4"""
     base, *changes = name.split(":")
     real = real_of(settings.data)
@@ -1073,7 +1073,7 @@ def main(settings):
     except KeyboardInterrupt:
         print("stopped; --resume keeps the finished methods of a run", file=sys.stderr)
         return 130
-    except Exception as error:                                  # also one of your own functions
+    except Exception as error:              # for one of your own functions: where, but no library
         frames = [frame for frame in traceback.extract_tb(error.__traceback__)
                   if "site-packages" not in frame.filename]
         where = "{0.filename}, line {0.lineno}, in {0.name}: ".format(frames[-1])

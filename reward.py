@@ -177,7 +177,7 @@ class CollaborativeModel:
 
 class SVD:
     """Matrix factorisation, PureSVD (Cremonesi et al. 2010): items that the same users took have
-    similar vectors v. CM(U, i) ∝ max(0, Σ_j ⟨v_j, v_i⟩ / age(j)^.75) over all items j of U."""
+    similar vectors x. CM(U, i) ∝ max(0, Σ_j ⟨x_j, x_i⟩ / age(j)^.75) over all items j of U."""
     def __init__(self, histories, num_items, rank=0):
         self.vectors = torch.tensor(item_vectors(histories, num_items, rank))       # (n, rank)
         # (n,) lengths: an item that more users took has a longer vector, as its row of X is longer
@@ -190,7 +190,7 @@ class SVD:
 
 class Squared(SVD):
     """Ours, the best of 150 formulas for the made-up world: a pair of items counts squared.
-    CM(U, i) ∝ Σ_j (.4^(age(j) − 1) + .5) · max(0, ⟨v_j, v_i⟩)² / √(length(v_j) · length(v_i)³)."""
+    CM(U, i) ∝ Σ_j (.4^(age(j) − 1) + .5) · max(0, ⟨x_j, x_i⟩)² / √(length(x_j) · length(x_i)³)."""
     def scores(self, histories):
         near = (self.vectors @ self.vectors.T).clamp(min=0) ** 2                    # (n, n)
         near /= (self.popular[:, None] * self.popular ** 3) ** 0.5
@@ -204,9 +204,9 @@ def similar_items(data, most=200):
     features = item_features("mixed", data.texts, data.train, seed=0)
     vectors = functional.normalize(torch.tensor(features).float())
     n = len(vectors)
-    values, near = (vectors @ vectors.T).clamp(min=0).pow(3).topk(min(most, n))     # (n, most)
+    values, nearest = (vectors @ vectors.T).clamp(min=0).pow(3).topk(min(most, n))     # (n, most)
     # Row i has those near item i
-    return sparse(entries(near.tolist()), values.flatten(), (n, n))
+    return sparse(entries(nearest.tolist()), values.flatten(), (n, n))
 
 class Blend:
     """Ours, for real logs: √(counts · neighbours) + SVD / √(length of vector), both with sum 1.
