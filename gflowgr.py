@@ -48,7 +48,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, get_cosine_schedule_with_warmup
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
-from data import InputError, check, find_item, load_data, read_ids, report
+from data import InputError, check, check_numbers, find_item, load_data, read_ids, report
 from reward import TEACHERS, Reward, Teacher
 from tokenizer import SemanticIDs, at, entries, item_features
 
@@ -129,7 +129,8 @@ class Batch:
             scores = reward.teacher.scores(self.histories, self.users)
             self.scores = scores.to(device)             # (C, n) of sum 1, as debias, sharp say
             unseen = self.packed.unseen[:, reward.ids.num_prefixes:]    # (C, n) those of items
-            self.r = reward(self.scores, self.positives, self.liked, unseen)    # (C, n), 0 if seen
+            # (C, n), 0 if seen. Of all items: a method that needs few R could compute those alone
+            self.r = reward(self.scores, self.positives, self.liked, unseen)
 
 def draw(weight, count):
     """count items per context (C, count), with replacement, ∝ weight (C, n)."""
@@ -199,9 +200,8 @@ RECIPES = {
 
 # --- One step of training, and the loop -----------------------------------------------------------
 def loss_of(recipe, policy, reference, batch, progress):
-    """gr · L_GR + λ · L_GFN, the paper's (there, gr = 1): means over the contexts (U, v) of a
-    Batch. reference: the policy after SFT, frozen. progress: the share of training that is
-    done, which the curriculum asks for."""
+    """gr · L_GR + λ · L_GFN: means over the contexts (U, v) of a Batch. reference: the policy after
+    SFT, frozen. progress: the share of training that is done, which the curriculum asks for."""
     if not recipe.loss:                                         # SFT
         log_steps, *_ = policy(batch.packed, batch.positives[:, None])             # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
@@ -772,20 +772,6 @@ def parse(argv):
         settings.sft = f"epochs=1:{settings.sft}"
         settings.recipe = f"epochs=1:{settings.recipe}"
     return settings
-
-# Numbers have to be below these, all others below 1e9
-MOST = dict(dropout=1, debias=10, sharp=20, trajectories=129, codes=65537, levels=17, window=1025,
-            width=1025, layers=17, beams=1025, batch=1025)
-
-def check_numbers(where, values):
-    """Raise InputError if a number of a Settings or Recipe is out of its range."""
-    zero = "codes gr lam debias dropout w_a w_y w_s".split()
-    for name, value in vars(values).items():
-        if type(value) in (int, float):
-            least = "from 0" if name in zero else "above 0"
-            most = MOST.get(name, 1e9)
-            right = 0 <= value < most and (value or name in zero)
-            check(right, f"{where}{name} {value} is out of range: {least}, below {most:g}")
 
 def recipe_of(name, settings):
     """The Recipe of a method, or InputError. Who says what a field is? The last of these:

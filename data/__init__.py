@@ -16,6 +16,20 @@ def check(right, message):
     if not right:
         raise InputError(message)
 
+# Numbers have to be below these, all others below 1e9
+MOST = dict(dropout=1, debias=10, sharp=20, trajectories=129, codes=65537, levels=17, window=1025,
+            width=1025, layers=17, beams=1025, batch=1025)
+
+def check_numbers(where, values):
+    """Raise InputError if a number of a Settings or Recipe is out of its range."""
+    zero = "codes gr lam debias dropout w_a w_y w_s".split()
+    for name, value in vars(values).items():
+        if type(value) in (int, float):
+            least = "from 0" if name in zero else "above 0"
+            most = MOST.get(name, 1e9)
+            right = 0 <= value < most and (value or name in zero)
+            check(right, f"{where}{name} {value} is out of range: {least}, below {most:g}")
+
 @dataclass(eq=False)                    # an object equals itself alone: caches may hold it
 class Dataset:
     """Histories of B users over a catalogue of n items; an item is its row number in items.csv."""
