@@ -1493,7 +1493,9 @@ def test_scripts_on_the_pages_in_short(page, pictures, by_itself, monkeypatch):
         exec(script, {"__name__": page})
     assert sorted(path.stem for path in Path("data/pictures").iterdir()) == pictures
     if page == "results":                                       # who knows the world is far above
-        assert (np.max(json.loads(Path("runs/limit.json").read_text()), 0) > (0.42, 0.92)).all()
+        found = json.loads(Path("runs/limit.json").read_text())
+        assert (np.max(found["limit"], 0) > (0.42, 0.92)).all()
+        assert (np.array(found["refused"]) > (0.36, 0.84)).all()
 
 # --- Bad flags and files: one line on stderr, exit status 2, nothing written ----------------------
 @pytest.mark.parametrize("said, flag", [
