@@ -570,7 +570,7 @@ class Beams:
         """Of all beams: the nodes of all next codes, −1 if illegal; their log P_F (B, W, K). With a
         guide, ours: log P_F + log(guide's sum below the code) − log(guide's sum below the beam; at
         the root, 1). Over the steps of a path, all but log P + log guide of the item cancels."""
-        K = self.ids.num_codes                                  # a level has the next K tokens
+        K = self.ids.num_codes                  # code c of level l is token l·K + c
         head = self.lm.wte.weight[self.level * K:(self.level + 1) * K]              # (K, d)
         child = self.ids.legal_children(self.node, self.unseen)                     # (B, W, K)
         logits = (self.hidden @ head.T).masked_fill_(child < 0, NEVER)
