@@ -940,9 +940,9 @@ def check_drawn(items, recipe, batch):
 
 def check_loss(loss, recipe):
     """InputError unless a loss, maybe your own, is one number with a gradient."""
-    right = torch.is_tensor(loss) and loss.shape == () and loss.requires_grad
-    check(right, f"{recipe.loss}: a loss has to return a tensor of one number that depends on P, "
-          f"not {loss!r}")
+    if not (torch.is_tensor(loss) and loss.shape == () and loss.requires_grad):
+        raise InputError(f"{recipe.loss}: a loss has to return a tensor of one number that depends "
+                         f"on P, not {loss!r}")
 
 def try_out(names, setup):
     """One step of each recipe with an untrained policy: a mistake in your own teacher, sampler or
@@ -1060,9 +1060,9 @@ def main(settings):
         print("stopped; --resume keeps the finished methods of a run", file=sys.stderr)
         return 130
     except Exception as error:              # for one of your own functions: where, but no library
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__)
-                  if "site-packages" not in frame.filename]
-        where = "{0.filename}, line {0.lineno}, in {0.name}: ".format(frames[-1])
+        frame = [frame for frame in traceback.extract_tb(error.__traceback__)
+                 if "site-packages" not in frame.filename][-1]
+        where = f"{frame.filename}, line {frame.lineno}, in {frame.name}: "
         known = isinstance(error, (InputError, OSError, FloatingPointError))
         text = f"{'' if known else where + type(error).__name__} {error}"
         print("error: " + " ".join(text.split())[:600], file=sys.stderr)

@@ -1,5 +1,4 @@
 """What a run leaves: results.json, the table, gains over SFT with intervals."""
-import itertools
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -33,10 +32,10 @@ def earlier_run(path, made_with):
 
 def table_of_items(lists, num_items):
     """(B, n) bool: which items each of B lists holds; −1 is an empty place."""
-    rows = np.repeat(np.arange(len(lists)), [len(items) for items in lists])
-    table = np.zeros((len(lists), num_items + 1), bool)         # the last column is that of −1
-    table[rows, list(itertools.chain.from_iterable(lists))] = True
-    return table[:, :-1]
+    table = np.zeros((len(lists), num_items), bool)
+    for row, items in zip(table, lists):
+        row[[item for item in items if item >= 0]] = True
+    return table
 
 def exposure(ranked, data):
     """{metric: (B,)} of lists (B, 10); {} without a truth.
@@ -99,20 +98,16 @@ def results_of(runs, about):
 def table(results):
     """The Markdown table: means over seeds, gains over SFT in % with 95 % intervals over users."""
     seeds = len({run["seed"] for run in results["runs"]})
-    lines = []
+    known = results["runs"][0]["metrics"]                       # liked@10: if the truth is known
+    metrics = [metric for metric in ("ndcg@10", "liked@10") if metric in known]
+    header = ["method", *metrics, "coverage@10", *[f"{metric} over sft" for metric in metrics]]
+    lines = [header, ["---"] * len(header)]
     for method, numbers in results["summary"].items():
-        row = {"method": method}
-        for metric in ("ndcg@10", "liked@10", "coverage@10"):
-            if metric in numbers:
-                row[metric] = f"{numbers[metric]['mean']:.4f}"
-        for metric in ("ndcg@10", "liked@10"):
-            if metric in numbers:
-                gain = results["paired"].get(method, {}).get(metric, {})    # {}: an empty cell
-                percent = [round(100 * share) for share in gain.values()]
-                cell = "{:+d} [{:+d}, {:+d}]".format(*percent) if gain else ""
-                row[f"{metric} over sft, %"] = cell
-        lines.append(row.values())
-    lines = [row, ["---"] * len(row), *lines]                   # row's keys are the header
+        means = [f"{numbers[metric]['mean']:.4f}" for metric in (*metrics, "coverage@10")]
+        gains = [results["paired"].get(method, {}).get(metric) for metric in metrics]
+        cells = ["{gain:+.0%} [{low:+.0%}, {high:+.0%}]".format(**gain) if gain else ""
+                 for gain in gains]
+        lines.append([method, *means, *cells])
     caption = f"Means over {seeds} seed(s). In brackets: 95 % intervals over users."
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", caption])
 
