@@ -1273,7 +1273,7 @@ def test_a_run_leaves_the_table_and_the_picture(finished, monkeypatch, tmp_path)
         mean = np.mean(own)
         assert metrics["ndcg@10"] == approx({"mean": mean, "std": np.std(own, ddof=1)})
         assert f"| {method} | {mean:.4f} |" in table
-        assert method == "sft" or f"| {100 * (mean / base - 1):+.0f} [" in table
+        assert method == "sft" or f"| {mean / base - 1:+.0%} [" in table
         assert drawn[method] == 2 * [[approx(mean), metrics["liked@10"]["mean"]]]
 
 def test_a_killed_run_goes_on_and_nothing_finished_is_lost(finished, tmp_path, monkeypatch):
