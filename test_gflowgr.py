@@ -1187,6 +1187,15 @@ def test_flows_are_drawn_as_bars_with_codes_and_titles(monkeypatch):
         assert [color == colors[0] for color in colors] == [sum(bar[1:]) == 1 for bar in bars]
         assert {bar.get_width() for bar in axis.patches} == {1}
 
+def test_lines_are_named_in_a_legend(monkeypatch, tmp_path):
+    found = []
+    def legend(axis):
+        found.extend(axis.get_legend_handles_labels()[1])
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", legend)
+    lines = {"one": [(0, 0), (1, 1)], "a point": [(0, 1)], "two": [(1, 0), (0, 1)]}
+    report.figures.plot_lines(tmp_path / "lines.png", lines, "x", "y")
+    assert found == ["one", "two"]
+
 def test_exposure_of_several_users_by_hand():
     data = SimpleNamespace(titles=list("012345"), truth={
         "liked": [{0, 1, 2, 5}, {2, 3}, set(), {1, 2, 4}, {0}], "theme": list("bcdacb"),
