@@ -189,7 +189,7 @@ class SVD:
         return shares(users @ self.vectors.T, histories, self.popular)      # below 0 becomes 0
 
 class Squared(SVD):
-    """Ours, the best of 150 formulas for the made-up world: a pair of items counts squared.
+    """Ours, the best of 150 formulas for the made-up world, of n × n numbers: pairs count squared.
     CM(U, i) ∝ Σ_j (.4^(age(j) − 1) + .5) · max(0, ⟨x_j, x_i⟩)² / √(length(x_j) · length(x_i)³)."""
     def scores(self, histories):
         near = (self.vectors @ self.vectors.T).clamp(min=0) ** 2                    # (n, n)
