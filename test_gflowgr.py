@@ -701,6 +701,11 @@ def left_vectors(table):                      # times √(singular values), rows
     rows = u * np.sqrt(size)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
+@pytest.mark.parametrize("codes", [[[0.0], [1.0]], [[-1], [0]], [[0], [2]], [[1], [1]], [0, 1]])
+def test_ids_have_to_be_different_rows_of_small_integers(codes):
+    with pytest.raises(InputError, match="all rows different"):
+        SemanticIDs(codes, 2)
+
 def test_features_against_loops():
     texts = ["Red fox (tales),part", "red|Fox", "blue fox part", "blue whale", "whale",
              "red part", "whale blue"]
@@ -1179,8 +1184,9 @@ def test_flows_are_drawn_as_bars_with_codes_and_titles(monkeypatch):
         assert axis.get_title() == title
         said = [text.get_text() for text in axis.texts if text.get_text()]
         assert sorted(said) == sorted([*texts, *names])
-        below = [text.get_text() for text in axis.texts if text.get_position()[1] < 0]
-        assert below == [*names]
+        below = [(text.get_position()[0], text.get_text()) for text in axis.texts
+                 if text.get_position()[1] < 0]
+        assert below == [*zip((0.5, 1.5, 2.5), names)]          # each in the middle of its bars
         assert axis.get_xlim()[1] > max(text.get_position()[0] for text in axis.texts) > 3
         assert axis.get_xlim()[0] == axis.get_ylim()[0] == 0
         colors = [bar.get_facecolor() for bar in axis.patches]  # that of the root leads to Ash
