@@ -1562,6 +1562,7 @@ def test_without_beauty_one_line_says_how_to_get_it(told, tmp_path, monkeypatch)
     ("line 8: user_id is blank", "interactions", f"{EVENTS}\t,a,0\n"),
     ("line 8: items.csv has no item 'x'", "interactions", f"{EVENTS}w,x,0\n"),
     ("line 8: inf and nan", "interactions", f"{EVENTS}w,a,nan\n"),
+    ("shown: items.csv has no item 'x'", "truth", "user_id,liked,shown\nu,a,a x\nv,a,a\n"),
     ("no line for 1 items of items.csv, ['d']", "ids", "item_id,x\na,1\nb,2\nc,3\n"),
     ("line 2: write 1 to 6 codes", "ids", "item_id,x\na,1.5\n")])
 def test_a_wrong_file_is_one_line_and_status_2(said, file, text, told, tmp_path):

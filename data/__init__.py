@@ -110,7 +110,10 @@ def load_data(name, quick=False):
     path = folder / "truth.csv"                      # only a simulated world has one
     for column in ("liked", "shown") if path.exists() else ():
         ids = {row["user_id"]: row[column].split() for _, row in _rows(path, "user_id", column)}
-        truth[column] = [{index[item] for item in ids[user]} for user in users]
+        check(ids.keys() >= users.keys(), f"{path}: a user of interactions.csv has no line; add it")
+        odd = set().union(*map(ids.get, users)) - index.keys()
+        check(not odd, f"{path}: {column}: items.csv has no item {min(odd, default='')!r}; add it")
+        truth[column] = [set(map(index.get, ids[user])) for user in users]
         truth["theme"] = [row.get("theme", "") for row in items.values()]
     histories = [list(liked) for liked in users.values()]
     likes = [list(liked.values()) for liked in users.values()]
