@@ -191,10 +191,13 @@ class SVD:
 class Squared(SVD):
     """Ours, the best of 150 formulas for the made-up world, of n × n numbers: pairs count squared.
     CM(U, i) ∝ Σ_j (.4^(age(j) − 1) + .5) · max(0, ⟨x_j, x_i⟩)² / √(length(x_j) · length(x_i)³)."""
+    def __init__(self, histories, num_items, rank=0):
+        super().__init__(histories, num_items, rank)
+        self.near = (self.vectors @ self.vectors.T).clamp(min=0) ** 2               # (n, n)
+        self.near /= (self.popular[:, None] * self.popular ** 3) ** 0.5
+
     def scores(self, histories):
-        near = (self.vectors @ self.vectors.T).clamp(min=0) ** 2                    # (n, n)
-        near /= (self.popular[:, None] * self.popular ** 3) ** 0.5
-        scores = weighted(near, histories, lambda age: 0.4 ** (age - 1) + 0.5)
+        scores = weighted(self.near, histories, lambda age: 0.4 ** (age - 1) + 0.5)
         return shares(scores, histories, self.popular)
 
 @lru_cache(maxsize=1)                                           # the same in all folds
