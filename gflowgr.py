@@ -798,7 +798,7 @@ def recipe_of(name, settings):
         used = FIELDS if "loss" in own else plain
         fields, flag = real.get("Recipe", {}) | own, settings.recipe
     fields = fields | real.get(base, {})
-    asked = [*changes, *(settings.sft.split(":") if base == "sft" else [])]
+    asked = changes + (flag.split(":") if base == "sft" else [])
     named = [change.partition("=")[0] for change in asked if change]
     odd = [what for what in (*named, *own.keys() - {"loss"}) if what not in used]
     check(not odd, f"{name}: of {base}, one can change {', '.join(used)}, not {odd}")

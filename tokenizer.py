@@ -112,8 +112,7 @@ def kmeans(points, k, rng, steps=20):
     for _ in tqdm(range(steps), "k-means steps", disable=None, leave=False):
         nearest = squared_distances(points, centroids).argmin(1)                        # (n,)
         count = np.bincount(nearest, minlength=k)[:, None]                              # (k, 1)
-        # Sums of the points of each centroid (k, d)
-        total = np.stack([np.bincount(nearest, column, minlength=k) for column in points.T], 1)
+        total = np.stack([np.bincount(nearest, column, k) for column in points.T], 1)   # (k, d)
         centroids = np.where(count > 0, total / np.maximum(count, 1), centroids)        # means
     return centroids
 
