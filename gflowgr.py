@@ -59,8 +59,8 @@ def trajectory_balance(log_z, log_pf, log_r):
     """TB (Malkin et al. 2022): log Z(U) (C,), log P and log R of J whole paths (C, J) → scalar.
     log P of a path is the sum over its steps, Σ_l log P_F(s_{l+1} | s_l), where P_F is the policy's
     probability of the next code. Z(U) is the sum of R over all items (ours: over unseen ones, not
-    in U; P is 0 at seen ones). A general graph would also subtract log P_B, the probability of the
-    way back from an item to s_0; in a tree, P_B = 1.
+    in U; P is 0 at seen ones). Where several paths lead to an item, TB has a fourth term, log P_B,
+    the probability of the way back; in a tree there is one path, so log P_B = 0.
     Mean over all paths of (log Z(U) + log P − log R)²:
     >>> log_pf, log_r = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
     >>> round(trajectory_balance(torch.zeros(1), log_pf, log_r).item(), 4)   # (0 + (log 1/2)²) / 2
@@ -70,8 +70,8 @@ def trajectory_balance(log_z, log_pf, log_r):
 
 def vargrad(log_pf, log_r):
     """VarGrad (Richter et al. 2020), TB that needs no log Z: log P, log R of paths (C, J) → scalar.
-    At P = R/Z, log P − log R has one value on all paths of a context: −log Z(U). So, in place of
-    TB: the variance (with 1/J) of log P − log R over the paths, averaged over contexts."""
+    At P = R/Z, log P − log R is −log Z(U) on all paths of a context. So its variance has to be 0.
+    Mean over contexts of the variance (with 1/J) of log P − log R."""
     return (log_pf - log_r).var(1, correction=0).mean()
 
 def detailed_balance(log_flow, log_steps):
@@ -101,34 +101,32 @@ class Recipe:
     teacher: str = "svd"            # one of TEACHERS, the recommenders of reward.py
     debias: float = 0.5             # δ, ours: r_ŷ ∝ (score / popularity^δ)^sharp
     sharp: float = 3.0              # ours: P learns a few high r_ŷ better than many middling ones
-    beta: float = 0.1               # S-DPO, GRPO (below): how strongly P is held near that of SFT
     rate: float = 3e-3              # peak learning rate: small models like it high
     dropout: float = 0.0            # SFT needs some; `tb`, which learns from many items, none
     epochs: int = 8                 # passes over the training log
+    beta: float = 0.1               # of two rivals, after the lecture: P is held near that of SFT
 
 # --- What a loss learns from: contexts and paths --------------------------------------------------
 class Batch:
     """C contexts (U, v). In an epoch, each item of a training history is v in one Batch."""
-    def __init__(self, rows, data, policy, reward=None):
-        """rows: what GPT-2 reads in one go (after the lecture). data: a Dataset; train and liked
-        have a list for each user, of items and of bools. reward: a Reward; None, for SFT."""
-        # C pairs: v stands at this place of the user's training history
-        contexts = [(row.user, place) for row in rows for place in row.places]
-        self.users = [user for user, _ in contexts]
-        self.histories = [data.train[user][:place] for user, place in contexts]     # U, C lists
-        # C lists: v and the user's later training items
-        self.following = [data.train[user][place:] for user, place in contexts]
-        liked = [data.liked[user][place] for user, place in contexts]
-        # U as GPT-2 reads it; unseen (C, M + n): does a node of the tree lead to unseen items?
-        self.packed = pack(rows, self.histories, policy)
-        device = self.packed.tokens.device
+    def __init__(self, packed, data, reward=None):
+        """packed: the C histories U as tokens for GPT-2 (how: after the lecture), with C pairs
+        (user, place): v stands at this place of the user's training history, U before it. data: a
+        Dataset; train, liked: lists of items, of bools, one a user. reward: a Reward, if not SFT"""
+        self.packed = packed
+        self.users = [user for user, _ in packed.contexts]
+        # C lists each: U; v and the user's later training items
+        self.histories = [data.train[user][:place] for user, place in packed.contexts]
+        self.following = [data.train[user][place:] for user, place in packed.contexts]
+        liked = [data.liked[user][place] for user, place in packed.contexts]
+        device = packed.tokens.device
         self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
         self.liked = torch.tensor(liked, device=device)     # (C,) bool: if not, v was just clicked
         if reward:
             # Scores that do not know v, by a recommender that was fitted without this user
             scores = reward.teacher.scores(self.histories, self.users)
             self.scores = scores.to(device)             # (C, n) of sum 1, as debias, sharp say
-            unseen = self.packed.unseen[:, reward.ids.num_prefixes:]    # (C, n) those of items
+            unseen = packed.unseen[:, reward.ids.num_prefixes:]         # (C, n) bool: not in U
             # (C, n), 0 if seen. Of all items: a method that needs few R could compute those alone
             self.r = reward(self.scores, self.positives, self.liked, unseen)
 
@@ -147,8 +145,8 @@ class Paths:
             items = torch.cat([positives, items], 1)            # (C, J = 1 + N)
         if recipe.chosen == "reward":
             items = torch.cat([draw(batch.r, 1), items], 1)
-        # One call for all: the path of v, for L_GR, then the J paths for L_GFN (v may be among
-        # them). Of all: log P_F of its steps, of all codes there, learned log F
+        # The policy reads the path of v, for L_GR, and the J paths for L_GFN (v may be among them).
+        # It returns log P_F of each step, log P_F of all codes there, learned log F where it begins
         all_items = torch.cat([positives, items], 1)            # (C, 1 + J)
         log_steps, log_probs, learned_log_flow = policy(batch.packed, all_items)
         self.recipe = recipe
@@ -158,7 +156,7 @@ class Paths:
         self.items = items                                      # (C, J)
         self.log_v = log_steps[:, 0].sum(-1)                    # (C,) log P(v | U)
         self.log_steps = log_steps[:, 1:]                       # (C, J, L) log P_F of each step
-        self.log_probs = log_probs[:, 1:]                       # (C, J, L, K) of all codes there
+        self.log_probs = log_probs[:, 1:]                       # (C, J, L, K) of all codes
         self.log_pf = self.log_steps.sum(-1)                    # (C, J) log P of whole paths
         self.log_r = batch.r.gather(1, items).log()             # (C, J) log R
         self.learned_log_flow = learned_log_flow[:, 1:]         # (C, J, L) of s_0 … s_{L-1}
@@ -166,7 +164,7 @@ class Paths:
     # These take time; they are computed if they are read
     @cached_property
     def log_z(self):
-        """(C,) log Z(U). Z is the sum of R; or learned, as log F(s_0), the same on all J paths."""
+        """(C,) log Z(U): Z is the sum of R, or learned: F(s_0), with which each path begins."""
         exact = self.recipe.exact
         return self.batch.r.sum(1).log() if exact else self.learned_log_flow[:, 0, 0]
 
@@ -190,10 +188,10 @@ TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))    # Z:
 PAPER = dict(TB, sampler="curriculum", trajectories=3, exact=False, dropout=0.4)
 RECIPES = {
     "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
-    # The paper's, as we read it, with its λ; w_a, w_y, w_s are ours. Its L_GFN reads v, too, where
-    # R is high, so P stays near the log. `tb-paper` does not; it has debias and sharp as in `tb`
+    # The paper's, as we read it; w_a, w_y, w_s are ours. Its L_GFN reads v, too: R is high there,
+    # so P stays near the log
     "paper": dict(PAPER, chosen="logged", debias=0.0, sharp=1.0, lam=1.0),
-    "tb-paper": dict(PAPER, lam=0.3),
+    "tb-paper": dict(PAPER, lam=0.3),                   # L_GFN without v; debias, sharp as in `tb`
     "tb": TB,
     "db": dict(loss=lambda p: detailed_balance(p.log_flow, p.log_steps), dropout=0.1),
     "vargrad": dict(loss=lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1)}
@@ -205,9 +203,9 @@ def loss_of(recipe, policy, reference, batch, progress):
     if not recipe.loss:                                         # SFT
         log_steps, *_ = policy(batch.packed, batch.positives[:, None])             # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
-    # The N items of each context, (C, N). They may come from anywhere (off-policy): at P = R/Z, TB
-    # is 0 on every path. But users with the same U have different v, so different R, and one P.
-    # It ends between them; with items from P, near the geometric mean (data/course.md, session 3)
+    # The N items of each context, (C, N). Any sampler may choose them: at P = R/Z, TB is 0 on all
+    # paths (off-policy training). But two users with the same U and different v have different R,
+    # and the same P. It ends between the two R/Z; near their geometric mean, if items are from P
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
@@ -221,8 +219,8 @@ def loss_of(recipe, policy, reference, batch, progress):
 def train(name, recipe, policy, setup):
     """The one training loop → the curve, a list of {"epoch", "loss", "score"}, epoch 0: before.
     policy: new for SFT, for the others as SFT left it. The rate rises to its peak and falls to 0.
-    setup has what all methods share: data, seed, `rows` of the log, `size` of a batch, the Reward
-    of a recipe, and `measure`: policy → the score that each epoch prints, named `measured`."""
+    setup, what all methods share: seed; rows, of the log, and size, how many of them a Batch has;
+    reward(recipe), a Reward; measure(policy), the score that each epoch prints, named measured."""
     reward = setup.reward(recipe) if recipe.loss else None      # to compute R; SFT needs none
     reference = copy.deepcopy(policy).eval()                    # S-DPO, GRPO compare with it
     per_epoch = math.ceil(len(setup.rows) / setup.size)
@@ -235,15 +233,13 @@ def train(name, recipe, policy, setup):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = setup.seed, epoch                # torch draws items, dropout; numpy orders batches
+        seed = setup.seed, epoch                # of torch, which draws, and of the order of batches
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         epoch_batches = batches(setup, policy, reward, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
             loss = loss_of(recipe, policy, reference, batch, len(losses) / steps)
-            if not torch.isfinite(loss):
-                users = sorted(set(batch.users))
-                raise FloatingPointError(f"{name}: loss {loss} at step {len(losses)}; is the rate "
-                                         f"too high? Users (rows) {users}")
+            check(torch.isfinite(loss), f"{name}: loss {loss} at step {len(losses)}; is the rate "
+                  f"too high? Users (rows) {sorted({*batch.users})}")
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -302,7 +298,7 @@ def policy_beam(batch, count, policy, progress):
 
 def policy_draws(batch, count, policy, progress):
     """Ours: items drawn from P itself, N different ones: so they are only nearly ∝ P."""
-    # sample=1: recommend draws with probability P, in place of searching (how: after the lecture)
+    # sample=1: as in a beam search, N prefixes go on at each level, but drawn, not the best ones
     items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)
     return items.where(items >= 0, batch.positives[:, None])
 
@@ -316,8 +312,8 @@ SAMPLERS = {sampler.__name__: sampler for sampler in (
 # --- The policy: P_F(next code | user, codes so far) ----------------------------------------------
 class Policy(torch.nn.Module):
     """A small GPT-2, ours, that reads a history and writes a semantic ID, plus the table of IDs.
-    Tokens: code c of level l is l·K + c; L·K is <user>, which begins each row, and pads it. An item
-    i of a history is one token, L·K + 1 + i (ours: its L codes would take L tokens).
+    Tokens: code c of level l, from 0, is l·K + c; L·K is <user>, which begins each row and pads it.
+    Item i of a history is one token, L·K + 1 + i (ours: its L codes would take L tokens).
     Letters in shapes: H tokens of a history, d width of the model, W beams of a user."""
     def __init__(self, semantic_ids, window=20, width=64, layers=2, dropout=0.0, beams=20,
                  catalogue=None, lm=None):
@@ -341,10 +337,10 @@ class Policy(torch.nn.Module):
 
     def tokens(self, histories):
         """Tokens (B, H) of histories of at most `window` items: <user>, the items, padding."""
-        # Less user_token: <user> is 0, item i is 1 + i
-        rows = [torch.tensor([0, *[1 + item for item in history]]) for history in histories]
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return tokens.to(self.semantic_ids.codes.device) + self.user_token
+        user = self.user_token
+        rows = [torch.tensor([user, *[user + 1 + item for item in past]]) for past in histories]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=user)
+        return tokens.to(self.semantic_ids.codes.device)
 
     def forward(self, packed, items):
         """P on the paths of items (C, J), J of each of the C histories U that are `packed`. Returns
@@ -355,7 +351,7 @@ class Policy(torch.nn.Module):
         # GPT-2's hidden states at s_0 … s_{L-1}, as if it read <user>, the items of U and all codes
         # but the last, path by path (how all are read at once comes after the lecture)
         hidden = read_packed(self, packed, items)                                   # (C, J, L, d)
-        # A level's output weights are the embeddings of its codes, of the tokens 0 … L·K − 1
+        # GPT-2's output weights are its embeddings of tokens. A level needs those of its K codes
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("cjld,lkd->cjlk", hidden, heads).float()              # (C, J, L, K)
         # Legal codes lead to an unseen item. In the tree of IDs, each prefix has a number, its node
@@ -366,8 +362,8 @@ class Policy(torch.nn.Module):
         return log_steps, log_probs, self.flow_head(hidden)[..., 0]
 
     def path_log_probs(self, histories, items):
-        """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L). On the
-        path of a seen item, the first illegal step is near NEVER, so the sum is, too."""
+        """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L). A seen
+        item has an illegal step on its path, near NEVER."""
         items = torch.as_tensor(items, device=self.semantic_ids.codes.device)
         return self(pack_histories(histories, self), items)[0]      # each history is a row
 
@@ -384,24 +380,26 @@ class Policy(torch.nn.Module):
         if guide is None and self.cm:                           # a NAME+cm: cm is its teacher
             guide = self.cm.scores(histories)
         check(not sample or guide is None, "recommend: sample or guide (NAME+cm has one), not both")
-        tree = Beams(self, histories, sample or 1.0, guide)     # at the root
+        tree = Beams(self, histories, sample or 1.0, guide)     # at the root; 1.0: no temperature
         search = drawn_search if sample else beam_search
         return search(tree, k, max(beams or self.beams, k))
 
 # --- Recommending: beam search down the tree ------------------------------------------------------
 def beam_search(tree, k, beams):
-    """The best prefixes go on to the next level → items (B, k) and log P. `tree`, a Beams (below),
-    has those that are left, W beams of each user, and what GPT-2 has read of them."""
-    # log P of the beams (B, W), which are at tree.node (B, W). At first, W = 1: the root, s_0
-    log_p = torch.zeros_like(tree.node, dtype=torch.float)
+    """The best prefixes go on to the next level → items (B, k) and log P. A beam is a prefix that
+    is left. `tree` has W of them for each user; it asks GPT-2, as Policy.forward does:
+        tree.node (B, W)            the nodes of the beams; at first W = 1: the root, s_0
+        tree.children()             where all next codes lead, log P_F of these codes (B, W, K)
+        tree.keep(child, best)      go on with these children: they are the beams now
+        tree.items(log_p, k)        after L codes, a beam is an item: the first k of each user"""
+    log_p = torch.zeros_like(tree.node, dtype=torch.float)      # (B, W) log P of the beams
     for _ in range(tree.ids.num_levels):
-        # log P_F of all next codes, near NEVER if illegal; child: where they lead (B, W, K)
         child, log_probs = tree.children()
         log_p = (log_p[..., None] + log_probs).flatten(1)       # (B, W·K)
-        # best (B, new W): w·K + c, code c after beam w; these are the new beams: GPT-2 reads them
+        # best (B, new W): place w·K + c in a row is code c after beam w
         log_p, best = log_p.topk(min(beams, log_p.shape[1]), 1)
         tree.keep(child, best)
-    return tree.items(log_p, k)             # after L codes, a beam is an item; (B, k)
+    return tree.items(log_p, k)
 
 # === The lecture ends here. Below: rivals, how it is fast, other searches, the experiment =========
 
@@ -465,10 +463,10 @@ RECIPES |= {
 #     Row(user, start=2, places=5…6)   reads <user> c d e f   v: f g, after 3 4
 #     Row(user, start=3, places=7…7)   reads <user> d e f g   v: h, after 4
 Row = namedtuple("Row", "user start places")
-# tokens (B, H) of B rows; of context c, GPT-2 reads tokens[row_of[c], :ends[c] + 1]. Here, row_of
-# is 0 0 0 0 0 1 1 2, and ends is 0 1 2 3 4 3 4 4, as <user> is token 0. unseen, bools (C, M + n):
-# is an item that is not in U at this node of the tree, or below it?
-Packed = namedtuple("Packed", "tokens row_of ends unseen")
+# contexts: C pairs (user, place of v). tokens (B, H) of B rows; of context c, GPT-2 reads those at
+# [row_of[c], :ends[c] + 1]. Here, row_of is 0 0 0 0 0 1 1 2, and ends is 0 1 2 3 4 3 4 4, as <user>
+# is token 0. unseen, bools (C, M + n): is an item that is not in U at this node, or below it?
+Packed = namedtuple("Packed", "contexts tokens row_of ends unseen")
 
 def training_rows(histories, window):
     """Rows in which every item is a target once. It sees at most `window` items before it, more
@@ -479,18 +477,19 @@ def training_rows(histories, window):
             yield Row(user, max(0, stop - 1 - window), range(first, stop))
 
 def pack(rows, histories, policy):
-    """The Packed of rows; histories: U of each of their C contexts, row by row."""
+    """The Packed of rows, which are read up to the item before their last v; histories: by user."""
+    contexts = [(row.user, place) for row in rows for place in row.places]
     row_of = [number for number, row in enumerate(rows) for _ in row.places]
     ends = [place - row.start for row in rows for place in row.places]  # 0: at <user>, U is empty
-    longest = np.cumsum([len(row.places) for row in rows]) - 1          # the last context of a row
-    tokens = policy.tokens([histories[c][row.start:] for c, row in zip(longest, rows)])
+    tokens = policy.tokens([histories[row.user][row.start:row.places[-1]] for row in rows])
     row_of, ends = torch.tensor([row_of, ends], device=tokens.device)
-    return Packed(tokens, row_of, ends, policy.semantic_ids.unseen(histories))
+    unseen = policy.semantic_ids.unseen([histories[user][:place] for user, place in contexts])
+    return Packed(contexts, tokens, row_of, ends, unseen)
 
 def pack_histories(histories, policy):
     """The Packed of B histories, each a row of its own: its last `window` items."""
-    starts = [max(0, len(history) - policy.window) for history in histories]
-    rows = [Row(b, starts[b], range(len(past), len(past) + 1)) for b, past in enumerate(histories)]
+    ends = [len(history) for history in histories]
+    rows = [Row(b, max(0, end - policy.window), range(end, end + 1)) for b, end in enumerate(ends)]
     return pack(rows, histories, policy)
 
 def batches(setup, policy, reward, rng):
@@ -501,7 +500,8 @@ def batches(setup, policy, reward, rng):
     lengths = [row.places.stop - row.start for row in rows]
     order = sorted(range(len(rows)), key=lambda i: (i // (32 * size), lengths[i]))
     for start in rng.permutation(range(0, len(rows), size)):
-        yield Batch([rows[i] for i in order[start:start + size]], setup.data, policy, reward)
+        some = [rows[i] for i in order[start:start + size]]
+        yield Batch(pack(some, setup.data.train, policy), setup.data, reward)
 
 def tree_mask(ends, H, J, L):
     """After H tokens of a history come J branches, the first L−1 codes of a path each (the last one
@@ -526,7 +526,7 @@ def tree_mask(ends, H, J, L):
 def read_packed(policy, packed, items):
     """Hidden states (C, J, L, d) of the prefixes s_0 … s_{L-1} on the paths of items (C, J). GPT-2
     reads each history once: its keys and values stay in a cache, which all paths share."""
-    tokens, row_of, ends, _ = packed
+    _, tokens, row_of, ends, _ = packed
     ids = policy.semantic_ids
     J = items.shape[1]
     cache = DynamicCache()
@@ -549,7 +549,7 @@ class Beams:
     once: its keys and values stay in a cache, those of dropped beams, too. A mask hides these."""
     def __init__(self, policy, histories, temperature=1.0, guide=None):
         """Codes have P_F^(1/temperature), of sum 1, times the guide's share; see children."""
-        tokens, _, ends, self.unseen = pack_histories(histories, policy)
+        _, tokens, _, ends, self.unseen = pack_histories(histories, policy)
         self.ids = policy.semantic_ids
         self.lm = policy.lm.transformer
         self.temperature = temperature
@@ -1018,7 +1018,7 @@ def run_oracle(settings):
     policy = setup.policy()
     last = {row.user: row for row in setup.rows if row.user < 4}        # the last row of each user
     rows = [row._replace(places=row.places[-1:]) for row in last.values()]  # its last item alone
-    batch = Batch(rows, data, policy, setup.reward(recipe))
+    batch = Batch(pack(rows, data.train, policy), data, setup.reward(recipe))
     target = (batch.r / batch.r.sum(1, keepdim=True)).cpu()     # P* = R/Z
     def distance(policy):                                       # mean L1 of P from R/Z
         return (distribution(policy, batch.histories) - target).abs().sum(1).mean().item()
@@ -1063,7 +1063,7 @@ def main(settings):
         frame = [frame for frame in traceback.extract_tb(error.__traceback__)
                  if "site-packages" not in frame.filename][-1]
         where = f"{frame.filename}, line {frame.lineno}, in {frame.name}: "
-        known = isinstance(error, (InputError, OSError, FloatingPointError))
+        known = isinstance(error, (InputError, OSError))
         text = f"{'' if known else where + type(error).__name__} {error}"
         print("error: " + " ".join(text.split())[:600], file=sys.stderr)
         return 2

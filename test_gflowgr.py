@@ -823,7 +823,7 @@ def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
     policy = Policy(SemanticIDs([[0, i] for i in range(200)], 200), window, 65, 1)  # one head
     order = []
     for batch in gflowgr.batches(setup, policy, None, np.random.default_rng(0)):
-        tokens, rows, ends, _ = batch.packed
+        _, tokens, rows, ends, _ = batch.packed
         for c, (row, end) in enumerate(zip(rows.tolist(), ends.tolist())):
             past = batch.histories[c]
             v = batch.positives[c].item()
@@ -995,7 +995,8 @@ def test_what_a_loss_is_given_and_what_is_made_of_it(name, K, L, tiny, monkeypat
     train = setup.data.train = [history[:5] for history in setup.data.train]    # all is read
     setup.data.liked = [[item % 3 > 0 for item in history] for history in train]
     rows = [*gflowgr.training_rows(train, 4)][:3]
-    batch = gflowgr.Batch(rows, setup.data, policy, setup.reward(recipe))
+    packed = gflowgr.pack(rows, setup.data.train, policy)
+    batch = gflowgr.Batch(packed, setup.data, setup.reward(recipe))
     chosen = batch.r.bool().float().multinomial(1)              # what shall be drawn ∝ R
     drawn = batch.r.bool().float().multinomial(3)
     drawn[0, 1] = batch.positives[0]                            # path 0 again, if v is chosen
@@ -1054,7 +1055,7 @@ def test_rates_clipping_and_progress(tiny, monkeypatch):
 
 def test_a_loss_that_is_nan_stops_its_run(tiny, monkeypatch):
     monkeypatch.setitem(RECIPES, "mine", dict(loss=lambda p: p.log_pf.mean() * math.nan))
-    with pytest.raises(FloatingPointError, match=r"mine: loss nan at step 0; .* Users .*\[\d+, "):
+    with pytest.raises(InputError, match=r"mine: loss nan at step 0; .* Users .*\[\d+, "):
         trained(tiny, "mine")
 
 def test_changes_come_in_the_order_real_recipe_name(monkeypatch):
@@ -1134,7 +1135,7 @@ LINE = f"test_gflowgr.py, line {raises.__code__.co_firstlineno + 1}, in raises: 
     ("recipe", dict(loss=lambda p: (p.log_pf - p.log_z).mean()), "in <lambda>: RuntimeError The "),
     ("recipe", dict(loss=lambda p: p.log_pf.mean() * math.nan),
      "recipe: with an untrained policy, the loss is nan"),
-    ("recipe", dict(RECIPES["tb"], lamda=2), "beta, rate, dropout, epochs, not ['lamda']"),
+    ("recipe", dict(RECIPES["tb"], lamda=2), "rate, dropout, epochs, beta, not ['lamda']"),
     ("recipe", dict(lam=2.0), "of recipe, one can change rate, dropout, epochs, not ['lam']"),
     ("recipe", dict(loss=lambda p: p.log_pf.sum(1)), "number that depends on P, not tensor(["),
     ("recipe", dict(loss=lambda p: 0.5), "<lambda> at 0x"),
@@ -1154,12 +1155,13 @@ def test_a_sampler_is_checked_at_each_step(tiny, tmp_path, monkeypatch):
     refused("not in batch.histories", *tiny, f"--out={tmp_path}", "--methods=tb:sampler=late")
 
 # --- The oracle, metrics, gains -------------------------------------------------------------------
-@pytest.mark.parametrize("method", ["tb", "tb:exact=0:trajectories=20"])    # log Z: exact, learned
+@pytest.mark.parametrize("method", ["tb", "tb:exact=0"])                  # log Z: exact, learned
 def test_trajectory_balance_reaches_the_reward(method, tmp_path, monkeypatch):
     TOY["write"](tmp_path, 30, 4, 3, 3)
     drawn = []
     monkeypatch.setattr(figures, "plot_flows", lambda *arguments: drawn.append(arguments))
-    flags = f"--codes=3 --width=32 --layers=1 --oracle={method} --recipe=rate=.003:epochs=5".split()
+    flags = f"--codes=3 --width=32 --layers=1 --oracle={method}:trajectories=12".split()
+    flags += ["--recipe=rate=.005:epochs=4"]
     status, out, err = cli(f"--data={tmp_path}", *flags, f"--out={tmp_path / 'a/new'}")
     assert status == 0, err
     before, after = map(float, re.findall(r"\d\.\d{4}", out[out.index("mean L1"):]))
@@ -1487,7 +1489,7 @@ def test_the_figures_on_the_pages_were_made_with_these_defaults():
         made.append(inspect.signature(function))
     text = re.sub(" at 0x[0-9a-f]+", "", repr(made))
     checksum = zlib.crc32(text.encode())
-    assert checksum == 1472072777, "run the commands of the pages anew, then change this number"
+    assert checksum == 132422606, "run the commands of the pages anew, then change this number"
 
 @pytest.mark.parametrize("page, pictures", [
     ("course", ["loop"]), ("results", ["diverse", "measures"])])
@@ -1593,7 +1595,7 @@ def decoding(policy, histories):              # generate is held to the legal co
 def packing(policy, histories):               # a step on rows of 8 branches; on 8 times the rows
     items = torch.randint(720, (len(histories), 8))
     packed = gflowgr.pack_histories(histories, policy)
-    one_a_row = gflowgr.Packed(*[x.repeat_interleave(8, 0) for x in packed])
+    one_a_row = gflowgr.Packed(None, *[x.repeat_interleave(8, 0) for x in packed[1:]])
     one_a_row = one_a_row._replace(row_of=torch.arange(8 * len(histories)))
     def step(packed, items):
         policy(packed, items)[0].sum().backward()
