@@ -121,7 +121,7 @@ class Batch:
         liked = [data.liked[user][place] for user, place in packed.contexts]
         device = packed.tokens.device
         self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
-        self.liked = torch.tensor(liked, device=device)     # (C,) bool: if not, v was just clicked
+        self.liked = torch.tensor(liked, device=device)     # (C,) bool: did the user like v?
         if reward:
             # Scores that do not know v, by a recommender that was fitted without this user
             scores = reward.teacher.scores(self.histories, self.users)
@@ -132,8 +132,7 @@ class Batch:
 
 def draw(weight, count):
     """count items per context (C, count), with replacement, ∝ weight (C, n)."""
-    # Two at least, as torch has another, slow way to draw one
-    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
+    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]    # 1 alone: slow
 
 class Paths:
     """What a loss can read: J unseen items of each of C contexts, and their paths."""
@@ -178,6 +177,12 @@ class Paths:
         return at(flows, nodes).log()                           # `at` reads a table at nodes
 
     @cached_property
+    def child_flow(self):
+        """(C, J, L, K) exact F of all codes after s_0 … s_{L-1}; 0 where a code leads nowhere."""
+        child = self.ids.next_node[self.ids.nodes[self.items][..., :-1]]    # nodes; −1: nowhere
+        return at(self.ids.flows(self.batch.r), child) * (child >= 0)
+
+    @cached_property
     def log_ref(self):
         """(C, J) log P by the reference."""
         with torch.no_grad():
@@ -203,9 +208,9 @@ def loss_of(recipe, policy, reference, batch, progress):
     if not recipe.loss:                                         # SFT
         log_steps, *_ = policy(batch.packed, batch.positives[:, None])             # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
-    # The N items of each context, (C, N). Any sampler may choose them: at P = R/Z, TB is 0 on all
-    # paths (off-policy training). But two users with the same U and different v have different R,
-    # and the same P. It ends between the two R/Z; near their geometric mean, if items are from P
+    # The N items of each context, (C, N). If each U had one R, any sampler would do: at P = R/Z, TB
+    # is 0 on all paths (off-policy). But R depends on v, too, so no P is right for all users with
+    # the same U. The sampler decides where P ends: near the geometric mean, if items are from P
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
@@ -298,7 +303,7 @@ def policy_beam(batch, count, policy, progress):
 
 def policy_draws(batch, count, policy, progress):
     """Ours: items drawn from P itself, N different ones: so they are only nearly ∝ P."""
-    # sample=1: as in a beam search, N prefixes go on at each level, but drawn, not the best ones
+    # sample=1: log P with a random number added to it, of which a beam search keeps the best N
     items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)
     return items.where(items >= 0, batch.positives[:, None])
 
@@ -401,7 +406,7 @@ def beam_search(tree, k, beams):
         tree.keep(child, best)
     return tree.items(log_p, k)
 
-# === The lecture ends here. Below: rivals, how it is fast, other searches, the experiment =========
+# === The lecture ends here. Below: rivals, packing, drawing, evaluation, the experiment ===========
 
 # --- Rivals: what else could learn from the log or from R -----------------------------------------
 def distillation(child_flow, log_probs):
@@ -412,11 +417,6 @@ def distillation(child_flow, log_probs):
     Mean over paths of Σ_l Σ_c q(c) · (log q(c) − log P_F(c | s_l)), q(c) = F(c) / F(s_l)."""
     target = child_flow / child_flow.sum(-1, keepdim=True)      # q; 0 for an illegal child
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
-
-def code_flow(p):
-    """Exact F of all codes after the prefixes s_0 … s_{L-1} of a Paths p (C, J, L, K)."""
-    child = p.ids.next_node[p.ids.nodes[p.items][..., :-1]]     # where each code leads; −1: nowhere
-    return at(p.ids.flows(p.batch.r), child) * (child >= 0)     # nowhere, F is 0
 
 def sdpo(log_pf, log_ref, beta):
     """S-DPO (Chen et al. 2024) → scalar: the chosen item, path 0, shall be above the rejected items
@@ -453,7 +453,7 @@ RECIPES |= {
     "sdpo-reward": dict(SDPO, chosen="reward", sampler="policy_draws", lam=100.0, rate=1e-3),
     "grpo": dict(loss=lambda p: grpo(p.log_pf, p.log_ref, p.log_r, p.recipe.beta), trajectories=16,
                  beta=0.01),
-    "distill": dict(loss=lambda p: distillation(code_flow(p), p.log_probs), lam=30.0, dropout=0.2)}
+    "distill": dict(loss=lambda p: distillation(p.child_flow, p.log_probs), lam=30.0, dropout=0.2)}
 
 # --- Fast: GPT-2 reads a history once, for all contexts of a row and their paths ------------------
 # A row is some contexts of a user, which GPT-2 reads in one go. If it may read 4 items, the window,

@@ -27,14 +27,14 @@ warnings.filterwarnings("ignore", message="Sparse CSR")         # torch calls it
 class Reward:
     """The comprehensive reward R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/m of the m unseen
     items; R of an item of the history is 0. Each signal sums to 1 over the unseen items (r_a to .1
-    where v was only clicked), so the heuristic weights are shares of Z. In the paper, r_a is 10
+    where v was not liked), so the heuristic weights are shares of Z. In the paper, r_a is 10
     at v, and r_s the number of equal codes; summed over all items, far more than 1."""
     ids: object             # SemanticIDs
     teacher: object         # has scores(histories, users)
     weights: tuple          # w_a, w_ŷ, w_s
 
     def action(self, positives, liked):
-        """r_a (B, n): 1 at a liked positive, 0.1 at a clicked one (the paper's 10 : 1), else 0."""
+        """r_a (B, n): 1 at a liked positive, .1 at another one (the paper's 10 : 1), else 0."""
         r = torch.zeros(len(positives), len(self.ids.codes), device=positives.device)
         return r.scatter_(1, positives[:, None], torch.where(liked, 1.0, 0.1)[:, None])
 

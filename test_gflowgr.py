@@ -974,7 +974,7 @@ def losses_by_hand(p):                        # {recipe: its loss}, of a Paths
     balance = balance_loops(p.log_z, p.log_pf, p.log_r)
     gap = (p.log_z[:, None] + p.log_pf - p.log_r).abs()
     huber = torch.where(gap < 1, gap ** 2 / 2, gap - 0.5).mean()
-    q = gflowgr.code_flow(p)
+    q = p.child_flow
     q = q / q.sum(-1, keepdim=True)
     kl = torch.nn.functional.kl_div(p.log_probs, q, reduction="sum") / p.log_pf.numel()
     return {"sdpo": rejected, "sdpo-reward": rejected, "paper": balance, "tb-paper": balance,
@@ -1015,7 +1015,7 @@ def test_what_a_loss_is_given_and_what_is_made_of_it(name, K, L, tiny, monkeypat
         wanted = paths_by_hand(recipe, setup, (policy, frozen), batch.users[c], past,
                                items[c].tolist())
         for what, row in wanted.items():
-            have = gflowgr.code_flow(p) if what == "child_flow" else getattr(p, what)
+            have = getattr(p, what)
             close(have[c].clamp(min=-99), row.clamp(min=-99), msg=what)
     log_v = policy.path_log_probs(batch.histories, batch.positives[:, None]).sum((1, 2))
     close(p.log_v, log_v)

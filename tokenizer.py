@@ -17,6 +17,15 @@ from tqdm import tqdm
 
 from data import check
 
+def entries(lists, num_items=np.inf):
+    """Rows and columns that index a (B, n) matrix: [[5, 2], [7]] → arrays [0, 0, 1], [5, 2, 7].
+    InputError for an item that is not in the catalogue."""
+    rows = np.repeat(np.arange(len(lists)), list(map(len, lists)))
+    items = np.fromiter(chain.from_iterable(lists), np.int64, len(rows))
+    known = (0 <= items) & (items < num_items)
+    check(known.all(), f"items of a history are numbers from 0 to {num_items - 1}")
+    return rows, items
+
 class SemanticIDs(torch.nn.Module):
     """The table item ↔ semantic ID, and the tree of its prefixes. A Module, so that .to() moves it.
     A node of the tree is a number: 0 is the root, 1 … M−1 are the other prefixes, level by level,
@@ -134,15 +143,6 @@ def assign_with_capacity(cost, parent, capacity):
         cost[refused, code[refused]] = np.inf
 
 # --- Features of items: vectors of their text and of the log --------------------------------------
-def entries(lists, num_items=np.inf):
-    """Rows and columns that index a (B, n) matrix: [[5, 2], [7]] → arrays [0, 0, 1], [5, 2, 7].
-    InputError for an item that is not in the catalogue."""
-    rows = np.repeat(np.arange(len(lists)), list(map(len, lists)))
-    items = np.fromiter(chain.from_iterable(lists), np.int64, len(rows))
-    known = (0 <= items) & (items < num_items)
-    check(known.all(), f"items of a history are numbers from 0 to {num_items - 1}")
-    return rows, items
-
 def sparse(index, values, shape):
     """A sparse tensor with m values; index: their rows (m,), columns (m,). Equal places add up."""
     index = np.stack(index)
