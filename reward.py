@@ -63,8 +63,8 @@ class Teacher:
     shown more is logged more. sharp: P learns few high scores more easily than many middling ones.
     An item's popularity is its count + 1; in `SVD` and `Squared`, the length of its vector.
     Users are split into 20 folds. In training, a user's scores come from a recommender that was
-    fitted on the other 19: it does not know what the user logged later (but for `similar_items`).
-    Users to be served get scores of one that was fitted on all."""
+    fitted on the other 19: it does not know what the user logged later. (Popularity does, a little,
+    and `similar_items`.) Users to be served get scores of one that was fitted on all."""
     def __init__(self, name, data, debias=0.0, sharp=1.0):
         check(name in TEACHERS, f"there is no teacher {name!r}; there are {', '.join(TEACHERS)}")
         self.fit = TEACHERS[name]
@@ -189,7 +189,7 @@ class SVD:
         return shares(users @ self.vectors.T, histories, self.popular)      # below 0 becomes 0
 
 class Squared(SVD):
-    """Ours, the best of 150 formulas for the made-up world, of n × n numbers: pairs count squared.
+    """Ours, one of 150 formulas tried on made-up worlds, of n × n numbers: pairs count squared.
     CM(U, i) ∝ Σ_j (.4^(age(j) − 1) + .5) · max(0, ⟨x_j, x_i⟩)² / √(length(x_j) · length(x_i)³)."""
     def __init__(self, histories, num_items, rank=0):
         super().__init__(histories, num_items, rank)
