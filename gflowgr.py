@@ -110,14 +110,14 @@ class Recipe:
 class Batch:
     """C contexts (U, v). In an epoch, each item of a training history is v in one Batch."""
     def __init__(self, packed, data, reward=None):
-        """packed: the C histories U as tokens for GPT-2 (how: after the lecture), with C pairs
-        (user, place): v stands at this place of the user's training history, U before it. data: a
-        Dataset; train, liked: lists of items, of bools, one a user. reward: a Reward, if not SFT"""
+        """packed: U as tokens for GPT-2 (how: after the lecture); contexts, C pairs (user, place):
+        v stands at this place of the user's training history, U before it; unseen (C, M + n): does
+        a node of the tree lead to an item that is not in U? data: a Dataset; train, liked: a list
+        of items, of bools, for each user. reward: a Reward, if not SFT"""
         self.packed = packed
         self.users = [user for user, _ in packed.contexts]
-        # C lists each: U; v and the user's later training items
-        self.histories = [data.train[user][:place] for user, place in packed.contexts]
-        self.following = [data.train[user][place:] for user, place in packed.contexts]
+        self.histories = [data.train[user][:place] for user, place in packed.contexts]      # U
+        self.following = [data.train[user][place:] for user, place in packed.contexts]      # v, …
         liked = [data.liked[user][place] for user, place in packed.contexts]
         device = packed.tokens.device
         self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
@@ -126,7 +126,7 @@ class Batch:
             # Scores that do not know v, by a recommender that was fitted without this user
             scores = reward.teacher.scores(self.histories, self.users)
             self.scores = scores.to(device)             # (C, n) of sum 1, as debias, sharp say
-            unseen = packed.unseen[:, reward.ids.num_prefixes:]         # (C, n) bool: not in U
+            unseen = packed.unseen[:, reward.ids.num_prefixes:]         # (C, n) of items alone
             # (C, n), 0 if seen. Of all items: a method that needs few R could compute those alone
             self.r = reward(self.scores, self.positives, self.liked, unseen)
 
