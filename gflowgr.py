@@ -190,13 +190,13 @@ class Paths:
 
 # What each method changes in Recipe; p: a Paths. All numbers were chosen by trials, in data/log.md
 TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))    # Z: exact, or learned
-PAPER = dict(TB, sampler="curriculum", trajectories=3, exact=False, dropout=0.4)
+CURRICULUM = dict(TB, sampler="curriculum", trajectories=3, exact=False, dropout=0.4)
 RECIPES = {
     "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
     # The paper's, as we read it; w_a, w_y, w_s are ours. Its L_GFN reads v, too: R is high there,
     # so P stays near the log
-    "paper": dict(PAPER, chosen="logged", debias=0.0, sharp=1.0, lam=1.0),
-    "tb-paper": dict(PAPER, lam=0.3),                   # L_GFN without v; debias, sharp as in `tb`
+    "paper": dict(CURRICULUM, chosen="logged", debias=0.0, sharp=1.0, lam=1.0),
+    "tb-paper": dict(CURRICULUM, lam=0.3),              # L_GFN without v; debias, sharp as in `tb`
     "tb": TB,
     "db": dict(loss=lambda p: detailed_balance(p.log_flow, p.log_steps), dropout=0.1),
     "vargrad": dict(loss=lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1)}
@@ -470,7 +470,7 @@ Packed = namedtuple("Packed", "contexts tokens row_of ends unseen")
 
 def training_rows(histories, window):
     """Rows in which every item is a target once. It sees at most `window` items before it, more
-    than window/2, or all there are."""
+    than window/2, or all there are; where items are drawn or searched, the last `window`."""
     for user, history in enumerate(histories):                  # in the example, cuts: 0 5 7 8
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
         for first, stop in zip(cuts, cuts[1:]):
