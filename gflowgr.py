@@ -110,13 +110,13 @@ class Recipe:
 class Batch:
     """C contexts (U, v). In an epoch, each item of a training history is v in one Batch."""
     def __init__(self, packed, data, reward=None):
-        """packed: U as tokens for GPT-2 (how: after the lecture); contexts, C pairs (user, place):
-        v stands at this place of the user's training history, U before it; unseen (C, M + n): does
-        a node of the tree lead to an item that is not in U? data: a Dataset; train, liked: a list
-        of items, of bools, for each user. reward: a Reward, if not SFT"""
+        """packed: tokens for GPT-2 (how: after the lecture); contexts, C pairs (user, place): v
+        stands at this place of the user's training history, U before it; histories, the C lists U;
+        unseen (C, M + n): does a node of the tree lead to an item that is not in U? data: a Dataset
+        (train, liked: a list of items, of bools, for each user). reward: a Reward, if not SFT"""
         self.packed = packed
         self.users = [user for user, _ in packed.contexts]
-        self.histories = [data.train[user][:place] for user, place in packed.contexts]      # U
+        self.histories = packed.histories                                                   # U
         self.following = [data.train[user][place:] for user, place in packed.contexts]      # v, …
         liked = [data.liked[user][place] for user, place in packed.contexts]
         device = packed.tokens.device
@@ -243,8 +243,9 @@ def train(name, recipe, policy, setup):
         epoch_batches = batches(setup, policy, reward, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
             loss = loss_of(recipe, policy, reference, batch, len(losses) / steps)
-            check(torch.isfinite(loss), f"{name}: loss {loss} at step {len(losses)}; is the rate "
-                  f"too high? Users (rows) {sorted({*batch.users})}")
+            if not torch.isfinite(loss):
+                raise InputError(f"{name}: loss {loss} at step {len(losses)}; is the rate too "
+                                 f"high? Users (rows) {sorted({*batch.users})}")
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -269,8 +270,7 @@ def session(batch, count, policy, progress):
     return draw(weight, count)
 
 def unlogged(batch, weight):
-    """weight (C, n), but 0 at the user's logged items, 1e-12 at v: no row is all 0."""
-    weight = weight.clone()
+    """weight (C, n), overwritten: 0 at the user's logged items, 1e-12 at v, as no row may be 0."""
     weight[entries(batch.histories)] = 0
     weight[entries(batch.following)] = 0
     return weight.scatter_(1, batch.positives[:, None], 1e-12)
@@ -463,10 +463,10 @@ RECIPES |= {
 #     Row(user, start=2, places=5…6)   reads <user> c d e f   v: f g, after 3 4
 #     Row(user, start=3, places=7…7)   reads <user> d e f g   v: h, after 4
 Row = namedtuple("Row", "user start places")
-# contexts: C pairs (user, place of v). tokens (B, H) of B rows; of context c, GPT-2 reads those at
-# [row_of[c], :ends[c] + 1]. Here, row_of is 0 0 0 0 0 1 1 2, and ends is 0 1 2 3 4 3 4 4, as <user>
-# is token 0. unseen, bools (C, M + n): is an item that is not in U at this node, or below it?
-Packed = namedtuple("Packed", "contexts tokens row_of ends unseen")
+# Of C contexts: pairs (user, place of v); histories U. tokens (B, H) of B rows; of context c, GPT-2
+# reads [row_of[c], :ends[c] + 1]. Here, row_of is 0 0 0 0 0 1 1 2, and ends is 0 1 2 3 4 3 4 4, as
+# <user> is token 0. unseen (C, M + n), bools: is an item not in U at this node, or below it?
+Packed = namedtuple("Packed", "contexts histories tokens row_of ends unseen")
 
 def training_rows(histories, window):
     """Rows in which every item is a target once. It sees at most `window` items before it, more
@@ -479,12 +479,12 @@ def training_rows(histories, window):
 def pack(rows, histories, policy):
     """The Packed of rows, which are read up to the item before their last v; histories: by user."""
     contexts = [(row.user, place) for row in rows for place in row.places]
+    past = [histories[user][:place] for user, place in contexts]
     row_of = [number for number, row in enumerate(rows) for _ in row.places]
     ends = [place - row.start for row in rows for place in row.places]  # 0: at <user>, U is empty
     tokens = policy.tokens([histories[row.user][row.start:row.places[-1]] for row in rows])
     row_of, ends = torch.tensor([row_of, ends], device=tokens.device)
-    unseen = policy.semantic_ids.unseen([histories[user][:place] for user, place in contexts])
-    return Packed(contexts, tokens, row_of, ends, unseen)
+    return Packed(contexts, past, tokens, row_of, ends, policy.semantic_ids.unseen(past))
 
 def pack_histories(histories, policy):
     """The Packed of B histories, each a row of its own: its last `window` items."""
@@ -526,7 +526,7 @@ def tree_mask(ends, H, J, L):
 def read_packed(policy, packed, items):
     """Hidden states (C, J, L, d) of the prefixes s_0 … s_{L-1} on the paths of items (C, J). GPT-2
     reads each history once: its keys and values stay in a cache, which all paths share."""
-    _, tokens, row_of, ends, _ = packed
+    *_, tokens, row_of, ends, _ = packed
     ids = policy.semantic_ids
     J = items.shape[1]
     cache = DynamicCache()
@@ -549,7 +549,7 @@ class Beams:
     once: its keys and values stay in a cache, those of dropped beams, too. A mask hides these."""
     def __init__(self, policy, histories, temperature=1.0, guide=None):
         """Codes have P_F^(1/temperature), of sum 1, times the guide's share; see children."""
-        _, tokens, _, ends, self.unseen = pack_histories(histories, policy)
+        *_, tokens, _, ends, self.unseen = pack_histories(histories, policy)
         self.ids = policy.semantic_ids
         self.lm = policy.lm.transformer
         self.temperature = temperature

@@ -823,7 +823,7 @@ def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
     policy = Policy(SemanticIDs([[0, i] for i in range(200)], 200), window, 65, 1)  # one head
     order = []
     for batch in gflowgr.batches(setup, policy, None, np.random.default_rng(0)):
-        _, tokens, rows, ends, _ = batch.packed
+        *_, tokens, rows, ends, _ = batch.packed
         for c, (row, end) in enumerate(zip(rows.tolist(), ends.tolist())):
             past = batch.histories[c]
             v = batch.positives[c].item()
@@ -1596,7 +1596,7 @@ def decoding(policy, histories):              # generate is held to the legal co
 def packing(policy, histories):               # a step on rows of 8 branches; on 8 times the rows
     items = torch.randint(720, (len(histories), 8))
     packed = gflowgr.pack_histories(histories, policy)
-    one_a_row = gflowgr.Packed(None, *[x.repeat_interleave(8, 0) for x in packed[1:]])
+    one_a_row = gflowgr.Packed(None, None, *[x.repeat_interleave(8, 0) for x in packed[2:]])
     one_a_row = one_a_row._replace(row_of=torch.arange(8 * len(histories)))
     def step(packed, items):
         policy(packed, items)[0].sum().backward()
