@@ -1,4 +1,4 @@
-"""The comprehensive reward, and the traditional recommenders that it reads.
+"""Traditional recommenders, and the comprehensive reward, which reads one of them.
 
 A recommender is made by a function fit(histories, num_items): training histories, lists of items,
 oldest first, no repeats. It has scores(histories) → (B, n) ≥ 0, rows of sum 1, 0 at items of the
@@ -21,111 +21,6 @@ from data import InputError, check
 from tokenizer import entries, followers, item_features, item_vectors, sparse
 
 warnings.filterwarnings("ignore", message="Sparse CSR")         # torch calls its sparse CSR "beta"
-
-# --- The reward -----------------------------------------------------------------------------------
-@dataclass
-class Reward:
-    """The comprehensive reward R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/m of the m unseen
-    items; R of an item of the history is 0. Each signal sums to 1 over the unseen items (r_a to .1
-    where v was not liked), so the heuristic weights are shares of Z. In the paper, r_a is 10
-    at v, and r_s the number of equal codes; summed over all items, far more than 1."""
-    ids: object             # SemanticIDs
-    teacher: object         # has scores(histories, users)
-    weights: tuple          # w_a, w_ŷ, w_s
-
-    def action(self, positives, liked):
-        """r_a (B, n): 1 at a liked positive, .1 at another one (the paper's 10 : 1), else 0."""
-        r = torch.zeros(len(positives), len(self.ids.codes), device=positives.device)
-        return r.scatter_(1, positives[:, None], torch.where(liked, 1.0, 0.1)[:, None])
-
-    def similarity(self, positives, unseen):
-        """r_s (B, n), rows sum to 1: codes that unseen IDs share with that of v, positive (B,)."""
-        # r_s(v') = c(v') / Σ c over unseen items; c(v'): in how many levels v' has the code of v.
-        # In each level, the codes of v (B, 1) are compared with those of all items (n,)
-        c = sum((level[positives, None] == level).byte() for level in self.ids.codes.T)
-        c = c * unseen
-        return c / c.sum(1, keepdim=True)
-
-    def __call__(self, scores, positives, liked, unseen):
-        """R (B, n) of every item, > 0 at unseen (B, n; bool) ones; r_ŷ is scores (B, n);
-        positives and liked (bool) are (B,)."""
-        # R = ε/m + w_ŷ · r_ŷ + w_s · r_s + w_a · r_a, 0 at seen items. x.add(y, alpha=w): x + w·y
-        w_a, w_y, w_s = self.weights
-        r = 1e-3 / unseen.sum(1, keepdim=True)                  # (B, 1) ε = .001
-        r = r.add(scores, alpha=w_y)                            # (B, n)
-        r.add_(self.similarity(positives, unseen), alpha=w_s)   # in place, as it is large
-        r.add_(self.action(positives, liked), alpha=w_a)
-        return r.mul_(unseen)
-
-# --- The teacher: a recommender as R reads it -----------------------------------------------------
-class Teacher:
-    """A recommender of TEACHERS whose scores are (score / popularity^δ)^sharp, ours. δ: what is
-    shown more is logged more. sharp: P learns few high scores more easily than many middling ones.
-    An item's popularity is its count + 1; in `SVD` and `Squared`, the length of its vector.
-    Users are split into 20 folds. In training, a user's scores come from a recommender that was
-    fitted on the other 19: it does not know what the user logged later. (Popularity does, a little,
-    and `similar_items`.) Users to be served get scores of one that was fitted on all."""
-    def __init__(self, name, data, debias=0.0, sharp=1.0):
-        check(name in TEACHERS, f"there is no teacher {name!r}; there are {', '.join(TEACHERS)}")
-        self.fit = TEACHERS[name]
-        self.data = data
-        self.debias = debias                                    # δ
-        self.sharp = sharp
-        whole = fitted(self.fit, data, -1)
-        count = torch.tensor(np.bincount(entries(data.train)[1], minlength=len(data.titles)))
-        self.popular = whole.popular if isinstance(whole, SVD) else (count + 1.0).float()   # (n,)
-
-    def scores(self, histories, users=None):
-        """(B, n) ≥ 0, rows sum to 1. users: in training, whose histories these are; None: users to
-        be served."""
-        folds = np.full(len(histories), -1) if users is None else folds_of(self.data)[users]
-        scores = torch.empty(len(histories), len(self.popular))
-        for fold in np.unique(folds).tolist():
-            rows = np.flatnonzero(folds == fold)
-            scores[rows] = self.checked([histories[row] for row in rows], fold)
-        powers = (scores / self.popular ** self.debias) ** self.sharp
-        total = powers.sum(1, keepdim=True)
-        # Rows may be 0 only if all items are seen
-        right = ((total > 0) & (total < torch.inf)) | ~scores.any(1, keepdim=True)
-        check(right.all(), "the scores of a teacher vanish: debias or sharp is too large")
-        return powers / total.clamp(min=1e-30)
-
-    def recommend(self, histories, k=10):
-        """The k unseen items (B, k) with the highest scores, −1 where none is left; the scores."""
-        scores = functional.pad(self.scores(histories), (0, k), value=-torch.inf)
-        scores[entries(histories)] = -torch.inf
-        value, items = scores.topk(k, 1)
-        return items.masked_fill(value == -torch.inf, -1), value
-
-    def checked(self, histories, fold):
-        """Scores (B, n) by the recommender without this fold, or InputError: it may be yours."""
-        cm = fitted(self.fit, self.data, fold)
-        scores = cm.scores([[*history] for history in histories])   # copies, as in `fitted`
-        shape = (len(histories), len(self.popular))
-        right = torch.is_tensor(scores) and scores.shape == shape and scores.is_floating_point()
-        total = torch.tensor([len(history) < shape[1] for history in histories]).float()
-        right = right and scores.min() >= 0                     # total: 1, or 0 if all are seen
-        right = right and (scores.sum(1) - total).abs().max() < 1e-3
-        if not right or scores[entries(histories)].any():
-            found = " ".join(str(scores).split())[:100]
-            raise InputError(f"{type(cm).__name__}.scores has to return a tensor of floats {shape},"
-                             f" ≥ 0, 0 at items of the history, each row of sum 1, not {found} …")
-        return scores.float()
-
-@lru_cache(maxsize=168)                                         # 21 a teacher, kept for all seeds
-def fitted(fit, data, fold):
-    """What fit makes of all training histories but those in a fold, 0 to 19; −1: of all."""
-    # Copies: the fit may be yours, and change them
-    others = [[*data.train[user]] for user in np.flatnonzero(folds_of(data) != fold)]
-    if fit is Blend:                                            # it reads the items' texts, too
-        fit = partial(Blend, similar=similar_items(data))
-    return fit(others, len(data.titles))
-
-@lru_cache(maxsize=8)
-def folds_of(data):
-    """Which of 20 folds each user is in (users,), by a checksum of the user's training items: users
-    with the same ones share a fold."""
-    return np.array([zlib.crc32(np.array(items, np.int64).tobytes()) % 20 for items in data.train])
 
 # --- Recommenders ---------------------------------------------------------------------------------
 def weighted(table, histories, weight, length=10 ** 9):
@@ -180,8 +75,7 @@ class SVD:
     similar vectors x. CM(U, i) ∝ max(0, Σ_j ⟨x_j, x_i⟩ / age(j)^.75) over all items j of U."""
     def __init__(self, histories, num_items, rank=0):
         self.vectors = torch.tensor(item_vectors(histories, num_items, rank))       # (n, rank)
-        # (n,) lengths: an item that more users took has a longer vector, as its row of X is longer
-        self.popular = self.vectors.norm(dim=1).clamp(min=1e-4)
+        self.popular = self.vectors.norm(dim=1).clamp(min=1e-4)     # (n,) more users, longer vector
 
     def scores(self, histories):
         """CM(U, ·) (B, n) of B histories."""
@@ -231,3 +125,108 @@ class Blend:
 # A teacher's name: its fit(histories, num_items)
 TEACHERS = {"pop": partial(CollaborativeModel.fit, popularity=1.0),     # popularity alone
             "cm": CollaborativeModel.fit, "svd": SVD, "squared": Squared, "blend": Blend}
+
+# --- The teacher: a recommender as R reads it -----------------------------------------------------
+@lru_cache(maxsize=8)
+def folds_of(data):
+    """Which of 20 folds each user is in (users,), by a checksum of the user's training items: users
+    with the same ones share a fold."""
+    return np.array([zlib.crc32(np.array(items, np.int64).tobytes()) % 20 for items in data.train])
+
+@lru_cache(maxsize=168)                                         # 21 a teacher, kept for all seeds
+def fitted(fit, data, fold):
+    """What fit makes of all training histories but those in a fold, 0 to 19; −1: of all."""
+    # Copies: the fit may be yours, and change them
+    others = [[*data.train[user]] for user in np.flatnonzero(folds_of(data) != fold)]
+    if fit is Blend:                                            # it reads the items' texts, too
+        fit = partial(Blend, similar=similar_items(data))
+    return fit(others, len(data.titles))
+
+class Teacher:
+    """A recommender of TEACHERS whose scores are (score / popularity^δ)^sharp, ours. δ: what is
+    shown more is logged more. sharp: P learns few high scores more easily than many middling ones.
+    An item's popularity is its count + 1; in `SVD` and `Squared`, the length of its vector.
+    Users are split into 20 folds. In training, a user's scores come from a recommender that was
+    fitted on the other 19: it does not know what the user logged later. (Popularity does, a little,
+    and `similar_items`.) Users to be served get scores of one that was fitted on all."""
+    def __init__(self, name, data, debias=0.0, sharp=1.0):
+        check(name in TEACHERS, f"there is no teacher {name!r}; there are {', '.join(TEACHERS)}")
+        self.fit = TEACHERS[name]
+        self.data = data
+        self.debias = debias                                    # δ
+        self.sharp = sharp
+        whole = fitted(self.fit, data, -1)
+        count = torch.tensor(np.bincount(entries(data.train)[1], minlength=len(data.titles)))
+        self.popular = whole.popular if isinstance(whole, SVD) else (count + 1.0).float()   # (n,)
+
+    def checked(self, histories, fold):
+        """Scores (B, n) by the recommender without this fold, or InputError: it may be yours."""
+        cm = fitted(self.fit, self.data, fold)
+        scores = cm.scores([[*history] for history in histories])   # copies, as in `fitted`
+        shape = (len(histories), len(self.popular))
+        right = torch.is_tensor(scores) and scores.shape == shape and scores.is_floating_point()
+        total = torch.tensor([len(history) < shape[1] for history in histories]).float()
+        right = right and scores.min() >= 0                     # total: 1, or 0 if all are seen
+        right = right and (scores.sum(1) - total).abs().max() < 1e-3
+        if not right or scores[entries(histories)].any():
+            found = " ".join(str(scores).split())[:100]
+            raise InputError(f"{type(cm).__name__}.scores has to return a tensor of floats {shape},"
+                             f" ≥ 0, 0 at items of the history, each row of sum 1, not {found} …")
+        return scores.float()
+
+    def scores(self, histories, users=None):
+        """(B, n) ≥ 0, rows sum to 1. users: in training, whose histories these are; None: users to
+        be served."""
+        folds = np.full(len(histories), -1) if users is None else folds_of(self.data)[users]
+        scores = torch.empty(len(histories), len(self.popular))
+        for fold in np.unique(folds).tolist():
+            rows = np.flatnonzero(folds == fold)
+            scores[rows] = self.checked([histories[row] for row in rows], fold)
+        powers = (scores / self.popular ** self.debias) ** self.sharp
+        total = powers.sum(1, keepdim=True)
+        # Rows may be 0 only if all items are seen
+        right = ((total > 0) & (total < torch.inf)) | ~scores.any(1, keepdim=True)
+        check(right.all(), "the scores of a teacher vanish: debias or sharp is too large")
+        return powers / total.clamp(min=1e-30)
+
+    def recommend(self, histories, k=10):
+        """The k unseen items (B, k) with the highest scores, −1 where none is left; the scores."""
+        scores = functional.pad(self.scores(histories), (0, k), value=-torch.inf)
+        scores[entries(histories)] = -torch.inf
+        value, items = scores.topk(k, 1)
+        return items.masked_fill(value == -torch.inf, -1), value
+
+# --- The reward -----------------------------------------------------------------------------------
+@dataclass
+class Reward:
+    """The comprehensive reward R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/m of the m unseen
+    items; R of an item of the history is 0. Each signal sums to 1 over the unseen items (r_a to .1
+    where v was not liked), so the heuristic weights are shares of Z. In the paper, r_a is 10
+    at v, and r_s the number of equal codes; summed over all items, far more than 1."""
+    ids: object             # SemanticIDs
+    teacher: object         # has scores(histories, users)
+    weights: tuple          # w_a, w_ŷ, w_s
+
+    def action(self, positives, liked):
+        """r_a (B, n): 1 at a liked positive, .1 at another one (the paper's 10 : 1), else 0."""
+        r = torch.zeros(len(positives), len(self.ids.codes), device=positives.device)
+        return r.scatter_(1, positives[:, None], torch.where(liked, 1.0, 0.1)[:, None])
+
+    def similarity(self, positives, unseen):
+        """r_s (B, n), rows sum to 1: codes that unseen IDs share with that of v, positive (B,)."""
+        # r_s(v') = c(v') / Σ c over unseen items; c(v'): in how many levels v' has the code of v.
+        # In each level, the codes of v (B, 1) are compared with those of all items (n,)
+        c = sum((level[positives, None] == level).byte() for level in self.ids.codes.T)
+        c = c * unseen
+        return c / c.sum(1, keepdim=True)
+
+    def __call__(self, scores, positives, liked, unseen):
+        """R (B, n) of every item, > 0 at unseen (B, n; bool) ones; r_ŷ is scores (B, n);
+        positives and liked (bool) are (B,)."""
+        # R = ε/m + w_ŷ · r_ŷ + w_s · r_s + w_a · r_a, 0 at seen items. x.add(y, alpha=w): x + w·y
+        w_a, w_y, w_s = self.weights
+        r = 1e-3 / unseen.sum(1, keepdim=True)                  # (B, 1) ε = .001
+        r = r.add(scores, alpha=w_y)                            # (B, n)
+        r.add_(self.similarity(positives, unseen), alpha=w_s)   # in place, as it is large
+        r.add_(self.action(positives, liked), alpha=w_a)
+        return r.mul_(unseen)

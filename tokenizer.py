@@ -4,7 +4,7 @@
 By hand: three items with one feature each, 0, 1 and 10; L = 2 codes, K = 2.
     two centroids, 0.5 and 10        first codes 0, 0, 1: each item's nearest centroid
     residuals, item − centroid       −0.5, 0.5, 0
-    two centroids, −0.5 and 0.25, the mean of 0.5 and 0: second codes 0, 1, 1
+    two centroids, −0.5 and 0.25 (or, as good, −0.25 and 0.5):  second codes 0, 1, 1
 IDs (0, 0), (0, 1), (1, 1): all differ, similar items begin alike. The paper's IDs (TIGER, LETTER)
 come from a trained network. Letters: n items, L levels, K codes, M prefixes, C contexts, B users.
 """
@@ -26,6 +26,124 @@ def entries(lists, num_items=np.inf):
     check(known.all(), f"items of a history are numbers from 0 to {num_items - 1}")
     return rows, items
 
+def sparse(index, values, shape):
+    """A sparse tensor with m values; index: their rows (m,), columns (m,). Equal places add up."""
+    index = np.stack(index)
+    return torch.sparse_coo_tensor(index, values, shape, check_invariants=False).coalesce()
+
+# --- Features of items: vectors of their text and of the log --------------------------------------
+def leading_vectors(matrix, rank, seed, power=0.0):
+    """Singular value decomposition (SVD): a sparse matrix (n, m) ≈ A diag(s) Bᵀ with the `rank`
+    largest s, or with all, if there are fewer → A diag(s)^power (n, rank); power 0: A."""
+    rank = min(rank, *matrix.shape)
+    with torch.random.fork_rng(devices=[]):                     # no other random numbers change
+        torch.manual_seed(seed)
+        u, s, _ = torch.svd_lowrank(matrix, q=min(rank + 8, *matrix.shape), niter=4)
+    return u[:, :rank].numpy() * s[:rank].numpy() ** power
+
+def tf_idf(texts):
+    """Sparse (n, terms): how often a term, a word or a pair of words, is in a text, times
+    idf = log(n / its count in all texts), as rare terms say more; 0 for a term that stands once."""
+    column_of = {}                                              # term → its column
+    columns = []                                                # n lists, of the terms of a text
+    for text in texts:
+        words = re.findall(r"[^\s(),|]+", text.lower())
+        pairs = [f"{first} {second}" for first, second in zip(words, words[1:])]
+        # A new term gets the next column
+        columns.append([column_of.setdefault(term, len(column_of)) for term in words + pairs])
+    rows, terms = entries(columns)                              # here, texts and their terms
+    count = np.bincount(terms)                                  # (terms,)
+    idf = np.log(len(texts) / count).clip(0) * (count > 1)
+    return sparse((rows, terms), idf[terms].astype(np.float32), (len(texts), len(count)))
+
+def followers(histories, num_items, window, decay):
+    """Sparse (n, n): at (a, b), Σ of decay^(d − 1) where b stands d ≤ window places after a. With
+    decay .8, the log [[0, 1, 2]] has 1 at (0, 1) and (1, 2), and .8 at (0, 2)."""
+    users, items = entries(histories)
+    pairs = []
+    weights = []
+    for distance in range(1, window + 1):
+        same = users[distance:] == users[:-distance]            # items this far apart, of one user
+        pairs.append([items[:-distance][same], items[distance:][same]])
+        weights.append(np.full(same.sum(), decay ** (distance - 1)))
+    return sparse(np.hstack(pairs), np.hstack(weights), (num_items, num_items))
+
+def ppmi(histories, num_items):
+    """Sparse (n, n): positive pointwise mutual information, log(p(a, b) / (p(a) · p(b))), above 0
+    where b is near a more often than by chance, else 0."""
+    after = followers(histories, num_items, window=5, decay=0.8)
+    near = (after + after.T).coalesce()                         # p(a, b) = near[a, b] / near.sum()
+    a, b = near.indices()
+    count = torch.sparse.sum(near, 1).to_dense()                # (n,) p(a) = count[a] / near.sum()
+    smooth = count ** 0.75           # p(b) = smooth[b] / smooth.sum(): rare b get a larger p
+    ratio = near.values() * smooth.sum() / (count[a] * smooth[b])
+    return sparse((a, b), ratio.log().clamp(min=0), near.shape).float()
+
+def item_vectors(histories, num_items, rank=0):
+    """(n, rank) vectors of items: A of X ≈ A diag(s) Bᵀ, the SVD of items × users; X[i, u] is
+    1 / count(i)^.25 if history u has item i, else 0. Rank 0: 24, from 1,500 items on n / 30."""
+    users, items = entries(histories)                           # of each interaction
+    values = np.bincount(items)[items] ** -0.25
+    x = sparse((items, users), values.astype(np.float32), (num_items, len(histories)))
+    return leading_vectors(x, rank or (24 if num_items < 1500 else num_items // 30), seed=0)
+
+def unit(rows):
+    """Rows (n, d), divided by their lengths; those that are 0 stay 0."""
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(length > 1e-6, length, np.inf)
+
+def item_features(kind, texts, histories, seed, dim=64):
+    """(n, d): "content" is an item's text (TIGER). The log can be added (LETTER): "mixed" has its
+    neighbours there, "svd" its vector in a matrix factorisation.
+    Pass training histories only: validation or test items would leak into every result."""
+    text = unit(leading_vectors(tf_idf(texts), dim, seed, power=0.5))
+    if kind == "content":
+        return text
+    if kind == "mixed":
+        log = unit(leading_vectors(ppmi(histories, len(texts)), dim, seed, power=0.5))
+    else:
+        log = unit(item_vectors(histories, len(texts)).astype(np.float64))
+    return np.hstack([text, 2 * log])                           # 2: it says more than a few words
+
+# --- Residual k-means -----------------------------------------------------------------------------
+def squared_distances(points, centroids):
+    """(n, k) of points (n, d) and centroids (k, d): |p − c|² = |p|² − 2 p·c + |c|²."""
+    cross = points @ centroids.T
+    return np.maximum((points ** 2).sum(1)[:, None] - 2 * cross + (centroids ** 2).sum(1), 0)
+
+def kmeans(points, k, rng, steps=20):
+    """(k, d) centroids of points (n, d): k-means++ seeds, then Lloyd's steps."""
+    centroids = np.empty((k, points.shape[1]))
+    cost = np.full(len(points), np.inf)                         # squared distance to the nearest
+    for j in tqdm(range(k), "k-means++ seeds", disable=None, leave=False):
+        p = cost / cost.sum() if j and cost.sum() > 0 else None     # None: any point
+        centroids[j] = points[rng.choice(len(points), p=p)]
+        cost = np.minimum(cost, ((points - centroids[j]) ** 2).sum(1))
+    for _ in tqdm(range(steps), "k-means steps", disable=None, leave=False):
+        nearest = squared_distances(points, centroids).argmin(1)                        # (n,)
+        count = np.bincount(nearest, minlength=k)[:, None]                              # (k, 1)
+        total = np.stack([np.bincount(nearest, column, k) for column in points.T], 1)   # (k, d)
+        centroids = np.where(count > 0, total / np.maximum(count, 1), centroids)        # means
+    return centroids
+
+def assign_with_capacity(cost, parent, capacity):
+    """Give each item its cheapest code, but at most `capacity` items to a cell (parent, code): no
+    more than there are IDs below these codes, so that all IDs differ.
+    Every item asks for the cheapest code that has not refused it. A cell keeps its `capacity`
+    cheapest items and refuses the others for good. Repeat until no item is refused.
+    cost (n, K), overwritten; parent (n,), a number for the item's codes so far → codes (n,)."""
+    items = np.arange(len(cost))
+    while True:
+        code = cost.argmin(1)
+        cell = parent * cost.shape[1] + code
+        order = np.lexsort((cost[items, code], cell))           # by cell; in it, the cheapest first
+        first = np.searchsorted(cell[order], cell[order])       # the place where its cell begins
+        refused = order[np.arange(len(order)) - first >= capacity]      # later in it than capacity
+        if not len(refused):
+            return code
+        cost[refused, code[refused]] = np.inf
+
+# --- The table of IDs, and the tree of their prefixes ---------------------------------------------
 class SemanticIDs(torch.nn.Module):
     """The table item ↔ semantic ID, and the tree of its prefixes. A Module, so that .to() moves it.
     A node of the tree is a number: 0 is the root, 1 … M−1 are the other prefixes, level by level,
@@ -103,120 +221,3 @@ class SemanticIDs(torch.nn.Module):
 def at(table, nodes):
     """What a table (B, M + n) has at nodes (B, …); node −1 reads node 0."""
     return table.gather(1, nodes.clamp(min=0).flatten(1)).view_as(nodes)
-
-# --- Residual k-means -----------------------------------------------------------------------------
-def squared_distances(points, centroids):
-    """(n, k) of points (n, d) and centroids (k, d): |p − c|² = |p|² − 2 p·c + |c|²."""
-    cross = points @ centroids.T
-    return np.maximum((points ** 2).sum(1)[:, None] - 2 * cross + (centroids ** 2).sum(1), 0)
-
-def kmeans(points, k, rng, steps=20):
-    """(k, d) centroids of points (n, d): k-means++ seeds, then Lloyd's steps."""
-    centroids = np.empty((k, points.shape[1]))
-    cost = np.full(len(points), np.inf)                         # squared distance to the nearest
-    for j in tqdm(range(k), "k-means++ seeds", disable=None, leave=False):
-        p = cost / cost.sum() if j and cost.sum() > 0 else None     # None: any point
-        centroids[j] = points[rng.choice(len(points), p=p)]
-        cost = np.minimum(cost, ((points - centroids[j]) ** 2).sum(1))
-    for _ in tqdm(range(steps), "k-means steps", disable=None, leave=False):
-        nearest = squared_distances(points, centroids).argmin(1)                        # (n,)
-        count = np.bincount(nearest, minlength=k)[:, None]                              # (k, 1)
-        total = np.stack([np.bincount(nearest, column, k) for column in points.T], 1)   # (k, d)
-        centroids = np.where(count > 0, total / np.maximum(count, 1), centroids)        # means
-    return centroids
-
-def assign_with_capacity(cost, parent, capacity):
-    """Give each item its cheapest code, but at most `capacity` items to a cell (parent, code): no
-    more than there are IDs below these codes, so that all IDs differ.
-    Every item asks for the cheapest code that has not refused it. A cell keeps its `capacity`
-    cheapest items and refuses the others for good. Repeat until no item is refused.
-    cost (n, K), overwritten; parent (n,), a number for the item's codes so far → codes (n,)."""
-    items = np.arange(len(cost))
-    while True:
-        code = cost.argmin(1)
-        cell = parent * cost.shape[1] + code
-        order = np.lexsort((cost[items, code], cell))           # by cell; in it, the cheapest first
-        first = np.searchsorted(cell[order], cell[order])       # the place where its cell begins
-        refused = order[np.arange(len(order)) - first >= capacity]      # later in it than capacity
-        if not len(refused):
-            return code
-        cost[refused, code[refused]] = np.inf
-
-# --- Features of items: vectors of their text and of the log --------------------------------------
-def sparse(index, values, shape):
-    """A sparse tensor with m values; index: their rows (m,), columns (m,). Equal places add up."""
-    index = np.stack(index)
-    return torch.sparse_coo_tensor(index, values, shape, check_invariants=False).coalesce()
-
-def leading_vectors(matrix, rank, seed, power=0.0):
-    """Singular value decomposition (SVD): a sparse matrix (n, m) ≈ A diag(s) Bᵀ with the `rank`
-    largest s, or with all, if there are fewer → A diag(s)^power (n, rank); power 0: A."""
-    rank = min(rank, *matrix.shape)
-    with torch.random.fork_rng(devices=[]):                     # no other random numbers change
-        torch.manual_seed(seed)
-        u, s, _ = torch.svd_lowrank(matrix, q=min(rank + 8, *matrix.shape), niter=4)
-    return u[:, :rank].numpy() * s[:rank].numpy() ** power
-
-def tf_idf(texts):
-    """Sparse (n, terms): how often a term, a word or a pair of words, is in a text, times
-    idf = log(n / its count in all texts), as rare terms say more; 0 for a term that stands once."""
-    column_of = {}                                              # term → its column
-    columns = []                                                # n lists, of the terms of a text
-    for text in texts:
-        words = re.findall(r"[^\s(),|]+", text.lower())
-        pairs = [f"{first} {second}" for first, second in zip(words, words[1:])]
-        # A new term gets the next column
-        columns.append([column_of.setdefault(term, len(column_of)) for term in words + pairs])
-    rows, terms = entries(columns)                              # here, texts and their terms
-    count = np.bincount(terms)                                  # (terms,)
-    idf = np.log(len(texts) / count).clip(0) * (count > 1)
-    return sparse((rows, terms), idf[terms].astype(np.float32), (len(texts), len(count)))
-
-def followers(histories, num_items, window, decay):
-    """Sparse (n, n): at (a, b), Σ of decay^(d − 1) where b stands d ≤ window places after a. With
-    decay .8, the log [[0, 1, 2]] has 1 at (0, 1) and (1, 2), and .8 at (0, 2)."""
-    users, items = entries(histories)
-    pairs = []
-    weights = []
-    for distance in range(1, window + 1):
-        same = users[distance:] == users[:-distance]            # items this far apart, of one user
-        pairs.append([items[:-distance][same], items[distance:][same]])
-        weights.append(np.full(same.sum(), decay ** (distance - 1)))
-    return sparse(np.hstack(pairs), np.hstack(weights), (num_items, num_items))
-
-def ppmi(histories, num_items):
-    """Sparse (n, n): positive pointwise mutual information, log(p(a, b) / (p(a) · p(b))), above 0
-    where b is near a more often than by chance, else 0."""
-    after = followers(histories, num_items, window=5, decay=0.8)
-    near = (after + after.T).coalesce()                         # p(a, b) = near[a, b] / near.sum()
-    a, b = near.indices()
-    count = torch.sparse.sum(near, 1).to_dense()                # (n,) p(a) = count[a] / near.sum()
-    smooth = count ** 0.75           # p(b) = smooth[b] / smooth.sum(): rare b get a larger p
-    ratio = near.values() * smooth.sum() / (count[a] * smooth[b])
-    return sparse((a, b), ratio.log().clamp(min=0), near.shape).float()
-
-def item_vectors(histories, num_items, rank=0):
-    """(n, rank) vectors of items: A of X ≈ A diag(s) Bᵀ, the SVD of items × users; X[i, u] is
-    1 / count(i)^.25 if history u has item i, else 0. Rank 0: 24, from 1,500 items on n / 30."""
-    users, items = entries(histories)                           # of each interaction
-    values = np.bincount(items)[items] ** -0.25
-    x = sparse((items, users), values.astype(np.float32), (num_items, len(histories)))
-    return leading_vectors(x, rank or (24 if num_items < 1500 else num_items // 30), seed=0)
-
-def unit(rows):
-    """Rows (n, d), divided by their lengths; those that are 0 stay 0."""
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(length > 1e-6, length, np.inf)
-
-def item_features(kind, texts, histories, seed, dim=64):
-    """(n, d): "content" is an item's text (TIGER). The log can be added (LETTER): "mixed" has its
-    neighbours there, "svd" its vector in a matrix factorisation.
-    Pass training histories only: validation or test items would leak into every result."""
-    text = unit(leading_vectors(tf_idf(texts), dim, seed, power=0.5))
-    if kind == "content":
-        return text
-    if kind == "mixed":
-        log = unit(leading_vectors(ppmi(histories, len(texts)), dim, seed, power=0.5))
-    else:
-        log = unit(item_vectors(histories, len(texts)).astype(np.float64))
-    return np.hstack([text, 2 * log])                           # 2: it says more than a few words
