@@ -90,7 +90,7 @@ class Recipe:
     gr: float = 1.0                 # weight of L_GR = −log P(v | U), the loss of SFT
     lam: float = 10.0               # λ, weight of L_GFN
     sampler: str = "policy_draws"   # which N unseen items L_GFN reads; here, N drawn from P
-    trajectories: int = 8           # N: the paper has about 3, and v
+    trajectories: int = 8           # N: the paper has about 3, besides v
     chosen: Literal["", "logged", "reward"] = ""    # one item more: v itself, or drawn ∝ R
     exact: bool = True              # ours: Z and flows are sums of R, known for all items; False:
                                     # learned, by a linear head on the policy's hidden states
@@ -188,15 +188,18 @@ class Paths:
         with torch.no_grad():
             return self.reference(self.batch.packed, self.items)[0].sum(-1)
 
-# What each method changes in Recipe; p: a Paths. All numbers were chosen by trials, in data/log.md
+# What each method changes in Recipe; p: a Paths. Numbers were chosen by trials, in data/log.md.
+# In `paper`, as we read it, L_GFN reads v, too. R is high there: P stays near the log
+#             L_GFN reads                      Z         δ, sharp   λ
+# paper       v, and 3 items of a curriculum   learned   0, 1       1
+# tb-paper    3 items of a curriculum          learned   .5, 3      .3
+# tb          8 items drawn from P             exact     .5, 3      10
 TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))    # Z: exact, or learned
 CURRICULUM = dict(TB, sampler="curriculum", trajectories=3, exact=False, dropout=0.4)
 RECIPES = {
     "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
-    # The paper's, as we read it; w_a, w_y, w_s are ours. Its L_GFN reads v, too: R is high there,
-    # so P stays near the log
     "paper": dict(CURRICULUM, chosen="logged", debias=0.0, sharp=1.0, lam=1.0),
-    "tb-paper": dict(CURRICULUM, lam=0.3),              # L_GFN without v; debias, sharp as in `tb`
+    "tb-paper": dict(CURRICULUM, lam=0.3),
     "tb": TB,
     "db": dict(loss=lambda p: detailed_balance(p.log_flow, p.log_steps), dropout=0.1),
     "vargrad": dict(loss=lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1)}
@@ -208,9 +211,9 @@ def loss_of(recipe, policy, reference, batch, progress):
     if not recipe.loss:                                         # SFT
         log_steps, *_ = policy(batch.packed, batch.positives[:, None])             # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
-    # The N items of each context, (C, N). If each U had one R, any sampler would do: at P = R/Z, TB
-    # is 0 on all paths (off-policy). But R depends on v, too, so no P is right for all users with
-    # the same U. The sampler decides where P ends: near the geometric mean, if items are from P
+    # The N items of each context, (C, N). If each U had one R, any sampler would do (off-policy).
+    # But R depends on v, too: after U, one user took a, another b, so R/Z may be .8, .2 and .2, .8;
+    # no P is right for both. Items from P lead near the geometric mean (.5, .5), others elsewhere
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
@@ -657,7 +660,7 @@ def validate(policy, data):
     return ndcg_at(ranked, target, 10).mean().item()
 
 def evaluate(recommend, data):
-    """Last items, after all others → means {metric: number}, by user {metric: list}, lists."""
+    """Last items by recommend(all before) → means {metric: number}, {metric: by user}, lists."""
     ranked = rank_all(recommend, [history[:-1] for history in data.histories])
     target = torch.tensor([history[-1] for history in data.histories])
     by_user = {}
@@ -729,8 +732,7 @@ class Settings:
     sft: str = HfArg(default="", help="changes in the recipe of sft, like epochs=12:rate=.003")
     recipe: str = HfArg(default="", help="changes in all other recipes, like epochs=6:w_s=0")
     seeds: str = HfArg(default="42", help="comma-separated: every method runs once with each")
-    out: str = HfArg(default="", help="folder for results, whose tables are those of the last "
-                     "command (default: runs/NAME-OF-DATA)")
+    out: str = HfArg(default="", help="folder for results (default: runs/NAME-OF-DATA)")
     resume: bool = HfArg(default=False, help="keep the finished methods of a run that was killed")
     quick: bool = HfArg(default=False, help="a smoke run in seconds: 100 users, one epoch")
     device: str = HfArg(default="auto", help="where to train: auto, cuda, mps or cpu")
@@ -789,7 +791,7 @@ def recipe_of(name, settings):
     # Four kinds of method: which fields it has, their values, and the flag that changes them
     if base in TEACHERS:
         used, fields, flag = ["debias"], dict(teacher=base, debias=0.0, sharp=1.0), ""
-    elif "+cm" in base:
+    elif base.endswith("+cm"):
         used = ["teacher", "debias", "sharp"]
         fields, flag = real.get("Recipe", {}) | dict(sharp=9.0), settings.recipe
     elif base == "sft":
@@ -915,8 +917,7 @@ class Setup:
 
 def made_with(name, setup):
     """All inputs of a run that --resume compares, but code."""
-    data = {what: value for what, value in setup.data.sizes.items() if what != "name"}
-    made = {"data": data}
+    made = {"data": {what: size for what, size in setup.data.sizes.items() if what != "name"}}
     parts = [name]
     if name.partition(":")[0] not in TEACHERS:                  # all others start from SFT
         made["IDs"] = zlib.crc32(setup.ids.codes.cpu().numpy())
@@ -1032,9 +1033,8 @@ def run_oracle(settings):
     curve = train(settings.oracle, recipe, policy, setup)
     print("mean L1 distance of P from R/Z (2 at most): {:.4f} before, {:.4f} after; {}".format(
         curve[0]["score"], curve[-1]["score"], path))
-    learned = distribution(policy, batch.histories)[0]
-    report.figures.plot_flows(path, setup.ids.codes.cpu(), data.titles,
-                              {"R/Z": target[0], "P": learned})
+    panels = {"R/Z": target[0], "P": distribution(policy, batch.histories)[0]}
+    report.figures.plot_flows(path, setup.ids.codes.cpu(), data.titles, panels)
 
 # --- Command line ---------------------------------------------------------------------------------
 def print_recommendations(settings):
