@@ -826,9 +826,10 @@ def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
     setup = SimpleNamespace(data=SimpleNamespace(train=histories, liked=liked), size=3,
                             rows=list(gflowgr.training_rows(histories, window)))
     policy = Policy(SemanticIDs([[0, i] for i in range(200)], 200), window, 65, 1)  # one head
-    order = []
+    order, lengths = [], []                     # of v; of rows: similar ones are in one batch
     for batch in gflowgr.batches(setup, policy, None, np.random.default_rng(0)):
         *_, tokens, rows, ends, _ = batch.packed
+        lengths.append(sorted(dict(zip(rows.tolist(), ends.tolist())).values()))
         for c, (row, end) in enumerate(zip(rows.tolist(), ends.tolist())):
             past = batch.histories[c]
             v = batch.positives[c].item()
@@ -840,6 +841,7 @@ def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
             assert batch.following[c][0] == v
             order.append((batch.users[c], v))
     assert len({*order}) == len(order) == len(sum(histories, []))
+    assert sum(sorted(lengths), []) == sorted(sum(lengths, []))
 
 def test_rows_are_those_of_the_example():
     rows = [(start, [*places]) for _, start, places in gflowgr.training_rows(["abcdefgh"], 4)]
