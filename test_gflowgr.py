@@ -336,7 +336,7 @@ def recommend_cases():
     policy = made()
     yield "1 beam, but k = 4", (policy, [[4], [3, 8, 1, 20, 9, 6]], 4, 1)
     for K, L in ((24, 1), (5, 2), (2, 6)):
-        yield f"3 beams, IDs of {L} codes", (made(24, K, L), HISTORIES, 2, 3)
+        yield f"3 beams, IDs of {L} codes", (made(24, K, L), HISTORIES, min(L, 2), 3)
     yield "3 beams, guided", (policy, HISTORIES, 2, 3, torch.rand(5, 24) ** 4)
     yield "1 item is left, or none", (policy, [list(range(23)), list(range(24))], 30)
 def under(rows, v, l):                        # items whose ID begins with l codes of item v
