@@ -123,7 +123,7 @@ class Batch:
         self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
         self.liked = torch.tensor(liked, device=device)     # (C,) bool: did the user like v?
         if reward:
-            # Scores that do not know v, by a recommender that was fitted without this user
+            # By a recommender that was fitted without this user: so the scores do not know v
             scores = reward.teacher.scores(self.histories, self.users)
             self.scores = scores.to(device)             # (C, n) of sum 1, as debias, sharp say
             unseen = packed.unseen[:, reward.ids.num_prefixes:]         # (C, n) of items alone
@@ -212,8 +212,8 @@ def loss_of(recipe, policy, reference, batch, progress):
         log_steps, *_ = policy(batch.packed, batch.positives[:, None])             # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
     # The N items of each context, (C, N). If each U had one R, any sampler would do (off-policy).
-    # But R depends on v, too: after U, one user took a, another b, so R/Z may be .8, .2 and .2, .8;
-    # no P is right for both. Items from P lead near the geometric mean (.5, .5), others elsewhere
+    # But R depends on v, too: of two users with the same U, R/Z may be .9, .1 and .5, .5; no P is
+    # right for both. Items from P lead near the geometric mean, .75, .25; the arithmetic is .7, .3
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
@@ -305,8 +305,7 @@ def policy_beam(batch, count, policy, progress):
     return items.where(items >= 0, batch.positives[:, None])    # v in place of −1
 
 def policy_draws(batch, count, policy, progress):
-    """Ours: items drawn from P itself, N different ones: so they are only nearly ∝ P."""
-    # sample=1: log P with a random number added to it, of which a beam search keeps the best N
+    """Ours: N different items drawn from P itself by `drawn_search`, so they are only nearly ∝ P."""
     items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)
     return items.where(items >= 0, batch.positives[:, None])
 
@@ -529,7 +528,7 @@ def tree_mask(ends, H, J, L):
 def read_packed(policy, packed, items):
     """Hidden states (C, J, L, d) of the prefixes s_0 … s_{L-1} on the paths of items (C, J). GPT-2
     reads each history once: its keys and values stay in a cache, which all paths share."""
-    *_, tokens, row_of, ends, _ = packed
+    tokens, row_of, ends = packed.tokens, packed.row_of, packed.ends
     ids = policy.semantic_ids
     J = items.shape[1]
     cache = DynamicCache()
@@ -552,7 +551,8 @@ class Beams:
     once: its keys and values stay in a cache, those of dropped beams, too. A mask hides these."""
     def __init__(self, policy, histories, temperature=1.0, guide=None):
         """Codes have P_F^(1/temperature), of sum 1, times the guide's share; see children."""
-        *_, tokens, _, ends, self.unseen = pack_histories(histories, policy)
+        packed = pack_histories(histories, policy)
+        tokens, ends, self.unseen = packed.tokens, packed.ends, packed.unseen
         self.ids = policy.semantic_ids
         self.lm = policy.lm.transformer
         self.temperature = temperature
@@ -1010,7 +1010,7 @@ def distribution(policy, histories):
 def run_oracle(settings):
     """Train from random weights on four contexts, where R/Z is known: does P reach it?"""
     _, seeds = check_settings(settings)
-    changes = "gr=0:lam=1:sampler=policy_draws:trajectories=64:rate=.002:dropout=0:epochs=15"
+    changes = "gr=0:lam=1:sampler=policy_draws:trajectories=64:rate=.002:epochs=15"
     settings = replace(settings, recipe=f"{changes}:{settings.recipe}")
     recipe = recipe_of(settings.oracle, settings)
     check(recipe.loss, f"--oracle {settings.oracle}: it needs a method with a loss of paths")

@@ -204,7 +204,7 @@ class Reward:
     where v was not liked), so the heuristic weights are shares of Z. In the paper, r_a is 10
     at v, and r_s the number of equal codes; summed over all items, far more than 1."""
     ids: object             # SemanticIDs
-    teacher: object         # has scores(histories, users)
+    teacher: object         # has scores(histories, users): a Batch asks for them
     weights: tuple          # w_a, w_ŷ, w_s
 
     def action(self, positives, liked):
