@@ -1152,8 +1152,9 @@ def test_wrong_own_code(what, wrong, said, told, tiny, monkeypatch):
     place = {"cm": TEACHERS, "sampler": SAMPLERS}.get(what, RECIPES)
     monkeypatch.setitem(place, what, wrong)
     told(said, *tiny, f"--methods=sft,{method}")
-    if what == "recipe":
-        told(said, *tiny, "--oracle=recipe")
+    other = {"cm": "--methods=sft,cm", "recipe": "--oracle=recipe"}
+    if what in other:
+        told(said, *tiny, other[what])
 
 def test_a_sampler_is_checked_at_each_step(tiny, tmp_path, monkeypatch):
     def late(batch, count, policy, progress):                   # right at the first step alone
