@@ -50,7 +50,7 @@ import data as folder_of_data
 import gflowgr
 import reward
 import tokenizer
-from data import InputError, figures, load_data, report
+from data import InputError, check_numbers, figures, load_data, report
 from gflowgr import NEVER, Policy, RECIPES, Recipe, SAMPLERS, Setup, policy_draws, recipe_of
 from reward import SVD, TEACHERS, CollaborativeModel, Reward, Squared, Teacher
 from tokenizer import SemanticIDs
@@ -1525,6 +1525,15 @@ def test_scripts_on_the_pages_in_short(page, pictures, by_itself, monkeypatch):
         assert (np.array(found["product"]) > (0.38, 0.81)).all()
 
 # --- Bad flags and files: one line on stderr, exit status 2, nothing written ----------------------
+@pytest.mark.parametrize("name, largest", [
+    ("dropout", 0.9), ("debias", 9.9), ("sharp", 19.9), ("trajectories", 128), ("codes", 65536),
+    ("levels", 16), ("window", 1024), ("width", 1024), ("layers", 16), ("beams", 1024),
+    ("batch", 1024), ("epochs", 10 ** 9 - 1)])
+def test_the_largest_numbers(name, largest):
+    check_numbers("--", SimpleNamespace(**{name: largest}))
+    with pytest.raises(InputError, match=f"--{name} .* is out of range"):
+        check_numbers("--", SimpleNamespace(**{name: largest + 1}))
+
 @pytest.mark.parametrize("said, flag", [
     ("no folder nowhere", "--data=nowhere"),
     ("go together", "--recommend=x"),
