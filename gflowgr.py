@@ -305,7 +305,7 @@ def policy_beam(batch, count, policy, progress):
     return items.where(items >= 0, batch.positives[:, None])    # v in place of −1
 
 def policy_draws(batch, count, policy, progress):
-    """Ours: N different items drawn from P itself by `drawn_search`, so they are only nearly ∝ P."""
+    """Ours: N different items drawn from P by `drawn_search`, so they are only nearly ∝ P."""
     items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)
     return items.where(items >= 0, batch.positives[:, None])
 

@@ -828,7 +828,7 @@ def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
     policy = Policy(SemanticIDs([[0, i] for i in range(200)], 200), window, 65, 1)  # one head
     order, lengths = [], []                     # of v; of rows: similar ones are in one batch
     for batch in gflowgr.batches(setup, policy, None, np.random.default_rng(0)):
-        *_, tokens, rows, ends, _ = batch.packed
+        tokens, rows, ends = batch.packed.tokens, batch.packed.row_of, batch.packed.ends
         lengths.append(sorted(dict(zip(rows.tolist(), ends.tolist())).values()))
         for c, (row, end) in enumerate(zip(rows.tolist(), ends.tolist())):
             past = batch.histories[c]
