@@ -17,11 +17,7 @@ The lecture comes first; it ends with the beam search. A step of training (`loss
 
 A context (U, v) is a user's history, and the item that was logged next. An ID has L codes, each
 from 0 to K − 1. Its path is s_0 … s_L: prefixes, of which s_0 is empty, and the item s_L. All IDs
-make a tree, whose nodes are numbers: first M prefixes, 0 is s_0; then items, item i is M + i. Three
-items with the IDs (0, 0), (0, 1) and (1, 1) have M = 3 prefixes:
-    0 = () ─┬─ code 0 ─ 1 = (0) ─┬─ code 0 ─ 3 = item 0
-            │                    └─ code 1 ─ 4 = item 1
-            └─ code 1 ─ 2 = (1) ─── code 1 ─ 5 = item 2
+make a tree with M prefixes and n items; tokenizer.py draws it, and numbers these nodes.
 Letters in shapes: C contexts, J paths of each context, n items, B users (or rows of a batch).
 """
 import copy
@@ -56,11 +52,11 @@ NEVER = -1e9                            # log P of an illegal code; with −inf,
 
 # --- Losses: pure functions of tensors, natural logs ----------------------------------------------
 def trajectory_balance(log_z, log_pf, log_r):
-    """TB (Malkin et al. 2022): log Z(U) (C,), log P and log R of J whole paths (C, J) → scalar.
+    """TB (Malkin et al. 2022): log Z(U) of C contexts (C,), log P and log R of J whole paths in
+    each (C, J) → scalar.
     log P of a path is the sum over its steps, Σ_l log P_F(s_{l+1} | s_l), where P_F is the policy's
     probability of the next code. Z(U) is the sum of R over all items (ours: over unseen ones, not
-    in U; P is 0 at seen ones). Where several paths lead to an item, TB has a fourth term, log P_B,
-    the probability of the way back; in a tree there is one path, so log P_B = 0.
+    in U; P is 0 at seen ones). In a tree, one path leads to an item, so TB's term log P_B is 0.
     Mean over all paths of (log Z(U) + log P − log R)²:
     >>> log_pf, log_r = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
     >>> round(trajectory_balance(torch.zeros(1), log_pf, log_r).item(), 4)   # (0 + (log 1/2)²) / 2
@@ -68,25 +64,12 @@ def trajectory_balance(log_z, log_pf, log_r):
     """
     return (log_z[:, None] + log_pf - log_r).square().mean()
 
-def vargrad(log_pf, log_r):
-    """VarGrad (Richter et al. 2020), TB that needs no log Z: log P, log R of paths (C, J) → scalar.
-    At P = R/Z, log P − log R is −log Z(U) on all paths of a context. So its variance has to be 0.
-    Mean over contexts of the variance (with 1/J) of log P − log R."""
-    return (log_pf - log_r).var(1, correction=0).mean()
-
-def detailed_balance(log_flow, log_steps):
-    """Detailed balance (DB, Bengio et al. 2023) → scalar. The flow F(s) of a prefix is the sum of R
-    over the items below it; F(s_0) = Z(U), F(s_L) = R. log_flow (C, J, L+1): log F of s_0 … s_L,
-    for each path; log_steps (C, J, L): log P_F of each of its steps.
-    Mean over all paths of Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))²."""
-    return (log_flow[..., :-1] + log_steps - log_flow[..., 1:]).square().sum(-1).mean()
-
 # --- What a method is -----------------------------------------------------------------------------
 @dataclass
 class Recipe:
     """How a method is trained; `--methods tb:epochs=4` changes a field. These defaults are what
     `tb` has in the made-up world of the first command. The loss is gr · L_GR + λ · L_GFN"""
-    loss: object = None             # L_GFN, a function of a Paths (below); None: SFT, L_GR alone
+    loss: object = None             # L_GFN, a function of paths, as in RECIPES; None: L_GR alone
     gr: float = 1.0                 # weight of L_GR = −log P(v | U), the loss of SFT
     lam: float = 10.0               # λ, weight of L_GFN
     sampler: str = "policy_draws"   # which N unseen items L_GFN reads; here, N drawn from P
@@ -110,42 +93,41 @@ class Recipe:
 class Batch:
     """C contexts (U, v). In an epoch, each item of a training history is v in one Batch."""
     def __init__(self, packed, data, reward=None):
-        """packed: tokens for GPT-2 (how: after the lecture); contexts, C pairs (user, place): v
-        stands at this place of the user's training history, U before it; histories, the C lists U;
-        unseen (C, M + n): does a node of the tree lead to an item that is not in U? data: a Dataset
-        (train, liked: a list of items, of bools, for each user). reward: a Reward, if not SFT"""
+        """packed: the C contexts as GPT-2 reads them (how: after the lecture).
+        data: for each user, a list of training items, data.train, and which of them were liked.
+        reward: how to compute R of all items (reward.py); SFT needs none"""
         self.packed = packed
-        self.users = [user for user, _ in packed.contexts]
-        self.histories = packed.histories                                                   # U
+        self.histories = packed.histories                       # C lists U
+        self.users = [user for user, _ in packed.contexts]      # whose they are
+        # In the user's training history, v stands at this place, U before it
         self.following = [data.train[user][place:] for user, place in packed.contexts]      # v, …
         liked = [data.liked[user][place] for user, place in packed.contexts]
         device = packed.tokens.device
         self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
-        self.liked = torch.tensor(liked, device=device)     # (C,) bool: did the user like v?
+        self.liked = torch.tensor(liked, device=device)         # (C,) bool: did the user like v?
         if reward:
-            # By a recommender that was fitted without this user: so the scores do not know v
-            scores = reward.teacher.scores(self.histories, self.users)
-            self.scores = scores.to(device)             # (C, n) of sum 1, as debias, sharp say
-            unseen = packed.unseen[:, reward.ids.num_prefixes:]         # (C, n) of items alone
-            # (C, n), 0 if seen. Of all items: a method that needs few R could compute those alone
-            self.r = reward(self.scores, self.positives, self.liked, unseen)
+            # r_ŷ (C, n), rows of sum 1, by a teacher that was fitted without these users: so its
+            # scores do not know v
+            self.scores = reward.teacher.scores(self.histories, self.users).to(device)
+            unseen = packed.unseen[:, -self.scores.shape[1]:]   # (C, n) bool: is an item not in U?
+            self.r = reward(self.scores, self.positives, self.liked, unseen)    # R (C, n), 0 in U
 
 def draw(weight, count):
     """count items per context (C, count), with replacement, ∝ weight (C, n)."""
-    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]    # 1 alone: slow
+    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]    # 1 is slow
 
 class Paths:
     """What a loss can read: J unseen items of each of C contexts, and their paths."""
     def __init__(self, recipe, policy, reference, batch, items):
-        """policy: is trained. reference: as it was after SFT, frozen; S-DPO and GRPO compare with
-        it. items (C, N): a sampler's."""
+        """policy: is trained. reference: the policy after SFT, frozen; two rivals compare with it.
+        items (C, N): those that a sampler drew."""
         positives = batch.positives[:, None]                    # (C, 1) v
         if recipe.chosen == "logged":
             items = torch.cat([positives, items], 1)            # (C, J = 1 + N)
         if recipe.chosen == "reward":
             items = torch.cat([draw(batch.r, 1), items], 1)
-        # The policy reads the path of v, for L_GR, and the J paths for L_GFN (v may be among them).
-        # It returns log P_F of each step, log P_F of all codes there, learned log F where it begins
+        # One forward pass for the path of v, which L_GR needs, and the J paths of L_GFN: log P_F of
+        # each step, log P_F of all codes that it could take, and log F, if learned, before it
         all_items = torch.cat([positives, items], 1)            # (C, 1 + J)
         log_steps, log_probs, learned_log_flow = policy(batch.packed, all_items)
         self.recipe = recipe
@@ -159,50 +141,22 @@ class Paths:
         self.log_pf = self.log_steps.sum(-1)                    # (C, J) log P of whole paths
         self.log_r = batch.r.gather(1, items).log()             # (C, J) log R
         self.learned_log_flow = learned_log_flow[:, 1:]         # (C, J, L) of s_0 … s_{L-1}
-
-    # These take time; they are computed if they are read
-    @cached_property
-    def log_z(self):
-        """(C,) log Z(U): Z is the sum of R, or learned: F(s_0), with which each path begins."""
-        exact = self.recipe.exact
-        return self.batch.r.sum(1).log() if exact else self.learned_log_flow[:, 0, 0]
-
-    @cached_property
-    def log_flow(self):
-        """(C, J, L+1) log F of s_0 … s_L, exact or learned; F(s_L) is R."""
-        if not self.recipe.exact:
-            return torch.cat([self.learned_log_flow, self.log_r[..., None]], -1)
-        nodes = self.ids.nodes[self.items]                      # (C, J, L+1) of s_0 … s_L
-        flows = self.ids.flows(self.batch.r)                    # (C, M + n) F of all nodes
-        return at(flows, nodes).log()                           # `at` reads a table at nodes
-
-    @cached_property
-    def child_flow(self):
-        """(C, J, L, K) exact F of all codes after s_0 … s_{L-1}; 0 where a code leads nowhere."""
-        child = self.ids.next_node[self.ids.nodes[self.items][..., :-1]]    # nodes; −1: nowhere
-        return at(self.ids.flows(self.batch.r), child) * (child >= 0)
-
-    @cached_property
-    def log_ref(self):
-        """(C, J) log P by the reference."""
-        with torch.no_grad():
-            return self.reference(self.batch.packed, self.items)[0].sum(-1)
+        # log Z(U) (C,): Z is the sum of R, or learned: F(s_0), the same on all paths of a context
+        self.log_z = batch.r.sum(1).log() if recipe.exact else self.learned_log_flow[:, 0, 0]
 
 # What each method changes in Recipe; p: a Paths. Numbers were chosen by trials, in data/log.md.
 # In `paper`, as we read it, L_GFN reads v, too. R is high there: P stays near the log
-#             L_GFN reads                      Z         δ, sharp   λ
-# paper       v, and 3 items of a curriculum   learned   0, 1       1
-# tb-paper    3 items of a curriculum          learned   .5, 3      .3
-# tb          8 items drawn from P             exact     .5, 3      10
-TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))    # Z: exact, or learned
+#             L_GFN reads                                         Z         δ, sharp   λ
+# paper       v, and 3 items (low scores first, high ones later)  learned   0, 1       1
+# tb-paper    3 items, in the same way (`curriculum`)             learned   .5, 3      .3
+# tb          8 items drawn from P                                exact     .5, 3      10
+TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))
 CURRICULUM = dict(TB, sampler="curriculum", trajectories=3, exact=False, dropout=0.4)
 RECIPES = {
     "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
     "paper": dict(CURRICULUM, chosen="logged", debias=0.0, sharp=1.0, lam=1.0),
     "tb-paper": dict(CURRICULUM, lam=0.3),
-    "tb": TB,
-    "db": dict(loss=lambda p: detailed_balance(p.log_flow, p.log_steps), dropout=0.1),
-    "vargrad": dict(loss=lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1)}
+    "tb": TB}                                                   # all else: as Recipe says
 
 # --- One step of training, and the loop -----------------------------------------------------------
 def loss_of(recipe, policy, reference, batch, progress):
@@ -213,7 +167,8 @@ def loss_of(recipe, policy, reference, batch, progress):
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
     # The N items of each context, (C, N). If each U had one R, any sampler would do (off-policy).
     # But R depends on v, too: of two users with the same U, R/Z may be .9, .1 and .5, .5; no P is
-    # right for both. Items from P lead near the geometric mean, .75, .25; the arithmetic is .7, .3
+    # right for both. TB squares differences of logs. So where P draws the items, it ends near the
+    # mean of the logs, the geometric mean: .75, .25 (√.45 : √.05). The arithmetic one is .7, .3
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
@@ -227,10 +182,10 @@ def loss_of(recipe, policy, reference, batch, progress):
 def train(name, recipe, policy, setup):
     """The one training loop → the curve, a list of {"epoch", "loss", "score"}, epoch 0: before.
     policy: new for SFT, for the others as SFT left it. The rate rises to its peak and falls to 0.
-    setup, what all methods share: seed; rows, of the log, and size, how many of them a Batch has;
-    reward(recipe), a Reward; measure(policy), the score that each epoch prints, named measured."""
-    reward = setup.reward(recipe) if recipe.loss else None      # to compute R; SFT needs none
-    reference = copy.deepcopy(policy).eval()                    # S-DPO, GRPO compare with it
+    setup: what all methods share. The log stands in setup.rows, some contexts of one user in each;
+    setup.size of them make a Batch. setup.measure: the score that each epoch prints."""
+    reward = setup.reward(recipe) if recipe.loss else None      # a Reward, to compute R
+    reference = copy.deepcopy(policy).eval()                    # frozen
     per_epoch = math.ceil(len(setup.rows) / setup.size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},               # GPT-2
@@ -241,7 +196,7 @@ def train(name, recipe, policy, setup):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = setup.seed, epoch                # of torch, which draws, and of the order of batches
+        seed = setup.seed, epoch                # two numbers; it decides all that is random
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         epoch_batches = batches(setup, policy, reward, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
@@ -266,15 +221,15 @@ def train(name, recipe, policy, setup):
 # is done
 def session(batch, count, policy, progress):
     """The paper's first: other items of the user's log. Those before v are seen, so R = 0; ours:
-    those after v."""
+    those after v; v itself if there are none."""
     weight = torch.zeros_like(batch.r)
-    weight[entries(batch.following)] = 1                        # at rows and columns of these items
-    weight.scatter_(1, batch.positives[:, None], 1e-6)  # v, their first: only if no other follows
+    weight[entries(batch.following)] = 1                        # v and those after it
+    weight.scatter_(1, batch.positives[:, None], 1e-6)          # v: only if nothing else is left
     return draw(weight, count)
 
 def unlogged(batch, weight):
-    """weight (C, n), overwritten: 0 at the user's logged items, 1e-12 at v, as no row may be 0."""
-    weight[entries(batch.histories)] = 0
+    """weight (C, n), but 0 at all items of the user's log (v: nearly 0, as no row may be 0)."""
+    weight[entries(batch.histories)] = 0                        # entries: their rows, columns
     weight[entries(batch.following)] = 0
     return weight.scatter_(1, batch.positives[:, None], 1e-12)
 
@@ -284,10 +239,9 @@ def uniform(batch, count, policy, progress):
 
 def curriculum(batch, count, policy, progress):
     """The paper's default: items with low scores early in training, items with high ones late.
-    1. Draw a pool of 2N−1 items (the paper's size) with replacement, none of the user's log,
-       ∝ score/2 + 1/(2n). How to draw is ours: half by score, half at random.
-    2. Sort the pool from low to high score.
-    3. Keep places start … start + N − 1, counted from 0; start = round(progress · (N−1))."""
+    1. Draw a pool of 2N − 1 items, none of the user's log: half by score, half at random (ours).
+    2. Sort it from low to high score.
+    3. Keep N in a row: at first those with the lowest scores, in the end those with the highest."""
     weight = unlogged(batch, 0.5 * batch.scores + 0.5 / batch.scores.shape[1])
     pool = draw(weight, 2 * count - 1)                                              # (C, 2N-1)
     scores = batch.scores.gather(1, pool)
@@ -297,15 +251,13 @@ def curriculum(batch, count, policy, progress):
 
 def policy_beam(batch, count, policy, progress):
     """The paper's fourth: the N best items by P itself, without v (the paper: N−1)."""
-    # The N + 1 best, best first, found with as many beams; −1 where fewer are unseen
+    # One more, as v may be among them; −1 where fewer are unseen
     items, _ = policy.recommend(batch.histories, count + 1, beams=count + 1)
-    # Each row loses v; if it has no v, its last
-    rows = [row[row != v][:count] for row, v in zip(items, batch.positives)]
-    items = torch.stack(rows)
+    items = torch.stack([row[row != v][:count] for row, v in zip(items, batch.positives)])
     return items.where(items >= 0, batch.positives[:, None])    # v in place of −1
 
 def policy_draws(batch, count, policy, progress):
-    """Ours: N different items drawn from P by `drawn_search`, so they are only nearly ∝ P."""
+    """Ours: N items drawn from P, one after another, none twice (so only the first is ∝ P)."""
     items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)
     return items.where(items >= 0, batch.positives[:, None])
 
@@ -319,8 +271,9 @@ SAMPLERS = {sampler.__name__: sampler for sampler in (
 # --- The policy: P_F(next code | user, codes so far) ----------------------------------------------
 class Policy(torch.nn.Module):
     """A small GPT-2, ours, that reads a history and writes a semantic ID, plus the table of IDs.
-    Tokens: code c of level l, from 0, is l·K + c; L·K is <user>, which begins each row and pads it.
-    Item i of a history is one token, L·K + 1 + i (ours: its L codes would take L tokens).
+        token l·K + c           code c of level l, both from 0
+        token L·K               <user>: begins each history, and pads it
+        token L·K + 1 + i       item i of a history (ours: one token, not its L codes)
     Letters in shapes: H tokens of a history, d width of the model, W beams of a user."""
     def __init__(self, semantic_ids, window=20, width=64, layers=2, dropout=0.0, beams=20,
                  catalogue=None, lm=None):
@@ -329,11 +282,10 @@ class Policy(torch.nn.Module):
         self.window = window                                    # items of a history that are read
         self.beams = beams                                      # beam width of recommend
         self.catalogue = catalogue or {}                        # saved with it: item_ids, titles
-        self.cm = None                      # of NAME+cm: recommend multiplies P by its scores
         self.user_token = semantic_ids.num_levels * semantic_ids.num_codes
         self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch, not pretrained
             vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
-            n_head=math.gcd(width, max(1, width // 32)),        # about 32 numbers a head
+            n_head=math.gcd(width, max(1, width // 32)),        # about width / 32; it divides width
             n_positions=window + semantic_ids.num_levels,       # <user>, items, L−1 codes
             resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,
             bos_token_id=self.user_token, eos_token_id=self.user_token,
@@ -358,12 +310,12 @@ class Policy(torch.nn.Module):
         # GPT-2's hidden states at s_0 … s_{L-1}, as if it read <user>, the items of U and all codes
         # but the last, path by path (how all are read at once comes after the lecture)
         hidden = read_packed(self, packed, items)                                   # (C, J, L, d)
-        # GPT-2's output weights are its embeddings of tokens. A level needs those of its K codes
+        # As in GPT-2, a logit is hidden · the embedding of a token: in level l, of the K codes of l
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("cjld,lkd->cjlk", hidden, heads).float()              # (C, J, L, K)
-        # Legal codes lead to an unseen item. In the tree of IDs, each prefix has a number, its node
+        # A code is legal if it leads to an unseen item
         nodes = ids.nodes[items][..., :-1]                      # (C, J, L) those of s_0 … s_{L-1}
-        child = ids.legal_children(nodes, packed.unseen)        # (C, J, L, K) nodes, −1 if illegal
+        child = ids.legal_children(nodes, packed.unseen)    # (C, J, L, K) next nodes, −1 if illegal
         log_probs = logits.masked_fill(child < 0, NEVER).log_softmax(-1)
         log_steps = log_probs.gather(-1, ids.codes[items][..., None])[..., 0]       # (C, J, L)
         return log_steps, log_probs, self.flow_head(hidden)[..., 0]
@@ -372,24 +324,23 @@ class Policy(torch.nn.Module):
         """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L). A seen
         item has an illegal step on its path, near NEVER."""
         items = torch.as_tensor(items, device=self.semantic_ids.codes.device)
-        return self(pack_histories(histories, self), items)[0]      # each history is a row
+        return self(pack_histories(histories, self), items)[0]
 
     @torch.no_grad()
     def recommend(self, histories, k=10, beams=None, guide=None, sample=0.0):
         """The k best items of B histories: items (B, k), best first; scores (B, k), here log P.
         Never an item of the history, never a duplicate; −1 and −inf where fewer than k are unseen.
-        max(beams or self.beams, k) beams: the more there are, the surer the best are found.
-        guide (B, n) ≥ 0 multiplies P: the score of an item is log P + log guide.
-        sample > 0, a temperature, draws k items at random instead, see `drawn_search`.
+        beams (self.beams by default, at least k): the more, the surer the best are found.
+        guide (B, n) ≥ 0: the best items by P · guide instead; scores are log P + log guide.
+        sample > 0: draw k items from P at this temperature instead.
         Raises InputError for an item that is not in the catalogue, or if nothing is asked for."""
-        right = len(histories) and k > 0 and sample >= 0
-        check(right, "recommend needs at least one history, k from 1, sample from 0")
-        if guide is None and self.cm:                           # a NAME+cm: cm is its teacher
-            guide = self.cm.scores(histories)
-        check(not sample or guide is None, "recommend: sample or guide (NAME+cm has one), not both")
-        tree = Beams(self, histories, sample or 1.0, guide)     # at the root; 1.0: no temperature
-        search = drawn_search if sample else beam_search
-        return search(tree, k, max(beams or self.beams, k))
+        right = len(histories) and k > 0 and sample >= 0 and (not sample or guide is None)
+        check(right, "recommend needs a history, k from 1, sample from 0, not with a guide")
+        width = max(beams or self.beams, k)
+        tree = Beams(self, histories, sample or 1.0)            # P_F^(1/temperature), of sum 1
+        if guide is not None:                                   # it and drawing: after the lecture
+            return guided_search(tree, k, width, guide)
+        return drawn_search(tree, k, width) if sample else beam_search(tree, k, width)
 
 # --- Recommending: beam search down the tree ------------------------------------------------------
 def beam_search(tree, k, beams):
@@ -402,15 +353,34 @@ def beam_search(tree, k, beams):
     log_p = torch.zeros_like(tree.node, dtype=torch.float)      # (B, W) log P of the beams
     for _ in range(tree.ids.num_levels):
         child, log_probs = tree.children()
-        log_p = (log_p[..., None] + log_probs).flatten(1)       # (B, W·K)
-        # best (B, new W): place w·K + c in a row is code c after beam w
-        log_p, best = log_p.topk(min(beams, log_p.shape[1]), 1)
+        log_p = (log_p[..., None] + log_probs).flatten(1)       # (B, W·K) of all children
+        log_p, best = log_p.topk(min(beams, log_p.shape[1]), 1)     # (B, new W) and their places
         tree.keep(child, best)
     return tree.items(log_p, k)
 
 # === The lecture ends here. Below: rivals, packing, drawing, evaluation, the experiment ===========
 
-# --- Rivals: what else could learn from the log or from R -----------------------------------------
+# --- Other losses that make P = R/Z ---------------------------------------------------------------
+def vargrad(log_pf, log_r):
+    """VarGrad (Richter et al. 2020), TB that needs no log Z: log P, log R of paths (C, J) → scalar.
+    At P = R/Z, log P − log R is −log Z(U) on all paths of a context. So its variance has to be 0.
+    Mean over contexts of the variance (with 1/J) of log P − log R."""
+    return (log_pf - log_r).var(1, correction=0).mean()
+
+def detailed_balance(log_flow, log_steps):
+    """Detailed balance (DB, Bengio et al. 2023) → scalar. The flow F(s) of a prefix is the sum of R
+    over the items below it; F(s_0) = Z(U), F(s_L) = R. log_flow (C, J, L+1): log F of s_0 … s_L,
+    for each path; log_steps (C, J, L): log P_F of each of its steps.
+    Mean over all paths of Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))²."""
+    return (log_flow[..., :-1] + log_steps - log_flow[..., 1:]).square().sum(-1).mean()
+
+def path_flows(p):
+    """Of a Paths p: (C, J, L+1) log F of s_0 … s_L, exact or learned; F(s_L) is R."""
+    if not p.recipe.exact:
+        return torch.cat([p.learned_log_flow, p.log_r[..., None]], -1)
+    flows = p.ids.flows(p.batch.r)                              # (C, M + n) F of all nodes
+    return at(flows, p.ids.nodes[p.items]).log()                # at those of the paths
+
 def distillation(child_flow, log_probs):
     """Ours, a KL at each step: exact flows F of all codes (C, J, L, K), sums of R below them, and
     log P_F of all codes (C, J, L, K) → scalar. TB and DB see only the codes that a path takes; this
@@ -420,6 +390,12 @@ def distillation(child_flow, log_probs):
     target = child_flow / child_flow.sum(-1, keepdim=True)      # q; 0 for an illegal child
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
 
+def code_flows(p):
+    """Of a Paths p: (C, J, L, K) exact F of all codes after s_0 … s_{L-1}; 0 at illegal codes."""
+    child = p.ids.next_node[p.ids.nodes[p.items][..., :-1]]     # nodes; −1: the code leads nowhere
+    return at(p.ids.flows(p.batch.r), child) * (child >= 0)
+
+# --- Rivals that do not make P = R/Z --------------------------------------------------------------
 def sdpo(log_pf, log_ref, beta):
     """S-DPO (Chen et al. 2024) → scalar: the chosen item, path 0, shall be above the rejected items
     d, the other paths. log P (C, J) by the policy, log P_ref (C, J) by a frozen reference.
@@ -439,57 +415,67 @@ def grpo(log_pf, log_ref, log_r, beta):
     log_x = log_ref - log_pf
     return (beta * (log_x.exp() - log_x - 1) - advantage * log_pf).mean()
 
+def log_ref_of(p):
+    """Of a Paths p: (C, J) log P by the frozen policy."""
+    with torch.no_grad():
+        return p.reference(p.batch.packed, p.items)[0].sum(-1)
+
 def sdpo_of(p):
     """S-DPO of a Paths p. Where the chosen item, path 0, was drawn again, that is not rejected."""
     again = p.items == p.items[:, :1]                           # (C, J)
     again[:, 0] = False
-    return sdpo(p.log_pf.masked_fill(again, NEVER), p.log_ref, p.recipe.beta)
+    return sdpo(p.log_pf.masked_fill(again, NEVER), log_ref_of(p), p.recipe.beta)
 
-SDPO = dict(loss=sdpo_of, trajectories=7)      # the paper: three rejected items, β .1
+SDPO = dict(loss=sdpo_of, trajectories=7)      # ours: seven rejected items, in the paper three
 RECIPES |= {
+    "db": dict(loss=lambda p: detailed_balance(path_flows(p), p.log_steps), dropout=0.1),
+    "vargrad": dict(loss=lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1),
     # Ours: TB, but a few paths with R far from P cannot outweigh all others. Mean of
     # h(log Z(U) + log P − log R): h(x) = x²/2 up to 1 nat, |x| − 1/2 beyond
     "tb-huber": dict(loss=lambda p: functional.huber_loss(p.log_z[:, None] + p.log_pf, p.log_r)),
     "sft-continued": dict(rate=9e-4, dropout=0.4),              # SFT, for longer
     "sdpo": dict(SDPO, chosen="logged", beta=1.0, rate=9e-4, dropout=0.2),
     "sdpo-reward": dict(SDPO, chosen="reward", sampler="policy_draws", lam=100.0, rate=1e-3),
-    "grpo": dict(loss=lambda p: grpo(p.log_pf, p.log_ref, p.log_r, p.recipe.beta), trajectories=16,
-                 beta=0.01),
-    "distill": dict(loss=lambda p: distillation(p.child_flow, p.log_probs), lam=30.0, dropout=0.2)}
+    "grpo": dict(loss=lambda p: grpo(p.log_pf, log_ref_of(p), p.log_r, p.recipe.beta), beta=0.01,
+                 trajectories=16),
+    "distill": dict(loss=lambda p: distillation(code_flows(p), p.log_probs), lam=30.0, dropout=0.2)}
 
 # --- Fast: GPT-2 reads a history once, for all contexts of a row and their paths ------------------
-# A row is some contexts of a user, which GPT-2 reads in one go. If it may read 4 items, the window,
-# the first row of a user has 5 targets v, each later one up to 2, so that they see 3 items or more.
-# Of a user who took a b c d e f g h:
+# A user who took a b c d e f g h is 8 contexts: v is each of these items in turn. GPT-2 can predict
+# a v after each item that it reads. So if it may read 4 items, the window, three rows are enough:
 #     Row(user, start=0, places=0…4)   reads <user> a b c d   v: a b c d e, after 0 1 2 3 4 items
-#     Row(user, start=2, places=5…6)   reads <user> c d e f   v: f g, after 3 4
-#     Row(user, start=3, places=7…7)   reads <user> d e f g   v: h, after 4
+#     Row(user, start=2, places=5…6)   reads <user> c d e f   v: f g, after 3 4 items
+#     Row(user, start=3, places=7…7)   reads <user> d e f g   v: h, after 4 items
+# places: of all v. The first row has window + 1, the others at most window / 2: so v sees enough
 Row = namedtuple("Row", "user start places")
-# Of C contexts: pairs (user, place of v); histories U. tokens (B, H) of B rows; of context c, GPT-2
-# reads [row_of[c], :ends[c] + 1]. Here, row_of is 0 0 0 0 0 1 1 2, and ends is 0 1 2 3 4 3 4 4, as
-# <user> is token 0. unseen (C, M + n), bools: is an item not in U at this node, or below it?
+# B rows with C contexts. contexts: pairs (user, place of v); histories: their U; tokens (B, H);
+# row_of (C,), which row has a context, here 0 0 0 0 0 1 1 2; ends (C,), after how many items of it
+# v is predicted, 0 1 2 3 4 3 4 4; unseen (C, M + n) bool: leads a node to an item not in U?
 Packed = namedtuple("Packed", "contexts histories tokens row_of ends unseen")
 
 def training_rows(histories, window):
-    """Rows in which every item is a target once. It sees at most `window` items before it, more
-    than window/2, or all there are; where items are drawn or searched, the last `window`."""
+    """The Rows of all histories: each item is v in one of them."""
     for user, history in enumerate(histories):                  # in the example, cuts: 0 5 7 8
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
         for first, stop in zip(cuts, cuts[1:]):
             yield Row(user, max(0, stop - 1 - window), range(first, stop))
 
 def pack(rows, histories, policy):
-    """The Packed of rows, which are read up to the item before their last v; histories: by user."""
-    contexts = [(row.user, place) for row in rows for place in row.places]
+    """The Packed of some Rows; histories: one for each user."""
+    contexts, row_of, ends = [], [], []
+    for number, row in enumerate(rows):
+        for place in row.places:
+            contexts.append((row.user, place))
+            row_of.append(number)
+            ends.append(place - row.start)
     past = [histories[user][:place] for user, place in contexts]
-    row_of = [number for number, row in enumerate(rows) for _ in row.places]
-    ends = [place - row.start for row in rows for place in row.places]  # 0: at <user>, U is empty
+    # A row is read up to the item before its last v
     tokens = policy.tokens([histories[row.user][row.start:row.places[-1]] for row in rows])
     row_of, ends = torch.tensor([row_of, ends], device=tokens.device)
     return Packed(contexts, past, tokens, row_of, ends, policy.semantic_ids.unseen(past))
 
 def pack_histories(histories, policy):
-    """The Packed of B histories, each a row of its own: its last `window` items."""
+    """The Packed of B histories, a row for each: what comes after its last `window` items?"""
     ends = [len(history) for history in histories]
     rows = [Row(b, max(0, end - policy.window), range(end, end + 1)) for b, end in enumerate(ends)]
     return pack(rows, histories, policy)
@@ -533,10 +519,10 @@ def read_packed(policy, packed, items):
     J = items.shape[1]
     cache = DynamicCache()
     hidden = policy.lm.transformer(tokens, cache).last_hidden_state                 # (B, H, d)
-    root = hidden[row_of, ends][:, None, None].expand(-1, J, 1, -1)   # s_0: where a history ends
+    root = hidden[row_of, ends][:, None, None].expand(-1, J, 1, -1)     # s_0: after U (C, J, 1, d)
     if ids.num_levels == 1:
         return root
-    cache.batch_select_indices(row_of)                          # that of each context's row
+    cache.batch_select_indices(row_of)                          # from B rows to C contexts
     # Code c of level l is token l·K + c
     codes = ids.codes[items] + ids.num_codes * torch.arange(ids.num_levels, device=ends.device)
     mask = tree_mask(ends, tokens.shape[1], J, ids.num_levels)
@@ -548,39 +534,28 @@ def read_packed(policy, packed, items):
 
 class Beams:
     """W beams of each of B users: the prefixes that are left, of equal length. GPT-2 reads a code
-    once: its keys and values stay in a cache, those of dropped beams, too. A mask hides these."""
-    def __init__(self, policy, histories, temperature=1.0, guide=None):
-        """Codes have P_F^(1/temperature), of sum 1, times the guide's share; see children."""
+    once; its keys and values stay in a cache. A mask hides those of other, and dropped, beams."""
+    def __init__(self, policy, histories, temperature=1.0):
         packed = pack_histories(histories, policy)
         tokens, ends, self.unseen = packed.tokens, packed.ends, packed.unseen
         self.ids = policy.semantic_ids
         self.lm = policy.lm.transformer
         self.temperature = temperature
-        self.log_guide = None
-        if guide is not None:       # (B, M + n) log of its sum over the unseen items below a node
-            guide = guide.to(self.unseen.device) * self.unseen[:, self.ids.num_prefixes:]
-            self.log_guide = self.ids.flows(guide).clamp(min=1e-30).log()
-            self.log_guide[:, 0] = 0        # at the root: not a share of all, but the guide itself
         self.level = 0                                          # number of codes so far
         self.node = torch.zeros_like(ends[:, None])             # (B, W = 1) the beams: at the root
         self.cache = DynamicCache()
         hidden = self.lm(tokens, self.cache).last_hidden_state
         self.hidden = hidden.take_along_dim(ends[:, None, None], 1)                 # (B, W, d)
         place = torch.arange(tokens.shape[1], device=tokens.device)     # padding is not seen
-        self.mask = torch.where(place > ends[:, None, None], NEVER, 0.0)            # (B, W, keys)
+        self.mask = torch.where(place > ends[:, None, None], NEVER, 0.0)    # (B, W, keys) 0: seen
 
     def children(self):
-        """Of all beams: the nodes of all next codes, −1 if illegal; their log P_F (B, W, K). With a
-        guide, ours: log P_F + log(guide's sum below the code) − log(guide's sum below the beam; at
-        the root, 1). Over the steps of a path, all but log P + log guide of the item cancels."""
+        """Of all beams: the nodes of all next codes, −1 if illegal; log P_F of them (B, W, K)."""
         K = self.ids.num_codes                  # code c of level l is token l·K + c
         head = self.lm.wte.weight[self.level * K:(self.level + 1) * K]              # (K, d)
         child = self.ids.legal_children(self.node, self.unseen)                     # (B, W, K)
         logits = (self.hidden @ head.T).masked_fill_(child < 0, NEVER)
-        log_probs = (logits / self.temperature).log_softmax(-1)
-        if self.log_guide is not None:
-            log_probs += at(self.log_guide, child) - at(self.log_guide, self.node)[..., None]
-        return child, log_probs
+        return child, (logits / self.temperature).log_softmax(-1)
 
     def keep(self, child, best):
         """Go on with W of the children; best (B, W): w·K + c is code c of the old beam w. If fewer
@@ -589,7 +564,7 @@ class Beams:
         parent, code = best // K, best % K
         self.node = child.flatten(1).gather(1, best)
         if self.level < self.ids.num_levels - 1:
-            # A new beam sees all that its parent saw, and itself: each level adds W keys
+            # The codes of W beams are W more keys. A beam sees what its parent saw, and itself
             W = best.shape[1]
             old = self.mask.take_along_dim(parent[..., None], 1)                    # (B, W, keys)
             itself = torch.full((W, W), NEVER, device=old.device).fill_diagonal_(0)
@@ -607,32 +582,47 @@ class Beams:
         scores = functional.pad(scores, (0, k))[:, :k]
         return items, scores.masked_fill(items < 0, -math.inf)
 
-# --- A search that draws at random ----------------------------------------------------------------
+# --- Two more searches: by P times a guide, and at random -----------------------------------------
+def guided_search(tree, k, beams, guide):
+    """Ours: beam search for the items with the highest P · guide; guide (B, n) ≥ 0. Which prefixes
+    go on? Those with the highest P · (the guide's sum over the unseen items below)."""
+    guide = guide.to(tree.unseen.device) * tree.unseen[:, -guide.shape[1]:]
+    log_guide = tree.ids.flows(guide).clamp(min=1e-30).log()    # (B, M + n) of all nodes
+    log_p = torch.zeros_like(tree.node, dtype=torch.float)      # (B, W)
+    for _ in range(tree.ids.num_levels):
+        child, log_probs = tree.children()
+        log_p = log_p[..., None] + log_probs                    # (B, W, K)
+        score = (log_p + at(log_guide, child)).flatten(1)       # (B, W·K)
+        score, best = score.topk(min(beams, score.shape[1]), 1)
+        log_p = log_p.flatten(1).gather(1, best)
+        tree.keep(child, best)
+    return tree.items(score, k)
+
 def drawn_search(tree, k, beams):
     """Draw k items by the P_F of `tree`, no item twice (Kool et al. 2019, stochastic beams).
     1. A race: each item arrives after a random time, Exp(1) / P. The first k are such a draw.
     2. A prefix arrives with the first item below it; this is after Exp(1) / P of the prefix. So at
        each level, the W prefixes that arrive first go on.
-    3. The children of a prefix draw their times, too. The first of them arrives when the prefix
+    3. The children of a prefix draw such times, too. The first of them arrives when the prefix
        does, the others as much later as they are behind it: exponential times have no memory. If
-       the prefix arrives at 1, and a and b draw .5 and .8, a arrives at 1, b at 1 + .8 − .5 = 1.3.
+       the prefix arrives at 1, and a and b draw .5 and .8, a arrives at 1, b at 1 + (.8 − .5).
     The scores of items are −log(time)."""
-    # When the root arrives does not matter: here at 1, whose log is 0
-    log_p = time = torch.zeros_like(tree.node, dtype=torch.float)                   # (B, W)
+    # log(time) of each beam; the root may arrive at any time, here at 1
+    arrival = log_p = torch.zeros_like(tree.node, dtype=torch.float)                # (B, W)
     for _ in range(tree.ids.num_levels):
         child, log_probs = tree.children()
-        log_p = log_p[..., None] + log_probs            # (B, W, K) of the whole prefix, with c
-        # The children's own times; the winner has the least
-        race = torch.empty_like(log_p).exponential_().log_() - log_p                # (B, W, K)
-        winner = race.amin(-1, keepdim=True)                                        # (B, W, 1)
-        # All times are logs. late: how much later than the winner, log(e^race − e^winner); of the
-        # winner itself, log 0. A child arrives at its prefix's time + late
-        late = race + torch.log1p(-torch.exp(winner - race))
-        time = torch.logaddexp(time[..., None], late).flatten(1)                    # (B, W·K)
-        time, best = time.topk(min(beams, time.shape[1]), 1, largest=False)
+        log_p = log_p[..., None] + log_probs                                        # (B, W, K)
+        # What the children draw, log(Exp(1) / P), and the least of it for each beam
+        drawn = torch.empty_like(log_p).exponential_().log_() - log_p
+        least = drawn.amin(-1, keepdim=True)                                        # (B, W, 1)
+        # As in 3, time = prefix's time + (drawn − least). All are logs: log(e^a − e^b) is
+        # a + log(1 − e^(b − a)), and log(e^a + e^b) is logaddexp(a, b)
+        behind = drawn + torch.log1p(-torch.exp(least - drawn))
+        arrival = torch.logaddexp(arrival[..., None], behind).flatten(1)            # (B, W·K)
+        arrival, best = arrival.topk(min(beams, arrival.shape[1]), 1, largest=False)
         log_p = log_p.flatten(1).gather(1, best)
         tree.keep(child, best)
-    return tree.items(-time, k)
+    return tree.items(-arrival, k)
 
 # --- Evaluation: leave one out, the whole catalogue, the same for every method --------------------
 def recall_at(ranked, target, k):
@@ -652,9 +642,9 @@ def rank_all(recommend, histories):
     return torch.cat([recommend(part)[0].cpu() for part in parts])
 
 def validate(policy, data):
-    """NDCG@10 on validation items of at most 2,000 users; `train` ends the eval mode."""
+    """NDCG@10 on validation items of at most 2,000 users; leaves the policy in eval mode."""
     step = math.ceil(len(data.train) / 2000)
-    # The last item is for the test, the one before it for validation; data.train has neither
+    # A history's last item is for the test, the one before it for validation; train has neither
     target = torch.tensor([history[-2] for history in data.histories[::step]])
     ranked = rank_all(policy.eval().recommend, data.train[::step])
     return ndcg_at(ranked, target, 10).mean().item()
@@ -674,6 +664,16 @@ def evaluate(recommend, data):
     return metrics, by_user, ranked
 
 # --- Saved models ---------------------------------------------------------------------------------
+class Guided:
+    """NAME+cm: the best items by P of a policy · the scores of a teacher."""
+    def __init__(self, policy, teacher):
+        self.policy = policy
+        self.teacher = teacher
+        self.catalogue = policy.catalogue
+
+    def recommend(self, histories, k=10):
+        return self.policy.recommend(histories, k, guide=self.teacher.scores(histories))
+
 transformers.utils.logging.disable_progress_bar()               # a small model is loaded at once
 
 def save_policy(policy, folder):
@@ -688,8 +688,8 @@ def save_policy(policy, folder):
                         "beams": policy.beams, "catalogue": policy.catalogue})
 
 def load_model(folder, dropout=0.0):
-    """The saved Policy in eval mode; InputError if the folder holds none. The CM of NAME+cm, which
-    guides it, is fitted again. dropout: for those who go on to train it."""
+    """The saved Policy in eval mode, of NAME+cm the Guided; InputError if the folder holds none.
+    dropout: for those who go on to train it."""
     try:
         table = json.loads((Path(folder) / "semantic_ids.json").read_text(encoding="utf-8"))
         ids = SemanticIDs(table["codes"], table["num_codes"])
@@ -702,21 +702,22 @@ def load_model(folder, dropout=0.0):
         raise InputError(f"{folder} holds no saved model of this version (untrained methods are "
                          f"never saved): {error}") from None
     guide = policy.catalogue.get("guide")                       # of NAME+cm: how it was made
-    if guide:
-        data = load_data(guide["data"]["name"], guide["data"]["quick"])
-        check(guide["data"] == data.sizes, f"the data have changed since {folder}")
-        policy.cm = Teacher(guide["teacher"], data, guide["debias"], guide["sharp"])
-    return policy.eval()
+    if not guide:
+        return policy.eval()
+    data = load_data(guide["data"]["name"], guide["data"]["quick"])
+    check(guide["data"] == data.sizes, f"the data have changed since {folder}")
+    teacher = Teacher(guide["teacher"], data, guide["debias"], guide["sharp"])      # fitted again
+    return Guided(policy.eval(), teacher)
 
 Policy.save_pretrained = save_policy                            # the names of transformers
 Policy.from_pretrained = staticmethod(load_model)
 
 # --- Settings: flags, names of methods ------------------------------------------------------------
-REAL = {    # what real logs have instead: in Settings, in all recipes but sft, in some methods
+REAL = {    # what real logs have instead: in Settings, in Recipe, in some methods
     "Settings": dict(methods="pop,cm,blend,sft,tb-huber,sft+cm", ids="mixed", width=128, layers=3,
                      batch=64),
     "Recipe": dict(teacher="blend", debias=0.0, sharp=6.0, lam=3.0, rate=1.5e-3, epochs=5,
-                   sampler="reward_draws", trajectories=2),     # in place of its defaults
+                   sampler="reward_draws", trajectories=2),
     "sft": dict(dropout=0.2, epochs=8),
     "sft-continued": dict(dropout=0.2, rate=4.5e-4),
     "vargrad": dict(sampler="policy_draws", trajectories=8),
@@ -778,31 +779,29 @@ def parse(argv):
 def recipe_of(name, settings):
     """The Recipe of a method, or InputError. Who says what a field is? The last of these:
         Recipe                      its defaults
-        REAL["Recipe"]              on real logs, but not for sft
+        REAL["Recipe"]              on real logs
         RECIPES[NAME]
         REAL[NAME]                  on real logs
         --sft or --recipe           for sft; for all others, if they have this field
         NAME:field=value            the name itself, as in tb:epochs=4"""
     base, *changes = name.split(":")
-    real = real_of(settings.data)
-    own = RECIPES.get(base, {})
-    check(isinstance(own, dict), f"RECIPES[{base!r}] is a {type(own).__name__}, no dict")
-    plain = ["rate", "dropout", "epochs"]                       # SFT has no other fields
-    # Four kinds of method: which fields it has, their values, and the flag that changes them
+    flag = settings.sft if base == "sft" else settings.recipe
+    # Three kinds of method: which fields one can change, and those that differ from Recipe
     if base in TEACHERS:
-        used, fields, flag = ["debias"], dict(teacher=base, debias=0.0, sharp=1.0), ""
+        used, own, flag = ["debias"], dict(teacher=base, debias=0.0, sharp=1.0), ""
     elif base.endswith("+cm"):
-        used = ["teacher", "debias", "sharp"]
-        fields, flag = real.get("Recipe", {}) | dict(sharp=9.0), settings.recipe
-    elif base == "sft":
-        used, fields, flag = plain, own, settings.sft
+        used, own = ["teacher", "debias", "sharp"], dict(sharp=9.0)
     else:
-        used = FIELDS if "loss" in own else plain
-        fields, flag = real.get("Recipe", {}) | own, settings.recipe
-    fields = fields | real.get(base, {})
+        own = RECIPES[base]
+        check(isinstance(own, dict), f"RECIPES[{base!r}] is a {type(own).__name__}, no dict")
+        used = FIELDS if "loss" in own else ["rate", "dropout", "epochs"]
+    real = real_of(settings.data)
+    fields = {what: value for what, value in real.get("Recipe", {}).items() if what in used}
+    fields = fields | own | real.get(base, {})
     asked = changes + (flag.split(":") if base == "sft" else [])
     named = [change.partition("=")[0] for change in asked if change]
-    odd = [what for what in (*named, *own.keys() - {"loss"}) if what not in used]
+    named += RECIPES.get(base, {}).keys() - {"loss"}
+    odd = [what for what in named if what not in used]
     check(not odd, f"{name}: of {base}, one can change {', '.join(used)}, not {odd}")
     parser = HfArgumentParser(Recipe, allow_abbrev=False, add_help=False)  # it checks all values
     parser.set_defaults(loss=fields.pop("loss", None))
@@ -828,7 +827,7 @@ def run(settings):
     setups = [Setup(seed, data, settings) for seed in seeds]
     jobs = [(name, setup) for setup in setups for name in names]
     kept = {}                                   # {job: its finished run}
-    for name, setup in jobs:                    # InputError for a run that was made otherwise
+    for name, setup in jobs:                    # InputError if --out has it with other settings
         found = report.earlier_run(setup.folder(name) / "run.json", made_with(name, setup))
         if found and settings.resume:
             kept[name, setup] = found
@@ -847,8 +846,7 @@ def check_settings(settings):
     seeds = [seed.strip() for seed in settings.seeds.split(",")]
     whole = all(seed.isdecimal() and len(seed) < 19 for seed in seeds)
     check(whole, f"--seeds {settings.seeds} are not numbers like 42,43")
-    both = [*TEACHERS.keys() & RECIPES.keys()]
-    check(not both, f"{both}: a teacher and a recipe have the same name")
+    check(not TEACHERS.keys() & RECIPES.keys(), "a teacher and a recipe have the same name")
     methods = [*TEACHERS, *RECIPES, *[f"{name}+cm" for name in RECIPES]]
     names = []
     for name in map(str.strip, settings.methods.split(",")):
@@ -991,8 +989,7 @@ def model_of(name, recipe, setup):
         policy.catalogue["guide"] = {"data": setup.data.sizes, "teacher": recipe.teacher,
                                      "debias": recipe.debias, "sharp": recipe.sharp}
         save_policy(policy, setup.folder(name))
-        policy.cm = setup.teacher(recipe)
-        return policy, []
+        return Guided(policy, setup.teacher(recipe)), []
     policy = setup.policy("" if base == "sft" else "sft", recipe.dropout)
     curve = train(name, recipe, policy, setup)
     save_policy(policy, setup.folder(name))

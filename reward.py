@@ -94,10 +94,10 @@ class Squared(SVD):
         scores = weighted(self.near, histories, lambda age: 0.4 ** (age - 1) + 0.5)
         return shares(scores, histories, self.popular)
 
-@lru_cache(maxsize=1)                                           # the same in all folds
+@lru_cache(maxsize=1)
 def similar_items(data, most=200):
-    """Sparse (n, n): max(0, cosine of `mixed` features)³ of each item and its `most` nearest. Of
-    all users, in each fold, too: so R knows a little of what a user logged later."""
+    """Sparse (n, n): max(0, cosine of `mixed` features)³ of each item and its `most` nearest. The
+    features read the logs of all users: so R knows a little of what a user logged later."""
     features = item_features("mixed", data.texts, data.train, seed=0)
     vectors = functional.normalize(torch.tensor(features).float())
     n = len(vectors)

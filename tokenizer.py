@@ -18,8 +18,8 @@ from tqdm import tqdm
 from data import check
 
 def entries(lists, num_items=np.inf):
-    """Rows and columns that index a (B, n) matrix: [[5, 2], [7]] → arrays [0, 0, 1], [5, 2, 7].
-    InputError for an item that is not in the catalogue."""
+    """Where the items of B histories stand in a (B, n) matrix, rows and columns: [[5, 2], [7]] →
+    arrays [0, 0, 1], [5, 2, 7]. InputError for an item that is not in the catalogue."""
     rows = np.repeat(np.arange(len(lists)), list(map(len, lists)))
     items = np.fromiter(chain.from_iterable(lists), np.int64, len(rows))
     known = (0 <= items) & (items < num_items)
@@ -59,7 +59,7 @@ def tf_idf(texts):
 def followers(histories, num_items, window, decay):
     """Sparse (n, n): at (a, b), Σ of decay^(d − 1) where b stands d ≤ window places after a. With
     decay .8, the log [[0, 1, 2]] has 1 at (0, 1) and (1, 2), and .8 at (0, 2)."""
-    users, items = entries(histories)
+    users, items = entries(histories)                           # of each interaction
     pairs = []
     weights = []
     for distance in range(1, window + 1):
@@ -72,17 +72,18 @@ def ppmi(histories, num_items):
     """Sparse (n, n): positive pointwise mutual information, log(p(a, b) / (p(a) · p(b))), above 0
     where b is near a more often than by chance, else 0."""
     after = followers(histories, num_items, window=5, decay=0.8)
-    near = (after + after.T).coalesce()                         # p(a, b) = near[a, b] / near.sum()
+    near = (after + after.T).coalesce()             # how often b is near a, before or after it
     a, b = near.indices()
-    count = torch.sparse.sum(near, 1).to_dense()                # (n,) p(a) = count[a] / near.sum()
-    smooth = count ** 0.75           # p(b) = smooth[b] / smooth.sum(): rare b get a larger p
+    count = torch.sparse.sum(near, 1).to_dense()    # (n,) how often anything is near a
+    smooth = count ** 0.75                          # rare b get a larger p(b)
+    # p(a, b) = near[a, b] / Σ near, p(a) = count[a] / Σ near, p(b) = smooth[b] / Σ smooth
     ratio = near.values() * smooth.sum() / (count[a] * smooth[b])
     return sparse((a, b), ratio.log().clamp(min=0), near.shape).float()
 
 def item_vectors(histories, num_items, rank=0):
     """(n, rank) vectors of items: A of X ≈ A diag(s) Bᵀ, the SVD of items × users; X[i, u] is
     1 / count(i)^.25 if history u has item i, else 0. Rank 0: 24, from 1,500 items on n / 30."""
-    users, items = entries(histories)                           # of each interaction
+    users, items = entries(histories)
     values = np.bincount(items)[items] ** -0.25
     x = sparse((items, users), values.astype(np.float32), (num_items, len(histories)))
     return leading_vectors(x, rank or (24 if num_items < 1500 else num_items // 30), seed=0)
@@ -144,13 +145,20 @@ def assign_with_capacity(cost, parent, capacity):
         cost[refused, code[refused]] = np.inf
 
 # --- The table of IDs, and the tree of their prefixes ---------------------------------------------
+def at(table, nodes):
+    """What a table (B, M + n) has at nodes (B, …). Node −1, nowhere, reads node 0."""
+    return table.gather(1, nodes.clamp(min=0).flatten(1)).view_as(nodes)
+
 class SemanticIDs(torch.nn.Module):
     """The table item ↔ semantic ID, and the tree of its prefixes. A Module, so that .to() moves it.
     A node of the tree is a number: 0 is the root, 1 … M−1 are the other prefixes, level by level,
-    M + i is item i. With the IDs (0, 0), (0, 1), (1, 1), M = 3: (), (0), (1).
+    M + i is item i. The example, IDs (0, 0), (0, 1), (1, 1), has M = 3:
+        0 = () ─┬─ code 0 ─ 1 = (0) ─┬─ code 0 ─ 3 = item 0
+                │                    └─ code 1 ─ 4 = item 1
+                └─ code 1 ─ 2 = (1) ─── code 1 ─ 5 = item 2
     nodes (n, L + 1)        [[0, 1, 3], [0, 1, 4], [0, 2, 5]]: from the root to each item
-    next_node (M + 1, K)    [[1, 2], [3, 4], [−1, 5], [−1, −1]]: from node 0, code 1 leads to 2; −1:
-    nowhere. The last row is that of node −1: who left the tree stays outside."""
+    next_node (M + 1, K)    where a code leads from node 0: [1, 2], from 1: [3, 4], from 2: [−1, 5];
+    −1: nowhere. One more row, [−1, −1], is read at node −1: who left the tree stays outside."""
     def __init__(self, codes, num_codes):
         codes = np.asarray(codes)
         right = codes.ndim == 2 and codes.dtype.kind in "iu" and 0 <= codes.min()
@@ -161,9 +169,10 @@ class SemanticIDs(torch.nn.Module):
         self.num_levels = codes.shape[1]
         nodes = []                                              # of all items, level by level
         count = 0                                               # nodes so far
-        for level in range(self.num_levels):
+        for level in range(self.num_levels):                    # at level 0, the empty prefix
+            # The different prefixes of this length, and which of them each item has (n,)
             prefixes, which = np.unique(codes[:, :level], axis=0, return_inverse=True)
-            nodes.append(count + which)         # which (n,) of these; at level 0, the empty prefix
+            nodes.append(count + which)
             count += len(prefixes)
         self.num_prefixes = count                               # M
         nodes = np.stack([*nodes, count + np.arange(len(codes))], 1)    # (n, L + 1), items last
@@ -195,8 +204,7 @@ class SemanticIDs(torch.nn.Module):
 
     def flows(self, values):
         """Exact flow F(s) of every node: Σ of values (C, n), such as R, over the items below it;
-        Z at node 0. In the example above, [.5, .2, .3] → [1, .7, .3, .5, .2, .3]: of the root, of
-        the prefixes (0) and (1), of the items."""
+        Z at node 0. In the example, [.5, .2, .3] → [1, .7, .3, .5, .2, .3]."""
         flow = values.new_zeros(self.num_prefixes, len(values))
         items = values.T.contiguous()                           # (n, C): rows are faster to add
         for level in range(self.num_levels):
@@ -204,20 +212,15 @@ class SemanticIDs(torch.nn.Module):
         return torch.cat([flow, items]).T                       # (C, M + n)
 
     def unseen(self, histories):
-        """(B, M + n) bool: is any item below this node not in the history? Used by P, R and beams.
-        Ours: in the paper, P is over all items, seen ones included. In the example, if item 2 was
-        seen, it and its prefix (1) are False, nodes 5 and 2."""
+        """(B, M + n) bool: does a node lead to an item that is not in the history? Ours: in the
+        paper, P is over all items. In the example, if item 2 was seen, nodes 5 and 2 are False."""
         left = torch.ones(len(histories), len(self.codes), device=self.codes.device)
         left[entries(histories, len(self.codes))] = 0
         return self.flows(left) > 0                             # flow: number of unseen items below
 
     def legal_children(self, nodes, unseen):
         """Where each code leads from nodes (B, …): nodes (B, …, K), −1 if to no unseen item;
-        unseen (B, M + n), above. In the example, if item 0 was seen, codes 0 and 1 lead from prefix
-        (0), node 1, to [−1, 4]: code 1 alone is legal, and leads to item 1."""
+        unseen (B, M + n). In the example, if item 0 was seen, the codes 0 and 1 lead from node 1,
+        which is (0), to −1 and 4: code 1 alone is legal, and leads to item 1."""
         child = self.next_node[nodes]                           # (B, …, K)
-        return child.where(at(unseen, child), -1)               # if −1, it stays −1
-
-def at(table, nodes):
-    """What a table (B, M + n) has at nodes (B, …); node −1 reads node 0."""
-    return table.gather(1, nodes.clamp(min=0).flatten(1)).view_as(nodes)
+        return child.where(at(unseen, child), -1)               # −1 stays −1
