@@ -1523,7 +1523,7 @@ def test_scripts_on_the_pages_in_short(page, pictures, by_itself, monkeypatch):
         found = json.loads(Path("runs/limit.json").read_text())
         assert (np.max(found["limit, from likes to the log"], 0) > (0.42, 0.92)).all()
         assert (np.array(found["groups"]) > (0.39, 0.82)).all()
-        assert found["P(next)"][0][0] > 0.4 and found["P(liked)"][0][1] > 0.88
+        assert found["groups, next item"][0][0] > 0.4 and found["groups, likes"][0][1] > 0.88
 
 # --- Bad flags and files: one line on stderr, exit status 2, nothing written ----------------------
 @pytest.mark.parametrize("name, largest", [
