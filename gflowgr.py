@@ -4,7 +4,8 @@ A generative recommender reads a user's history and writes the semantic ID of th
 by code. Supervised fine-tuning (SFT) on the log teaches what was shown, not what the user would
 like: exposure bias. GFlowGR reads an ID as a path down a tree and trains a GFlowNet on it, with a
 loss called trajectory balance (TB): the probability of an item shall be proportional to its reward
-R. R mixes the logged action, the score of a collaborative model (CM) and the similarity of IDs.
+R. R mixes the logged action, the score of another recommender, the *teacher* (the paper's
+collaborative model, CM), and the similarity of IDs.
 The lecture comes first; it ends with the beam search. A step of training (`loss_of`), in short:
 
     for each logged item v and the history U before it:
@@ -48,16 +49,16 @@ from data import InputError, check, check_numbers, find_item, load_data, read_id
 from reward import TEACHERS, Reward, Teacher
 from tokenizer import SemanticIDs, at, entries, item_features
 
-NEVER = -1e9                            # log P of an illegal code; with −inf, losses would be nan
+NEVER = -1e9            # log P of codes that lead to no unseen item; −inf would make losses nan
 
 # --- Losses: pure functions of tensors, natural logs ----------------------------------------------
 def trajectory_balance(log_z, log_pf, log_r):
-    """TB (Malkin et al. 2022): log Z(U) of C contexts (C,), log P and log R of J whole paths in
-    each (C, J) → scalar.
-    log P of a path is the sum over its steps, Σ_l log P_F(s_{l+1} | s_l), where P_F is the policy's
-    probability of the next code. Z(U) is the sum of R over all items (ours: over unseen ones, not
-    in U; P is 0 at seen ones). In a tree, one path leads to an item, so TB's term log P_B is 0.
-    Mean over all paths of (log Z(U) + log P − log R)²:
+    """TB (Malkin et al. 2022): log Z of C contexts (C,), log P and log R of J whole paths in each
+    (C, J) → scalar.
+    P_F is the policy's probability of the next code; log P of a path, Σ_l log P_F(s_{l+1} | s_l).
+    Z, the paper's Z(U), is the sum of R over all items (ours: unseen ones; P is 0 at those in U).
+    TB has a term log P_B, for the way back from an item; in a tree, there is one way, so it is 0.
+    Mean over all paths of (log Z + log P − log R)²:
     >>> log_pf, log_r = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
     >>> round(trajectory_balance(torch.zeros(1), log_pf, log_r).item(), 4)   # (0 + (log 1/2)²) / 2
     0.2402
@@ -75,8 +76,8 @@ class Recipe:
     sampler: str = "policy_draws"   # which N unseen items L_GFN reads; here, N drawn from P
     trajectories: int = 8           # N: the paper has about 3, besides v
     chosen: Literal["", "logged", "reward"] = ""    # one item more: v itself, or drawn ∝ R
-    exact: bool = True              # ours: Z and flows are sums of R, known for all items; False:
-                                    # learned, by a linear head on the policy's hidden states
+    exact: bool = True              # ours: Z is known, as R of all items is; False: it is learned,
+                                    # by a linear head on the policy's hidden states
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/m at each of m unseen items
     w_a: float = 0.2                # r_a: 1 at v (.1 if a real log says that v was not liked)
     w_y: float = 0.75               # r_ŷ: scores of the teacher, of sum 1
@@ -93,13 +94,13 @@ class Recipe:
 class Batch:
     """C contexts (U, v). In an epoch, each item of a training history is v in one Batch."""
     def __init__(self, packed, data, reward=None):
-        """packed: the C contexts as GPT-2 reads them (how: after the lecture).
-        data: for each user, a list of training items, data.train, and which of them were liked.
-        reward: how to compute R of all items (reward.py); SFT needs none"""
+        """packed: C contexts as GPT-2 reads them (how: after the lecture). It has contexts, pairs
+        (user, place of v in this user's history); histories, the lists U; unseen (C, M + n) bool:
+        does a node of the tree, of which the last n are items, lead to an item that is not in U?
+        data: each user's training items, and which were liked. reward: a Reward, if not for SFT"""
         self.packed = packed
         self.histories = packed.histories                       # C lists U
         self.users = [user for user, _ in packed.contexts]      # whose they are
-        # In the user's training history, v stands at this place, U before it
         self.following = [data.train[user][place:] for user, place in packed.contexts]      # v, …
         liked = [data.liked[user][place] for user, place in packed.contexts]
         device = packed.tokens.device
@@ -109,12 +110,12 @@ class Batch:
             # r_ŷ (C, n), rows of sum 1, by a teacher that was fitted without these users: so its
             # scores do not know v
             self.scores = reward.teacher.scores(self.histories, self.users).to(device)
-            unseen = packed.unseen[:, -self.scores.shape[1]:]   # (C, n) bool: is an item not in U?
+            unseen = packed.unseen[:, -self.scores.shape[1]:]   # (C, n) bool
             self.r = reward(self.scores, self.positives, self.liked, unseen)    # R (C, n), 0 in U
 
 def draw(weight, count):
     """count items per context (C, count), with replacement, ∝ weight (C, n)."""
-    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]    # 1 is slow
+    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]    # slow at 1
 
 class Paths:
     """What a loss can read: J unseen items of each of C contexts, and their paths."""
@@ -141,13 +142,13 @@ class Paths:
         self.log_pf = self.log_steps.sum(-1)                    # (C, J) log P of whole paths
         self.log_r = batch.r.gather(1, items).log()             # (C, J) log R
         self.learned_log_flow = learned_log_flow[:, 1:]         # (C, J, L) of s_0 … s_{L-1}
-        # log Z(U) (C,): Z is the sum of R, or learned: F(s_0), the same on all paths of a context
+        # log Z (C,), the sum of R, or learned: F(s_0), the same on all paths of a context
         self.log_z = batch.r.sum(1).log() if recipe.exact else self.learned_log_flow[:, 0, 0]
 
 # What each method changes in Recipe; p: a Paths. Numbers were chosen by trials, in data/log.md.
 # In `paper`, as we read it, L_GFN reads v, too. R is high there: P stays near the log
 #             L_GFN reads                                         Z         δ, sharp   λ
-# paper       v, and 3 items (low scores first, high ones later)  learned   0, 1       1
+# paper       v, and 3 items (low scores first, high ones later)  learned   0, 1       1 (best: .3)
 # tb-paper    3 items, in the same way (`curriculum`)             learned   .5, 3      .3
 # tb          8 items drawn from P                                exact     .5, 3      10
 TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))
@@ -166,9 +167,9 @@ def loss_of(recipe, policy, reference, batch, progress):
         log_steps, *_ = policy(batch.packed, batch.positives[:, None])             # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
     # The N items of each context, (C, N). If each U had one R, any sampler would do (off-policy).
-    # But R depends on v, too: of two users with the same U, R/Z may be .9, .1 and .5, .5; no P is
+    # But R depends on v, too: two users with one U may have R/Z of .9, .1 and of .5, .5; no P is
     # right for both. TB squares differences of logs. So where P draws the items, it ends near the
-    # mean of the logs, the geometric mean: .75, .25 (√.45 : √.05). The arithmetic one is .7, .3
+    # mean of the logs, the geometric mean: √(.9 · .5) and √(.1 · .5), of sum 1, are .75 and .25
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
@@ -222,14 +223,14 @@ def train(name, recipe, policy, setup):
 def session(batch, count, policy, progress):
     """The paper's first: other items of the user's log. Those before v are seen, so R = 0; ours:
     those after v; v itself if there are none."""
+    later = [items[1:] or items for items in batch.following]
     weight = torch.zeros_like(batch.r)
-    weight[entries(batch.following)] = 1                        # v and those after it
-    weight.scatter_(1, batch.positives[:, None], 1e-6)          # v: only if nothing else is left
+    weight[entries(later)] = 1                                  # entries: at their rows, columns
     return draw(weight, count)
 
 def unlogged(batch, weight):
     """weight (C, n), but 0 at all items of the user's log (v: nearly 0, as no row may be 0)."""
-    weight[entries(batch.histories)] = 0                        # entries: their rows, columns
+    weight[entries(batch.histories)] = 0
     weight[entries(batch.following)] = 0
     return weight.scatter_(1, batch.positives[:, None], 1e-12)
 
@@ -257,7 +258,7 @@ def policy_beam(batch, count, policy, progress):
     return items.where(items >= 0, batch.positives[:, None])    # v in place of −1
 
 def policy_draws(batch, count, policy, progress):
-    """Ours: N items drawn from P, one after another, none twice (so only the first is ∝ P)."""
+    """Ours: N items drawn from P, one after another, none twice."""
     items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)
     return items.where(items >= 0, batch.positives[:, None])
 
@@ -290,7 +291,7 @@ class Policy(torch.nn.Module):
             resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,
             bos_token_id=self.user_token, eos_token_id=self.user_token,
             activation_function="gelu_pytorch_tanh"))           # GPT-2's own, computed faster
-        self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)   # log F(s); log Z(U) at s_0
+        self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)   # log F(s); log Z at s_0
         for parameter in self.flow_head.parameters():
             torch.nn.init.zeros_(parameter)                     # log Z ≈ 0: R's weights sum to 1
 
@@ -313,9 +314,10 @@ class Policy(torch.nn.Module):
         # As in GPT-2, a logit is hidden · the embedding of a token: in level l, of the K codes of l
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("cjld,lkd->cjlk", hidden, heads).float()              # (C, J, L, K)
-        # A code is legal if it leads to an unseen item
-        nodes = ids.nodes[items][..., :-1]                      # (C, J, L) those of s_0 … s_{L-1}
-        child = ids.legal_children(nodes, packed.unseen)    # (C, J, L, K) next nodes, −1 if illegal
+        # The nodes of s_0 … s_{L-1} (C, J, L), and those to which each code leads from there, −1 if
+        # it is illegal: if no unseen item is below
+        nodes = ids.nodes[items][..., :-1]
+        child = ids.legal_children(nodes, packed.unseen)                            # (C, J, L, K)
         log_probs = logits.masked_fill(child < 0, NEVER).log_softmax(-1)
         log_steps = log_probs.gather(-1, ids.codes[items][..., None])[..., 0]       # (C, J, L)
         return log_steps, log_probs, self.flow_head(hidden)[..., 0]
@@ -348,7 +350,7 @@ def beam_search(tree, k, beams):
     is left. `tree` has W of them for each user; it asks GPT-2, as Policy.forward does:
         tree.node (B, W)            the nodes of the beams; at first W = 1: the root, s_0
         tree.children()             where all next codes lead, log P_F of these codes (B, W, K)
-        tree.keep(child, best)      go on with these children: they are the beams now
+        tree.keep(child, best)      go on with the children at the places `best`, as new beams
         tree.items(log_p, k)        after L codes, a beam is an item: the first k of each user"""
     log_p = torch.zeros_like(tree.node, dtype=torch.float)      # (B, W) log P of the beams
     for _ in range(tree.ids.num_levels):
@@ -363,13 +365,13 @@ def beam_search(tree, k, beams):
 # --- Other losses that make P = R/Z ---------------------------------------------------------------
 def vargrad(log_pf, log_r):
     """VarGrad (Richter et al. 2020), TB that needs no log Z: log P, log R of paths (C, J) → scalar.
-    At P = R/Z, log P − log R is −log Z(U) on all paths of a context. So its variance has to be 0.
+    At P = R/Z, log P − log R is −log Z on all paths of a context. So its variance has to be 0.
     Mean over contexts of the variance (with 1/J) of log P − log R."""
     return (log_pf - log_r).var(1, correction=0).mean()
 
 def detailed_balance(log_flow, log_steps):
     """Detailed balance (DB, Bengio et al. 2023) → scalar. The flow F(s) of a prefix is the sum of R
-    over the items below it; F(s_0) = Z(U), F(s_L) = R. log_flow (C, J, L+1): log F of s_0 … s_L,
+    over the items below it; F(s_0) = Z, F(s_L) = R. log_flow (C, J, L+1): log F of s_0 … s_L,
     for each path; log_steps (C, J, L): log P_F of each of its steps.
     Mean over all paths of Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))²."""
     return (log_flow[..., :-1] + log_steps - log_flow[..., 1:]).square().sum(-1).mean()
@@ -378,7 +380,7 @@ def path_flows(p):
     """Of a Paths p: (C, J, L+1) log F of s_0 … s_L, exact or learned; F(s_L) is R."""
     if not p.recipe.exact:
         return torch.cat([p.learned_log_flow, p.log_r[..., None]], -1)
-    flows = p.ids.flows(p.batch.r)                              # (C, M + n) F of all nodes
+    flows = p.ids.flows(p.batch.r)                  # (C, M + n) F of all nodes: sums of R below
     return at(flows, p.ids.nodes[p.items]).log()                # at those of the paths
 
 def distillation(child_flow, log_probs):
@@ -431,7 +433,7 @@ RECIPES |= {
     "db": dict(loss=lambda p: detailed_balance(path_flows(p), p.log_steps), dropout=0.1),
     "vargrad": dict(loss=lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1),
     # Ours: TB, but a few paths with R far from P cannot outweigh all others. Mean of
-    # h(log Z(U) + log P − log R): h(x) = x²/2 up to 1 nat, |x| − 1/2 beyond
+    # h(log Z + log P − log R): h(x) = x²/2 up to 1 nat, |x| − 1/2 beyond
     "tb-huber": dict(loss=lambda p: functional.huber_loss(p.log_z[:, None] + p.log_pf, p.log_r)),
     "sft-continued": dict(rate=9e-4, dropout=0.4),              # SFT, for longer
     "sdpo": dict(SDPO, chosen="logged", beta=1.0, rate=9e-4, dropout=0.2),
@@ -448,10 +450,6 @@ RECIPES |= {
 #     Row(user, start=3, places=7…7)   reads <user> d e f g   v: h, after 4 items
 # places: of all v. The first row has window + 1, the others at most window / 2: so v sees enough
 Row = namedtuple("Row", "user start places")
-# B rows with C contexts. contexts: pairs (user, place of v); histories: their U; tokens (B, H);
-# row_of (C,), which row has a context, here 0 0 0 0 0 1 1 2; ends (C,), after how many items of it
-# v is predicted, 0 1 2 3 4 3 4 4; unseen (C, M + n) bool: leads a node to an item not in U?
-Packed = namedtuple("Packed", "contexts histories tokens row_of ends unseen")
 
 def training_rows(histories, window):
     """The Rows of all histories: each item is v in one of them."""
@@ -460,25 +458,29 @@ def training_rows(histories, window):
         for first, stop in zip(cuts, cuts[1:]):
             yield Row(user, max(0, stop - 1 - window), range(first, stop))
 
-def pack(rows, histories, policy):
-    """The Packed of some Rows; histories: one for each user."""
-    contexts, row_of, ends = [], [], []
-    for number, row in enumerate(rows):
-        for place in row.places:
-            contexts.append((row.user, place))
-            row_of.append(number)
-            ends.append(place - row.start)
-    past = [histories[user][:place] for user, place in contexts]
-    # A row is read up to the item before its last v
-    tokens = policy.tokens([histories[row.user][row.start:row.places[-1]] for row in rows])
-    row_of, ends = torch.tensor([row_of, ends], device=tokens.device)
-    return Packed(contexts, past, tokens, row_of, ends, policy.semantic_ids.unseen(past))
+class Packed:
+    """The tokens of B rows, and the C contexts in them, row by row."""
+    def __init__(self, rows, histories, policy):
+        self.contexts = []                      # pairs (user, place of v)
+        row_of = []                             # the row of each context: 0 0 0 0 0 1 1 2
+        ends = []                               # v comes after so many items: 0 1 2 3 4 3 4 4
+        for number, row in enumerate(rows):
+            for place in row.places:
+                self.contexts.append((row.user, place))
+                row_of.append(number)
+                ends.append(place - row.start)
+        self.histories = [histories[user][:place] for user, place in self.contexts]     # U
+        # (B, H): a row ends with the item before its last v
+        self.tokens = policy.tokens([histories[row.user][row.start:row.places[-1]] for row in rows])
+        self.row_of, self.ends = torch.tensor([row_of, ends], device=self.tokens.device)    # (C,)
+        # (C, M + n) bool: does a node of the tree lead to an item that is not in U?
+        self.unseen = policy.semantic_ids.unseen(self.histories)
 
 def pack_histories(histories, policy):
     """The Packed of B histories, a row for each: what comes after its last `window` items?"""
     ends = [len(history) for history in histories]
     rows = [Row(b, max(0, end - policy.window), range(end, end + 1)) for b, end in enumerate(ends)]
-    return pack(rows, histories, policy)
+    return Packed(rows, histories, policy)
 
 def batches(setup, policy, reward, rng):
     """One epoch of Batches in random order; rows of similar length together, for less padding."""
@@ -489,7 +491,7 @@ def batches(setup, policy, reward, rng):
     order = sorted(range(len(rows)), key=lambda i: (i // (32 * size), lengths[i]))
     for start in rng.permutation(range(0, len(rows), size)):
         some = [rows[i] for i in order[start:start + size]]
-        yield Batch(pack(some, setup.data.train, policy), setup.data, reward)
+        yield Batch(Packed(some, setup.data.train, policy), setup.data, reward)
 
 def tree_mask(ends, H, J, L):
     """After H tokens of a history come J branches, the first L−1 codes of a path each (the last one
@@ -782,7 +784,7 @@ def recipe_of(name, settings):
         REAL["Recipe"]              on real logs
         RECIPES[NAME]
         REAL[NAME]                  on real logs
-        --sft or --recipe           for sft; for all others, if they have this field
+        --sft or --recipe           for sft; for all others
         NAME:field=value            the name itself, as in tb:epochs=4"""
     base, *changes = name.split(":")
     flag = settings.sft if base == "sft" else settings.recipe
@@ -815,7 +817,7 @@ def recipe_of(name, settings):
     check(recipe.trajectories > 1 or not compares, f"{name}: it compares paths: trajectories > 1")
     return recipe
 
-# --- The experiment: data → IDs, CM → SFT → fine-tuned policies → table ---------------------------
+# --- The experiment: data → IDs, teacher → SFT → fine-tuned policies → table ----------------------
 def run(settings):
     """The whole job → results."""
     names, seeds = check_settings(settings)
@@ -1016,7 +1018,7 @@ def run_oracle(settings):
     policy = setup.policy()
     last = {row.user: row for row in setup.rows if row.user < 4}        # the last row of each user
     rows = [row._replace(places=row.places[-1:]) for row in last.values()]  # its last item alone
-    batch = Batch(pack(rows, data.train, policy), data, setup.reward(recipe))
+    batch = Batch(Packed(rows, data.train, policy), data, setup.reward(recipe))
     target = (batch.r / batch.r.sum(1, keepdim=True)).cpu()     # P* = R/Z
     def distance(policy):                                       # mean L1 of P from R/Z
         return (distribution(policy, batch.histories) - target).abs().sum(1).mean().item()

@@ -33,8 +33,8 @@ def weighted(table, histories, weight, length=10 ** 9):
     return (sparse(places, weights, (len(lists), len(table))) @ table).to_dense()
 
 def shares(scores, histories, popular, s=0.001):
-    """Scores (B, n), overwritten, and popular (n,) → (1 − s) · scores + s · popular (B, n), when
-    both are 0 at items of the history, and of sum 1. For a user without a score, s = 1.
+    """Scores (B, n), overwritten → 0 at items of the history, of sum 1, and mixed with a share s of
+    popularity, popular (n,), made 0 there and of sum 1, too; for a user without any score, s = 1.
     Scores [6, 3, 1, 0] of a user who took 0, popular [5, 2, 1, 1], s = .1:
     .9 · [0, .75, .25, 0] + .1 · [0, .5, .25, .25] = [0, .725, .25, .025]"""
     functional.threshold_(scores, 1e-6, 0.0)                    # 0 if below; 1e-6: float rounding
@@ -48,15 +48,14 @@ def shares(scores, histories, popular, s=0.001):
 
 class CollaborativeModel:
     """Counts of which item follows which: CM(U, i) ∝ Σ_j .6^(age(j) − 1) · near[j, i] over the
-    last ten items j, age 1: the newest, plus a little popularity. near[j, i]: how often i soon
-    follows j, or, at a quarter of the weight, goes before it, divided by √count(j). In the log
-    0 1 2, near[0] is 0, 1, .8: after 0, the scores of 1 and 2 are 1 : .8."""
+    last ten items j, age 1: the newest, plus a little popularity. In the log 0 1 2, near[0] is 0,
+    1, .8: after 0, the scores of 1 and 2 are 1 : .8."""
     @classmethod
     def fit(cls, histories, num_items, popularity=0.05):
         """A fitted model. Constants: chosen on validation items of MovieLens and Beauty."""
         cm = cls()
-        # near[j, i] = (forward[j, i] + .25 · forward[i, j]) / √count(j), where
-        # forward[j, i] = Σ .8^(d − 1), a term each time i stands d ≤ 5 places after j
+        # near[j, i] = (forward[j, i] + .25 · forward[i, j]) / √count(j); forward[j, i]: how often i
+        # soon follows j (.8^(d − 1) if d places after it, d up to 5)
         forward = followers(histories, num_items, window=5, decay=0.8)  # sparse (n, n)
         both = (forward + 0.25 * forward.T).coalesce()
         count = torch.tensor(np.bincount(entries(histories)[1], minlength=num_items)).double()
@@ -107,7 +106,7 @@ def similar_items(data, most=200):
 
 class Blend:
     """Ours, for real logs: √(counts · neighbours) + SVD / √(length of vector), both with sum 1.
-    Neighbours: Σ_j similar[j, i] / age(j) over the last 20 items j, similar by `similar_items`."""
+    Neighbours: Σ_j similar[j, i] / age(j) over the last 20 items j; similar: `similar_items`."""
     def __init__(self, histories, num_items, similar):
         self.counts = CollaborativeModel.fit(histories, num_items)
         self.svd = SVD(histories, num_items)
@@ -146,9 +145,9 @@ class Teacher:
     """A recommender of TEACHERS whose scores are (score / popularity^δ)^sharp, ours. δ: what is
     shown more is logged more. sharp: P learns few high scores more easily than many middling ones.
     An item's popularity is its count + 1; in `SVD` and `Squared`, the length of its vector.
-    Users are split into 20 folds. In training, a user's scores come from a recommender that was
-    fitted on the other 19: it does not know what the user logged later. (Popularity does, a little,
-    and `similar_items`.) Users to be served get scores of one that was fitted on all."""
+    Users are in 20 folds. In training, a user's scores come from a recommender that was fitted on
+    the other 19: it does not know what the user logged later (popularity and `similar_items` do, a
+    little). Users to be served get scores of one that was fitted on all."""
     def __init__(self, name, data, debias=0.0, sharp=1.0):
         check(name in TEACHERS, f"there is no teacher {name!r}; there are {', '.join(TEACHERS)}")
         self.fit = TEACHERS[name]
@@ -164,11 +163,10 @@ class Teacher:
         cm = fitted(self.fit, self.data, fold)
         scores = cm.scores([[*history] for history in histories])   # copies, as in `fitted`
         shape = (len(histories), len(self.popular))
-        right = torch.is_tensor(scores) and scores.shape == shape and scores.is_floating_point()
         total = torch.tensor([len(history) < shape[1] for history in histories]).float()
-        right = right and scores.min() >= 0                     # total: 1, or 0 if all are seen
-        right = right and (scores.sum(1) - total).abs().max() < 1e-3
-        if not right or scores[entries(histories)].any():
+        right = torch.is_tensor(scores) and scores.shape == shape and scores.is_floating_point()
+        right = right and scores.min() >= 0 and not scores[entries(histories)].any()
+        if not right or (scores.sum(1) - total).abs().max() > 1e-3:     # total: 0 if all are seen
             found = " ".join(str(scores).split())[:100]
             raise InputError(f"{type(cm).__name__}.scores has to return a tensor of floats {shape},"
                              f" ≥ 0, 0 at items of the history, each row of sum 1, not {found} …")
@@ -221,8 +219,7 @@ class Reward:
         return c / c.sum(1, keepdim=True)
 
     def __call__(self, scores, positives, liked, unseen):
-        """R (B, n) of every item, > 0 at unseen (B, n; bool) ones; r_ŷ is scores (B, n);
-        positives and liked (bool) are (B,)."""
+        """R (B, n) of every item; r_ŷ: scores (B, n); unseen (B, n) bool; positives, liked (B,)."""
         # R = ε/m + w_ŷ · r_ŷ + w_s · r_s + w_a · r_a, 0 at seen items. x.add(y, alpha=w): x + w·y
         w_a, w_y, w_s = self.weights
         r = 1e-3 / unseen.sum(1, keepdim=True)                  # (B, 1) ε = .001

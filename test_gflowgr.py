@@ -1001,7 +1001,7 @@ def test_what_a_loss_is_given_and_what_is_made_of_it(name, K, L, tiny, monkeypat
     train = setup.data.train = [history[:5] for history in setup.data.train]    # all is read
     setup.data.liked = [[item % 3 > 0 for item in history] for history in train]
     rows = [*gflowgr.training_rows(train, 4)][:3]
-    packed = gflowgr.pack(rows, setup.data.train, policy)
+    packed = gflowgr.Packed(rows, setup.data.train, policy)
     batch = gflowgr.Batch(packed, setup.data, setup.reward(recipe))
     chosen = batch.r.bool().float().multinomial(1)              # what shall be drawn ∝ R
     drawn = batch.r.bool().float().multinomial(3)
@@ -1615,8 +1615,7 @@ def decoding(policy, histories):              # generate is held to the legal co
 def packing(policy, histories):               # a step on rows of 8 branches; on 8 times the rows
     items = torch.randint(720, (len(histories), 8))
     packed = gflowgr.pack_histories(histories, policy)
-    one_a_row = gflowgr.Packed(None, None, *[x.repeat_interleave(8, 0) for x in packed[2:]])
-    one_a_row = one_a_row._replace(row_of=torch.arange(8 * len(histories)))
+    one_a_row = gflowgr.pack_histories([past for past in histories for _ in range(8)], policy)
     def step(packed, items):
         policy(packed, items)[0].sum().backward()
     return {"packed": partial(step, packed, items),

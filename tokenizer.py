@@ -4,7 +4,7 @@
 By hand: three items with one feature each, 0, 1 and 10; L = 2 codes, K = 2.
     two centroids, 0.5 and 10        first codes 0, 0, 1: each item's nearest centroid
     residuals, item − centroid       −0.5, 0.5, 0
-    two centroids, −0.5 and 0.25 (or, as good, −0.25 and 0.5):  second codes 0, 1, 1
+    two centroids, −0.5 and 0.25     second codes 0, 1, 1
 IDs (0, 0), (0, 1), (1, 1): all differ, similar items begin alike. The paper's IDs (TIGER, LETTER)
 come from a trained network. Letters: n items, L levels, K codes, M prefixes, C contexts, B users.
 """
@@ -33,8 +33,8 @@ def sparse(index, values, shape):
 
 # --- Features of items: vectors of their text and of the log --------------------------------------
 def leading_vectors(matrix, rank, seed, power=0.0):
-    """Singular value decomposition (SVD): a sparse matrix (n, m) ≈ A diag(s) Bᵀ with the `rank`
-    largest s, or with all, if there are fewer → A diag(s)^power (n, rank); power 0: A."""
+    """Singular value decomposition (SVD): a sparse matrix (n, m) ≈ A diag(s) Bᵀ, where s has its
+    `rank` largest singular values, or all → A diag(s)^power (n, rank)."""
     rank = min(rank, *matrix.shape)
     with torch.random.fork_rng(devices=[]):                     # no other random numbers change
         torch.manual_seed(seed)
@@ -57,8 +57,9 @@ def tf_idf(texts):
     return sparse((rows, terms), idf[terms].astype(np.float32), (len(texts), len(count)))
 
 def followers(histories, num_items, window, decay):
-    """Sparse (n, n): at (a, b), Σ of decay^(d − 1) where b stands d ≤ window places after a. With
-    decay .8, the log [[0, 1, 2]] has 1 at (0, 1) and (1, 2), and .8 at (0, 2)."""
+    """Sparse (n, n): how often b soon follows a. At (a, b), Σ of decay^(d − 1), one term each time
+    that b stands d ≤ window places after a. With decay .8, the log [[0, 1, 2]] has 1 at (0, 1) and
+    (1, 2), and .8 at (0, 2)."""
     users, items = entries(histories)                           # of each interaction
     pairs = []
     weights = []
@@ -223,4 +224,4 @@ class SemanticIDs(torch.nn.Module):
         unseen (B, M + n). In the example, if item 0 was seen, the codes 0 and 1 lead from node 1,
         which is (0), to −1 and 4: code 1 alone is legal, and leads to item 1."""
         child = self.next_node[nodes]                           # (B, …, K)
-        return child.where(at(unseen, child), -1)               # −1 stays −1
+        return child.where(at(unseen, child), -1)               # where child is −1, both are −1
