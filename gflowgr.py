@@ -18,7 +18,8 @@ The lecture comes first; it ends with the beam search. A step of training (`loss
 
 A context (U, v) is a user's history, and the item that was logged next. An ID has L codes, each
 from 0 to K − 1. Its path is s_0 … s_L: prefixes, of which s_0 is empty, and the item s_L. All IDs
-make a tree with M prefixes and n items; tokenizer.py draws it, and numbers these nodes.
+make a tree. Its nodes, M prefixes and n items, have numbers (tokenizer.py draws it) and a flow F:
+the sum of R over the items below. So F(s_0) = Z, and F(s_L) = R.
 Letters in shapes: C contexts, J paths of each context, n items, B users (or rows of a batch).
 """
 import copy
@@ -56,7 +57,7 @@ def trajectory_balance(log_z, log_pf, log_r):
     """TB (Malkin et al. 2022): log Z of C contexts (C,), log P and log R of J whole paths in each
     (C, J) → scalar.
     P_F is the policy's probability of the next code; log P of a path, Σ_l log P_F(s_{l+1} | s_l).
-    Z, the paper's Z(U), is the sum of R over all items (ours: unseen ones; P is 0 at those in U).
+    Z, the paper's Z(U), is the sum of R over all items (ours: unseen ones; P of others is 0).
     TB has a term log P_B, for the way back from an item; in a tree, there is one way, so it is 0.
     Mean over all paths of (log Z + log P − log R)²:
     >>> log_pf, log_r = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
@@ -88,7 +89,7 @@ class Recipe:
     rate: float = 3e-3              # peak learning rate: small models like it high
     dropout: float = 0.0            # SFT needs some; `tb`, which learns from many items, none
     epochs: int = 8                 # passes over the training log
-    beta: float = 0.1               # of two rivals, after the lecture: P is held near that of SFT
+    beta: float = 0.1               # of two rivals: how strongly P is held near that of SFT
 
 # --- What a loss learns from: contexts and paths --------------------------------------------------
 class Batch:
@@ -169,7 +170,7 @@ def loss_of(recipe, policy, reference, batch, progress):
     # The N items of each context, (C, N). If each U had one R, any sampler would do (off-policy).
     # But R depends on v, too: two users with one U may have R/Z of .9, .1 and of .5, .5; no P is
     # right for both. TB squares differences of logs. So where P draws the items, it ends near the
-    # mean of the logs, the geometric mean: √(.9 · .5) and √(.1 · .5), of sum 1, are .75 and .25
+    # mean of the logs, the geometric mean: √(.9 · .5) : √(.1 · .5) = .75 : .25
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
@@ -370,9 +371,8 @@ def vargrad(log_pf, log_r):
     return (log_pf - log_r).var(1, correction=0).mean()
 
 def detailed_balance(log_flow, log_steps):
-    """Detailed balance (DB, Bengio et al. 2023) → scalar. The flow F(s) of a prefix is the sum of R
-    over the items below it; F(s_0) = Z, F(s_L) = R. log_flow (C, J, L+1): log F of s_0 … s_L,
-    for each path; log_steps (C, J, L): log P_F of each of its steps.
+    """Detailed balance (DB, Bengio et al. 2023) → scalar: each step is in balance. log_flow
+    (C, J, L+1): log F of s_0 … s_L, for each path; log_steps (C, J, L): log P_F of its steps.
     Mean over all paths of Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))²."""
     return (log_flow[..., :-1] + log_steps - log_flow[..., 1:]).square().sum(-1).mean()
 
@@ -617,8 +617,8 @@ def drawn_search(tree, k, beams):
         # What the children draw, log(Exp(1) / P), and the least of it for each beam
         drawn = torch.empty_like(log_p).exponential_().log_() - log_p
         least = drawn.amin(-1, keepdim=True)                                        # (B, W, 1)
-        # As in 3, time = prefix's time + (drawn − least). All are logs: log(e^a − e^b) is
-        # a + log(1 − e^(b − a)), and log(e^a + e^b) is logaddexp(a, b)
+        # As in 3: the prefix's time + (what is drawn − the least). As all are logs, this is
+        # log(e^arrival + e^behind), behind = log(e^drawn − e^least)
         behind = drawn + torch.log1p(-torch.exp(least - drawn))
         arrival = torch.logaddexp(arrival[..., None], behind).flatten(1)            # (B, W·K)
         arrival, best = arrival.topk(min(beams, arrival.shape[1]), 1, largest=False)
@@ -721,7 +721,7 @@ REAL = {    # what real logs have instead: in Settings, in Recipe, in some metho
     "Recipe": dict(teacher="blend", debias=0.0, sharp=6.0, lam=3.0, rate=1.5e-3, epochs=5,
                    sampler="reward_draws", trajectories=2),
     "sft": dict(dropout=0.2, epochs=8),
-    "sft-continued": dict(dropout=0.2, rate=4.5e-4),
+    "sft-continued": dict(dropout=0.2, rate=4.5e-4, epochs=5),
     "vargrad": dict(sampler="policy_draws", trajectories=8),
     "grpo": dict(sampler="policy_draws", trajectories=8),
     "distill": dict(lam=3.0)}
@@ -781,30 +781,27 @@ def parse(argv):
 def recipe_of(name, settings):
     """The Recipe of a method, or InputError. Who says what a field is? The last of these:
         Recipe                      its defaults
-        REAL["Recipe"]              on real logs
+        REAL["Recipe"]              on real logs, if it reads R
         RECIPES[NAME]
         REAL[NAME]                  on real logs
         --sft or --recipe           for sft; for all others
         NAME:field=value            the name itself, as in tb:epochs=4"""
     base, *changes = name.split(":")
     flag = settings.sft if base == "sft" else settings.recipe
-    # Three kinds of method: which fields one can change, and those that differ from Recipe
+    # Three kinds of method: what it changes in Recipe, and which fields its name can change
     if base in TEACHERS:
-        used, own, flag = ["debias"], dict(teacher=base, debias=0.0, sharp=1.0), ""
+        own, used, flag = dict(teacher=base, debias=0.0, sharp=1.0), ["debias"], ""
     elif base.endswith("+cm"):
-        used, own = ["teacher", "debias", "sharp"], dict(sharp=9.0)
+        own, used = dict(sharp=9.0), ["teacher", "debias", "sharp"]
     else:
         own = RECIPES[base]
         check(isinstance(own, dict), f"RECIPES[{base!r}] is a {type(own).__name__}, no dict")
         used = FIELDS if "loss" in own else ["rate", "dropout", "epochs"]
-    real = real_of(settings.data)
-    fields = {what: value for what, value in real.get("Recipe", {}).items() if what in used}
-    fields = fields | own | real.get(base, {})
-    asked = changes + (flag.split(":") if base == "sft" else [])
-    named = [change.partition("=")[0] for change in asked if change]
-    named += RECIPES.get(base, {}).keys() - {"loss"}
-    odd = [what for what in named if what not in used]
+    odd = [change for change in changes if change.partition("=")[0] not in used]
     check(not odd, f"{name}: of {base}, one can change {', '.join(used)}, not {odd}")
+    real = real_of(settings.data)
+    common = real.get("Recipe", {}) if "loss" in own or "+cm" in base else {}
+    fields = common | own | real.get(base, {})
     parser = HfArgumentParser(Recipe, allow_abbrev=False, add_help=False)  # it checks all values
     parser.set_defaults(loss=fields.pop("loss", None))
     parser.error = lambda message: check(False, f"{name}: {message}; fields are {[*FIELDS]}")
