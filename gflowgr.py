@@ -50,7 +50,7 @@ from data import InputError, check, check_numbers, find_item, load_data, read_id
 from reward import TEACHERS, Reward, Teacher
 from tokenizer import SemanticIDs, at, entries, item_features
 
-NEVER = -1e9            # log P of codes that lead to no unseen item; −inf would make losses nan
+NEVER = -1e9            # log P of a code to seen items alone; −inf would make losses nan
 
 # --- Losses: pure functions of tensors, natural logs ----------------------------------------------
 def trajectory_balance(log_z, log_pf, log_r):
@@ -149,7 +149,7 @@ class Paths:
 # What each method changes in Recipe; p: a Paths. Numbers were chosen by trials, in data/log.md.
 # In `paper`, as we read it, L_GFN reads v, too. R is high there: P stays near the log
 #             L_GFN reads                                         Z         δ, sharp   λ
-# paper       v, and 3 items (low scores first, high ones later)  learned   0, 1       1 (best: .3)
+# paper       v, and 3 items (low scores first, high ones later)  learned   0, 1       1
 # tb-paper    3 items, in the same way (`curriculum`)             learned   .5, 3      .3
 # tb          8 items drawn from P                                exact     .5, 3      10
 TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))
@@ -169,8 +169,8 @@ def loss_of(recipe, policy, reference, batch, progress):
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
     # The N items of each context, (C, N). If each U had one R, any sampler would do (off-policy).
     # But R depends on v, too: two users with one U may have R/Z of .9, .1 and of .5, .5; no P is
-    # right for both. TB squares differences of logs. So where P draws the items, it ends near the
-    # mean of the logs, the geometric mean: √(.9 · .5) : √(.1 · .5) = .75 : .25
+    # right for both. Where P draws the items, TB's gradient is nearly that of KL(P ‖ R/Z), whose
+    # mean over users is least at the geometric mean: √(.9 · .5) : √(.1 · .5) = .75 : .25
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
@@ -220,27 +220,15 @@ def train(name, recipe, policy, setup):
 
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
 # Functions (batch, N, policy, progress) → unseen items (C, N); progress: the share of training that
-# is done
-def session(batch, count, policy, progress):
-    """The paper's first: other items of the user's log. Those before v are seen, so R = 0; ours:
-    those after v; v itself if there are none."""
-    later = [items[1:] or items for items in batch.following]
-    weight = torch.zeros_like(batch.r)
-    weight[entries(later)] = 1                                  # entries: at their rows, columns
-    return draw(weight, count)
-
+# is done. Two are here, four after the lecture
 def unlogged(batch, weight):
     """weight (C, n), but 0 at all items of the user's log (v: nearly 0, as no row may be 0)."""
-    weight[entries(batch.histories)] = 0
+    weight[entries(batch.histories)] = 0                        # entries: at their rows, columns
     weight[entries(batch.following)] = 0
     return weight.scatter_(1, batch.positives[:, None], 1e-12)
 
-def uniform(batch, count, policy, progress):
-    """The paper's second, "random": any items that are not in the user's log."""
-    return draw(unlogged(batch, torch.ones_like(batch.r)), count)
-
 def curriculum(batch, count, policy, progress):
-    """The paper's default: items with low scores early in training, items with high ones late.
+    """The paper's third and default: items with low scores early in training, with high ones late.
     1. Draw a pool of 2N − 1 items, none of the user's log: half by score, half at random (ours).
     2. Sort it from low to high score.
     3. Keep N in a row: at first those with the lowest scores, in the end those with the highest."""
@@ -251,24 +239,10 @@ def curriculum(batch, count, policy, progress):
     start = round(progress * (count - 1))
     return ranked[:, start:start + count]
 
-def policy_beam(batch, count, policy, progress):
-    """The paper's fourth: the N best items by P itself, without v (the paper: N−1)."""
-    # One more, as v may be among them; −1 where fewer are unseen
-    items, _ = policy.recommend(batch.histories, count + 1, beams=count + 1)
-    items = torch.stack([row[row != v][:count] for row, v in zip(items, batch.positives)])
-    return items.where(items >= 0, batch.positives[:, None])    # v in place of −1
-
 def policy_draws(batch, count, policy, progress):
     """Ours: N items drawn from P, one after another, none twice."""
     items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)
-    return items.where(items >= 0, batch.positives[:, None])
-
-def reward_draws(batch, count, policy, progress):
-    """Ours: items drawn ∝ R, as P shall become. The logged item is often among them."""
-    return draw(batch.r, count)
-
-SAMPLERS = {sampler.__name__: sampler for sampler in (
-    session, uniform, curriculum, policy_beam, policy_draws, reward_draws)}
+    return items.where(items >= 0, batch.positives[:, None])    # −1 if fewer are unseen: v instead
 
 # --- The policy: P_F(next code | user, codes so far) ----------------------------------------------
 class Policy(torch.nn.Module):
@@ -362,6 +336,33 @@ def beam_search(tree, k, beams):
     return tree.items(log_p, k)
 
 # === The lecture ends here. Below: rivals, packing, drawing, evaluation, the experiment ===========
+
+# --- More samplers --------------------------------------------------------------------------------
+def session(batch, count, policy, progress):
+    """The paper's first: other items of the user's log. Those before v are seen, so R = 0; ours:
+    those after v; v itself if there are none."""
+    later = [items[1:] or items for items in batch.following]
+    weight = torch.zeros_like(batch.r)
+    weight[entries(later)] = 1
+    return draw(weight, count)
+
+def uniform(batch, count, policy, progress):
+    """The paper's second, "random": any items that are not in the user's log."""
+    return draw(unlogged(batch, torch.ones_like(batch.r)), count)
+
+def policy_beam(batch, count, policy, progress):
+    """The paper's fourth: the N best items by P itself, without v (the paper: N−1)."""
+    # One more, as v may be among them
+    items, _ = policy.recommend(batch.histories, count + 1, beams=count + 1)
+    items = torch.stack([row[row != v][:count] for row, v in zip(items, batch.positives)])
+    return items.where(items >= 0, batch.positives[:, None])
+
+def reward_draws(batch, count, policy, progress):
+    """Ours: items drawn ∝ R, as P shall become. The logged item is often among them."""
+    return draw(batch.r, count)
+
+SAMPLERS = {sampler.__name__: sampler for sampler in (
+    session, uniform, curriculum, policy_beam, policy_draws, reward_draws)}
 
 # --- Other losses that make P = R/Z ---------------------------------------------------------------
 def vargrad(log_pf, log_r):
