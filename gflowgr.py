@@ -789,7 +789,7 @@ def recipe_of(name, settings):
         NAME:field=value            the name itself, as in tb:epochs=4"""
     base, *changes = name.split(":")
     flag = settings.sft if base == "sft" else settings.recipe
-    # Three kinds of method: what it changes in Recipe, and which fields its name can change
+    # Three kinds of method: what it changes in Recipe, and which fields one can change
     if base in TEACHERS:
         own, used, flag = dict(teacher=base, debias=0.0, sharp=1.0), ["debias"], ""
     elif base.endswith("+cm"):
@@ -798,7 +798,10 @@ def recipe_of(name, settings):
         own = RECIPES[base]
         check(isinstance(own, dict), f"RECIPES[{base!r}] is a {type(own).__name__}, no dict")
         used = FIELDS if "loss" in own else ["rate", "dropout", "epochs"]
-    odd = [change for change in changes if change.partition("=")[0] not in used]
+    asked = changes + (flag.split(":") if base == "sft" else [])
+    named = [change.partition("=")[0] for change in asked if change]
+    named += RECIPES.get(base, {}).keys() - {"loss"}
+    odd = [what for what in named if what not in used]
     check(not odd, f"{name}: of {base}, one can change {', '.join(used)}, not {odd}")
     real = real_of(settings.data)
     common = real.get("Recipe", {}) if "loss" in own or "+cm" in base else {}
@@ -846,7 +849,8 @@ def check_settings(settings):
     seeds = [seed.strip() for seed in settings.seeds.split(",")]
     whole = all(seed.isdecimal() and len(seed) < 19 for seed in seeds)
     check(whole, f"--seeds {settings.seeds} are not numbers like 42,43")
-    check(not TEACHERS.keys() & RECIPES.keys(), "a teacher and a recipe have the same name")
+    both = [*TEACHERS.keys() & RECIPES.keys()]
+    check(not both, f"{both}: a teacher and a recipe have the same name")
     methods = [*TEACHERS, *RECIPES, *[f"{name}+cm" for name in RECIPES]]
     names = []
     for name in map(str.strip, settings.methods.split(",")):
