@@ -313,11 +313,12 @@ class Policy(torch.nn.Module):
         Raises InputError for an item that is not in the catalogue, or if nothing is asked for."""
         right = len(histories) and k > 0 and sample >= 0 and (not sample or guide is None)
         check(right, "recommend needs a history, k from 1, sample from 0, not with a guide")
-        width = max(beams or self.beams, k)
-        tree = Beams(self, histories, sample or 1.0)            # P_F^(1/temperature), of sum 1
-        if guide is not None:                                   # it and drawing: after the lecture
-            return guided_search(tree, k, width, guide)
-        return drawn_search(tree, k, width) if sample else beam_search(tree, k, width)
+        if guide is None:
+            tree = Beams(self, histories, sample or 1.0)        # P_F^(1/temperature), of sum 1
+        else:                                                   # it and drawing: after the lecture
+            tree = GuidedBeams(self, histories, guide)
+        search = drawn_search if sample else beam_search
+        return search(tree, k, max(beams or self.beams, k))
 
 # --- Recommending: beam search down the tree ------------------------------------------------------
 def beam_search(tree, k, beams):
@@ -474,8 +475,7 @@ class Packed:
         # (B, H): a row ends with the item before its last v
         self.tokens = policy.tokens([histories[row.user][row.start:row.places[-1]] for row in rows])
         self.row_of, self.ends = torch.tensor([row_of, ends], device=self.tokens.device)    # (C,)
-        # (C, M + n) bool: does a node of the tree lead to an item that is not in U?
-        self.unseen = policy.semantic_ids.unseen(self.histories)
+        self.unseen = policy.semantic_ids.unseen(self.histories)        # (C, M + n) bool
 
 def pack_histories(histories, policy):
     """The Packed of B histories, a row for each: what comes after its last `window` items?"""
@@ -585,22 +585,22 @@ class Beams:
         scores = functional.pad(scores, (0, k))[:, :k]
         return items, scores.masked_fill(items < 0, -math.inf)
 
-# --- Two more searches: by P times a guide, and at random -----------------------------------------
-def guided_search(tree, k, beams, guide):
-    """Ours: beam search for the items with the highest P · guide; guide (B, n) ≥ 0. Which prefixes
-    go on? Those with the highest P · (the guide's sum over the unseen items below)."""
-    guide = guide.to(tree.unseen.device) * tree.unseen[:, -guide.shape[1]:]
-    log_guide = tree.ids.flows(guide).clamp(min=1e-30).log()    # (B, M + n) of all nodes
-    log_p = torch.zeros_like(tree.node, dtype=torch.float)      # (B, W)
-    for _ in range(tree.ids.num_levels):
-        child, log_probs = tree.children()
-        log_p = log_p[..., None] + log_probs                    # (B, W, K)
-        score = (log_p + at(log_guide, child)).flatten(1)       # (B, W·K)
-        score, best = score.topk(min(beams, score.shape[1]), 1)
-        log_p = log_p.flatten(1).gather(1, best)
-        tree.keep(child, best)
-    return tree.items(score, k)
+class GuidedBeams(Beams):
+    """Ours: with these, beam_search finds items with the highest P · guide; guide (B, n) ≥ 0."""
+    def __init__(self, policy, histories, guide):
+        super().__init__(policy, histories)
+        guide = guide.to(self.unseen.device) * self.unseen[:, self.ids.num_prefixes:]
+        self.log_guide = self.ids.flows(guide).clamp(min=1e-30).log()       # (B, M + n): sums below
+        self.log_guide[:, 0] = 0                                # at the root, 1
 
+    def children(self):
+        """log P_F + log(guide's sum below the code) − log(guide's sum below the beam). Over the
+        steps of a path, all cancels but log P + log guide of the item."""
+        child, log_probs = super().children()
+        beam = at(self.log_guide, self.node)[..., None]                             # (B, W, 1)
+        return child, log_probs + (at(self.log_guide, child) - beam)
+
+# --- A search that draws at random ----------------------------------------------------------------
 def drawn_search(tree, k, beams):
     """Draw k items by the P_F of `tree`, no item twice (Kool et al. 2019, stochastic beams).
     1. A race: each item arrives after a random time, Exp(1) / P. The first k are such a draw.

@@ -57,9 +57,8 @@ def tf_idf(texts):
     return sparse((rows, terms), idf[terms].astype(np.float32), (len(texts), len(count)))
 
 def followers(histories, num_items, window, decay):
-    """Sparse (n, n): how often b soon follows a. At (a, b), Σ of decay^(d − 1), one term each time
-    that b stands d ≤ window places after a. With decay .8, the log [[0, 1, 2]] has 1 at (0, 1) and
-    (1, 2), and .8 at (0, 2)."""
+    """Sparse (n, n): at (a, b), Σ of decay^(d − 1) where b stands d ≤ window places after a. With
+    decay .8, the log [[0, 1, 2]] has 1 at (0, 1) and (1, 2), and .8 at (0, 2)."""
     users, items = entries(histories)                           # of each interaction
     pairs = []
     weights = []
@@ -170,10 +169,9 @@ class SemanticIDs(torch.nn.Module):
         self.num_levels = codes.shape[1]
         nodes = []                                              # of all items, level by level
         count = 0                                               # nodes so far
-        for level in range(self.num_levels):                    # at level 0, the empty prefix
-            # The different prefixes of this length, and which of them each item has (n,)
+        for level in range(self.num_levels):
             prefixes, which = np.unique(codes[:, :level], axis=0, return_inverse=True)
-            nodes.append(count + which)
+            nodes.append(count + which)         # which (n,) of these; at level 0, the empty prefix
             count += len(prefixes)
         self.num_prefixes = count                               # M
         nodes = np.stack([*nodes, count + np.arange(len(codes))], 1)    # (n, L + 1), items last
