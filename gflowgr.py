@@ -31,7 +31,6 @@ import sys
 import time
 import traceback
 import zlib
-from collections import namedtuple
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -50,13 +49,13 @@ from data import InputError, check, check_numbers, find_item, load_data, read_id
 from reward import TEACHERS, Reward, Teacher
 from tokenizer import SemanticIDs, at, entries, item_features
 
-NEVER = -1e9            # log P of a code to seen items alone; −inf would make losses nan
+NEVER = -1e9            # log P of a code below which all items are seen; −inf would make losses nan
 
 # --- Losses: pure functions of tensors, natural logs ----------------------------------------------
 def trajectory_balance(log_z, log_pf, log_r):
     """TB (Malkin et al. 2022): log Z of C contexts (C,), log P and log R of J whole paths in each
     (C, J) → scalar.
-    P_F is the policy's probability of the next code; log P of a path, Σ_l log P_F(s_{l+1} | s_l).
+    P_F is the policy's probability of the next code: log P of a path is Σ_l log P_F(s_{l+1} | s_l).
     Z, the paper's Z(U), is the sum of R over all items (ours: unseen ones; P of others is 0).
     TB has a term log P_B, for the way back from an item; in a tree, there is one way, so it is 0.
     Mean over all paths of (log Z + log P − log R)²:
@@ -95,28 +94,27 @@ class Recipe:
 class Batch:
     """C contexts (U, v). In an epoch, each item of a training history is v in one Batch."""
     def __init__(self, packed, data, reward=None):
-        """packed: C contexts as GPT-2 reads them (how: after the lecture). It has contexts, pairs
-        (user, place of v in this user's history); histories, the lists U; unseen (C, M + n) bool:
-        does a node of the tree, of which the last n are items, lead to an item that is not in U?
-        data: each user's training items, and which were liked. reward: a Reward, if not for SFT"""
+        """packed: the contexts, as pairs (user, place of v in the user's history), and their tokens
+        for GPT-2. data: a Dataset. reward: a Reward; SFT has none."""
         self.packed = packed
         self.histories = packed.histories                       # C lists U
         self.users = [user for user, _ in packed.contexts]      # whose they are
-        self.following = [data.train[user][place:] for user, place in packed.contexts]      # v, …
+        # C lists: v, and what the user logged after it
+        self.following = [data.train[user][place:] for user, place in packed.contexts]
         liked = [data.liked[user][place] for user, place in packed.contexts]
         device = packed.tokens.device
         self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
         self.liked = torch.tensor(liked, device=device)         # (C,) bool: did the user like v?
         if reward:
-            # r_ŷ (C, n), rows of sum 1, by a teacher that was fitted without these users: so its
-            # scores do not know v
+            # r_ŷ (C, n), rows of sum 1: the scores of a teacher that was fitted without these users
             self.scores = reward.teacher.scores(self.histories, self.users).to(device)
-            unseen = packed.unseen[:, -self.scores.shape[1]:]   # (C, n) bool
+            unseen = packed.unseen[:, -self.scores.shape[1]:]   # (C, n) bool: is it not in U?
             self.r = reward(self.scores, self.positives, self.liked, unseen)    # R (C, n), 0 in U
 
 def draw(weight, count):
     """count items per context (C, count), with replacement, ∝ weight (C, n)."""
-    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]    # slow at 1
+    # At least 2, as torch draws a single one slowly
+    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
 
 class Paths:
     """What a loss can read: J unseen items of each of C contexts, and their paths."""
@@ -128,8 +126,7 @@ class Paths:
             items = torch.cat([positives, items], 1)            # (C, J = 1 + N)
         if recipe.chosen == "reward":
             items = torch.cat([draw(batch.r, 1), items], 1)
-        # One forward pass for the path of v, which L_GR needs, and the J paths of L_GFN: log P_F of
-        # each step, log P_F of all codes that it could take, and log F, if learned, before it
+        # One forward pass for all paths: that of v, which L_GR needs, and the J of L_GFN
         all_items = torch.cat([positives, items], 1)            # (C, 1 + J)
         log_steps, log_probs, learned_log_flow = policy(batch.packed, all_items)
         self.recipe = recipe
@@ -139,19 +136,19 @@ class Paths:
         self.items = items                                      # (C, J)
         self.log_v = log_steps[:, 0].sum(-1)                    # (C,) log P(v | U)
         self.log_steps = log_steps[:, 1:]                       # (C, J, L) log P_F of each step
-        self.log_probs = log_probs[:, 1:]                       # (C, J, L, K) of all codes
+        self.log_probs = log_probs[:, 1:]                       # (C, J, L, K) of all codes there
         self.log_pf = self.log_steps.sum(-1)                    # (C, J) log P of whole paths
         self.log_r = batch.r.gather(1, items).log()             # (C, J) log R
-        self.learned_log_flow = learned_log_flow[:, 1:]         # (C, J, L) of s_0 … s_{L-1}
-        # log Z (C,), the sum of R, or learned: F(s_0), the same on all paths of a context
+        self.learned_log_flow = learned_log_flow[:, 1:]         # (C, J, L) log F of s_0 … s_{L-1}
+        # (C,) log Z: of the sum of R; or the learned log F(s_0), the same on all paths of a context
         self.log_z = batch.r.sum(1).log() if recipe.exact else self.learned_log_flow[:, 0, 0]
 
 # What each method changes in Recipe; p: a Paths. Numbers were chosen by trials, in data/log.md.
-# In `paper`, as we read it, L_GFN reads v, too. R is high there: P stays near the log
-#             L_GFN reads                                         Z         δ, sharp   λ
-# paper       v, and 3 items (low scores first, high ones later)  learned   0, 1       1
-# tb-paper    3 items, in the same way (`curriculum`)             learned   .5, 3      .3
-# tb          8 items drawn from P                                exact     .5, 3      10
+# In `paper`, as we read it, L_GFN reads v, too. R of v is high, so L_GFN, too, teaches the log
+#             L_GFN reads                                         Z         δ    sharp   λ
+# paper       v, and 3 items (low scores first, high ones later)  learned   0    1       1
+# tb-paper    3 items, in the same way (`curriculum`)             learned   .5   3       .3
+# tb          8 items drawn from P                                exact     .5   3       10
 TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))
 CURRICULUM = dict(TB, sampler="curriculum", trajectories=3, exact=False, dropout=0.4)
 RECIPES = {
@@ -167,10 +164,10 @@ def loss_of(recipe, policy, reference, batch, progress):
     if not recipe.loss:                                         # SFT
         log_steps, *_ = policy(batch.packed, batch.positives[:, None])             # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
-    # The N items of each context, (C, N). If each U had one R, any sampler would do (off-policy).
-    # But R depends on v, too: two users with one U may have R/Z of .9, .1 and of .5, .5; no P is
-    # right for both. Where P draws the items, TB's gradient is nearly that of KL(P ‖ R/Z), whose
-    # mean over users is least at the geometric mean: √(.9 · .5) : √(.1 · .5) = .75 : .25
+    # The N items of each context, (C, N), by any sampler: at P = R/Z, TB is 0 on all of them. But
+    # two users with one U and different v may have R/Z of .9, .1 and of .5, .5. No P is right for
+    # both; so it matters which items are drawn. If P draws them, P goes to the geometric mean:
+    # √(.9 · .5) : √(.1 · .5) = .75 : .25. (TB's gradient is then nearly that of KL(P ‖ R/Z).)
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
@@ -198,7 +195,7 @@ def train(name, recipe, policy, setup):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = setup.seed, epoch                # two numbers; it decides all that is random
+        seed = [setup.seed, epoch]              # from these two, all random numbers of the epoch
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         epoch_batches = batches(setup, policy, reward, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
@@ -222,10 +219,10 @@ def train(name, recipe, policy, setup):
 # Functions (batch, N, policy, progress) → unseen items (C, N); progress: the share of training that
 # is done. Two are here, four after the lecture
 def unlogged(batch, weight):
-    """weight (C, n), but 0 at all items of the user's log (v: nearly 0, as no row may be 0)."""
-    weight[entries(batch.histories)] = 0                        # entries: at their rows, columns
+    """weight (C, n), but 0 at all items of the user's log. If no others are left, v is drawn."""
+    weight[entries(batch.histories)] = 0                        # entries: their rows and columns
     weight[entries(batch.following)] = 0
-    return weight.scatter_(1, batch.positives[:, None], 1e-12)
+    return weight.scatter_(1, batch.positives[:, None], 1e-12)      # v: nearly 0
 
 def curriculum(batch, count, policy, progress):
     """The paper's third and default: items with low scores early in training, with high ones late.
@@ -261,7 +258,7 @@ class Policy(torch.nn.Module):
         self.user_token = semantic_ids.num_levels * semantic_ids.num_codes
         self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch, not pretrained
             vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
-            n_head=math.gcd(width, max(1, width // 32)),        # about width / 32; it divides width
+            n_head=width // 32,                                 # each head reads 32 numbers
             n_positions=window + semantic_ids.num_levels,       # <user>, items, L−1 codes
             resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,
             bos_token_id=self.user_token, eos_token_id=self.user_token,
@@ -298,32 +295,33 @@ class Policy(torch.nn.Module):
         return log_steps, log_probs, self.flow_head(hidden)[..., 0]
 
     def path_log_probs(self, histories, items):
-        """log P_F of each step on the paths of items (B, J) after B histories → (B, J, L). A seen
-        item has an illegal step on its path, near NEVER."""
+        """log P_F of each step on the paths of items (B, J), after B histories → (B, J, L). The
+        path of a seen item has an illegal step, near NEVER."""
         items = torch.as_tensor(items, device=self.semantic_ids.codes.device)
         return self(pack_histories(histories, self), items)[0]
 
     @torch.no_grad()
     def recommend(self, histories, k=10, beams=None, guide=None, sample=0.0):
-        """The k best items of B histories: items (B, k), best first; scores (B, k), here log P.
+        """The k items of highest P after B histories: items (B, k), best first; log P (B, k).
         Never an item of the history, never a duplicate; −1 and −inf where fewer than k are unseen.
         beams (self.beams by default, at least k): the more, the surer the best are found.
-        guide (B, n) ≥ 0: the best items by P · guide instead; scores are log P + log guide.
-        sample > 0: draw k items from P at this temperature instead.
+        Two other lists, after the lecture; with guide (B, n) ≥ 0: of highest P · guide, and its
+        log; with sample > 0: items drawn from P at this temperature.
         Raises InputError for an item that is not in the catalogue, or if nothing is asked for."""
         right = len(histories) and k > 0 and sample >= 0 and (not sample or guide is None)
         check(right, "recommend needs a history, k from 1, sample from 0, not with a guide")
-        if guide is None:
-            tree = Beams(self, histories, sample or 1.0)        # P_F^(1/temperature), of sum 1
-        else:                                                   # it and drawing: after the lecture
-            tree = GuidedBeams(self, histories, guide)
-        search = drawn_search if sample else beam_search
-        return search(tree, k, max(beams or self.beams, k))
+        beams = max(beams or self.beams, k)
+        if sample:
+            return drawn_search(Beams(self, histories, temperature=sample), k, beams)
+        if guide is not None:
+            return beam_search(GuidedBeams(self, histories, guide), k, beams)
+        return beam_search(Beams(self, histories), k, beams)
 
 # --- Recommending: beam search down the tree ------------------------------------------------------
 def beam_search(tree, k, beams):
     """The best prefixes go on to the next level → items (B, k) and log P. A beam is a prefix that
     is left. `tree` has W of them for each user; it asks GPT-2, as Policy.forward does:
+        tree.ids                    the SemanticIDs
         tree.node (B, W)            the nodes of the beams; at first W = 1: the root, s_0
         tree.children()             where all next codes lead, log P_F of these codes (B, W, K)
         tree.keep(child, best)      go on with the children at the places `best`, as new beams
@@ -332,7 +330,7 @@ def beam_search(tree, k, beams):
     for _ in range(tree.ids.num_levels):
         child, log_probs = tree.children()
         log_p = (log_p[..., None] + log_probs).flatten(1)       # (B, W·K) of all children
-        log_p, best = log_p.topk(min(beams, log_p.shape[1]), 1)     # (B, new W) and their places
+        log_p, best = log_p.topk(min(beams, log_p.shape[1]), 1)     # (B, new W); their places
         tree.keep(child, best)
     return tree.items(log_p, k)
 
@@ -386,16 +384,15 @@ def path_flows(p):
     return at(flows, p.ids.nodes[p.items]).log()                # at those of the paths
 
 def distillation(child_flow, log_probs):
-    """Ours, a KL at each step: exact flows F of all codes (C, J, L, K), sums of R below them, and
-    log P_F of all codes (C, J, L, K) → scalar. TB and DB see only the codes that a path takes; this
-    loss compares P_F of all codes with q, their shares of the flow. It is 0 at P = R/Z, whatever
-    the paths are.
+    """Ours → scalar: at each step of a path, P_F of all codes shall be their shares of the flow, q.
+    (TB and DB see only the codes that the path takes.) child_flow (C, J, L, K): exact F behind each
+    code, the sum of R there; log_probs (C, J, L, K): log P_F of each code.
     Mean over paths of Σ_l Σ_c q(c) · (log q(c) − log P_F(c | s_l)), q(c) = F(c) / F(s_l)."""
     target = child_flow / child_flow.sum(-1, keepdim=True)      # q; 0 for an illegal child
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
 
 def code_flows(p):
-    """Of a Paths p: (C, J, L, K) exact F of all codes after s_0 … s_{L-1}; 0 at illegal codes."""
+    """Of a Paths p: (C, J, L, K) exact F behind all codes after s_0 … s_{L-1}; 0 if illegal."""
     child = p.ids.next_node[p.ids.nodes[p.items][..., :-1]]     # nodes; −1: the code leads nowhere
     return at(p.ids.flows(p.batch.r), child) * (child >= 0)
 
@@ -447,48 +444,47 @@ RECIPES |= {
 # --- Fast: GPT-2 reads a history once, for all contexts of a row and their paths ------------------
 # A user who took a b c d e f g h is 8 contexts: v is each of these items in turn. GPT-2 can predict
 # a v after each item that it reads. So if it may read 4 items, the window, three rows are enough:
-#     Row(user, start=0, places=0…4)   reads <user> a b c d   v: a b c d e, after 0 1 2 3 4 items
-#     Row(user, start=2, places=5…6)   reads <user> c d e f   v: f g, after 3 4 items
-#     Row(user, start=3, places=7…7)   reads <user> d e f g   v: h, after 4 items
-# places: of all v. The first row has window + 1, the others at most window / 2: so v sees enough
-Row = namedtuple("Row", "user start places")
-
+#     places of v   GPT-2 reads      v           after so many items
+#     0 1 2 3 4     <user> a b c d   a b c d e   0 1 2 3 4
+#     5 6           <user> c d e f   f g         3 4
+#     7             <user> d e f g   h           4
+# Later rows have at most window / 2 places: so each v comes after more than window / 2 items
 def training_rows(histories, window):
-    """The Rows of all histories: each item is v in one of them."""
+    """Rows of all histories, pairs (user, places of v): each item is v in one of them."""
     for user, history in enumerate(histories):                  # in the example, cuts: 0 5 7 8
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
         for first, stop in zip(cuts, cuts[1:]):
-            yield Row(user, max(0, stop - 1 - window), range(first, stop))
+            yield user, range(first, stop)
 
 class Packed:
     """The tokens of B rows, and the C contexts in them, row by row."""
     def __init__(self, rows, histories, policy):
         self.contexts = []                      # pairs (user, place of v)
+        read = []                               # of each row, the items before its last v
         row_of = []                             # the row of each context: 0 0 0 0 0 1 1 2
         ends = []                               # v comes after so many items: 0 1 2 3 4 3 4 4
-        for number, row in enumerate(rows):
-            for place in row.places:
-                self.contexts.append((row.user, place))
+        for number, (user, places) in enumerate(rows):
+            start = max(0, places[-1] - policy.window)
+            read.append(histories[user][start:places[-1]])
+            for place in places:
+                self.contexts.append((user, place))
                 row_of.append(number)
-                ends.append(place - row.start)
+                ends.append(place - start)
         self.histories = [histories[user][:place] for user, place in self.contexts]     # U
-        # (B, H): a row ends with the item before its last v
-        self.tokens = policy.tokens([histories[row.user][row.start:row.places[-1]] for row in rows])
+        self.tokens = policy.tokens(read)                                               # (B, H)
         self.row_of, self.ends = torch.tensor([row_of, ends], device=self.tokens.device)    # (C,)
         self.unseen = policy.semantic_ids.unseen(self.histories)        # (C, M + n) bool
 
 def pack_histories(histories, policy):
-    """The Packed of B histories, a row for each: what comes after its last `window` items?"""
-    ends = [len(history) for history in histories]
-    rows = [Row(b, max(0, end - policy.window), range(end, end + 1)) for b, end in enumerate(ends)]
-    return Packed(rows, histories, policy)
+    """The Packed of B histories, a row for each: what comes next, at the place after the last?"""
+    return Packed([(b, [len(past)]) for b, past in enumerate(histories)], histories, policy)
 
 def batches(setup, policy, reward, rng):
-    """One epoch of Batches in random order; rows of similar length together, for less padding."""
+    """One epoch of Batches in random order."""
     rows = [setup.rows[r] for r in rng.permutation(len(setup.rows))]
     size = setup.size
-    # By length, but only within 32 batches: the order of an epoch has to stay random
-    lengths = [row.places.stop - row.start for row in rows]
+    # Rows are sorted by length, for less padding, but only within 32 batches: still random enough
+    lengths = [min(places[-1], policy.window) for _, places in rows]
     order = sorted(range(len(rows)), key=lambda i: (i // (32 * size), lengths[i]))
     for start in rng.permutation(range(0, len(rows), size)):
         some = [rows[i] for i in order[start:start + size]]
@@ -525,7 +521,7 @@ def read_packed(policy, packed, items):
     root = hidden[row_of, ends][:, None, None].expand(-1, J, 1, -1)     # s_0: after U (C, J, 1, d)
     if ids.num_levels == 1:
         return root
-    cache.batch_select_indices(row_of)                          # from B rows to C contexts
+    cache.batch_select_indices(row_of)                          # for each context, that of its row
     # Code c of level l is token l·K + c
     codes = ids.codes[items] + ids.num_codes * torch.arange(ids.num_levels, device=ends.device)
     mask = tree_mask(ends, tokens.shape[1], J, ids.num_levels)
@@ -609,23 +605,22 @@ def drawn_search(tree, k, beams):
     3. The children of a prefix draw such times, too. The first of them arrives when the prefix
        does, the others as much later as they are behind it: exponential times have no memory. If
        the prefix arrives at 1, and a and b draw .5 and .8, a arrives at 1, b at 1 + (.8 − .5).
-    The scores of items are −log(time)."""
-    # log(time) of each beam; the root may arrive at any time, here at 1
-    arrival = log_p = torch.zeros_like(tree.node, dtype=torch.float)                # (B, W)
+    Times are kept as logs, since P may be tiny. The scores of items are −log(time)."""
+    def log_minus(a, b):
+        return a + torch.log1p(-torch.exp(b - a))               # log(e^a − e^b)
+    # Of the beams (B, W): the root may arrive at any time, here at 1
+    log_time = log_p = torch.zeros_like(tree.node, dtype=torch.float)
     for _ in range(tree.ids.num_levels):
         child, log_probs = tree.children()
         log_p = log_p[..., None] + log_probs                                        # (B, W, K)
-        # What the children draw, log(Exp(1) / P), and the least of it for each beam
-        drawn = torch.empty_like(log_p).exponential_().log_() - log_p
-        least = drawn.amin(-1, keepdim=True)                                        # (B, W, 1)
-        # As in 3: the prefix's time + (what is drawn − the least). As all are logs, this is
-        # log(e^arrival + e^behind), behind = log(e^drawn − e^least)
-        behind = drawn + torch.log1p(-torch.exp(least - drawn))
-        arrival = torch.logaddexp(arrival[..., None], behind).flatten(1)            # (B, W·K)
-        arrival, best = arrival.topk(min(beams, arrival.shape[1]), 1, largest=False)
+        drawn = torch.empty_like(log_p).exponential_().log() - log_p    # log of what children draw
+        # A child's time = time of the prefix + (what the child draws − the least of its siblings)
+        behind = log_minus(drawn, drawn.amin(-1, keepdim=True))
+        log_time = torch.logaddexp(log_time[..., None], behind).flatten(1)          # (B, W·K)
+        log_time, best = log_time.topk(min(beams, log_time.shape[1]), 1, largest=False)
         log_p = log_p.flatten(1).gather(1, best)
         tree.keep(child, best)
-    return tree.items(-arrival, k)
+    return tree.items(-log_time, k)
 
 # --- Evaluation: leave one out, the whole catalogue, the same for every method --------------------
 def recall_at(ranked, target, k):
@@ -668,7 +663,7 @@ def evaluate(recommend, data):
 
 # --- Saved models ---------------------------------------------------------------------------------
 class Guided:
-    """NAME+cm: the best items by P of a policy · the scores of a teacher."""
+    """NAME+cm: the best items by P of a policy · the scores of a teacher, to the power `sharp`."""
     def __init__(self, policy, teacher):
         self.policy = policy
         self.teacher = teacher
@@ -676,8 +671,6 @@ class Guided:
 
     def recommend(self, histories, k=10):
         return self.policy.recommend(histories, k, guide=self.teacher.scores(histories))
-
-transformers.utils.logging.disable_progress_bar()               # a small model is loaded at once
 
 def save_policy(policy, folder):
     """Write a GPT-2 (config.json, model.safetensors; no flow head), then semantic_ids.json."""
@@ -693,14 +686,16 @@ def save_policy(policy, folder):
 def load_model(folder, dropout=0.0):
     """The saved Policy in eval mode, of NAME+cm the Guided; InputError if the folder holds none.
     dropout: for those who go on to train it."""
+    transformers.utils.logging.disable_progress_bar()           # a small model is loaded at once
     try:
         table = json.loads((Path(folder) / "semantic_ids.json").read_text(encoding="utf-8"))
         ids = SemanticIDs(table["codes"], table["num_codes"])
         lm = GPT2LMHeadModel.from_pretrained(                   # safetensors: no pickle
             folder, use_safetensors=True, resid_pdrop=dropout, embd_pdrop=dropout)
-        window = lm.config.n_positions - ids.num_levels
+        window = lm.config.n_positions - ids.num_levels         # as Policy has them: window + L
         policy = Policy(ids, window, beams=table["beams"], catalogue=table["catalogue"], lm=lm)
-        check(lm.config.vocab_size == policy.user_token + 1 + len(ids.codes), "its IDs do not fit")
+        fits = lm.config.vocab_size == policy.user_token + 1 + len(ids.codes)   # all tokens
+        check(fits, "its IDs do not fit")
     except Exception as error:                                  # a wrong folder can raise anything
         raise InputError(f"{folder} holds no saved model of this version (untrained methods are "
                          f"never saved): {error}") from None
@@ -798,6 +793,7 @@ def recipe_of(name, settings):
         own = RECIPES[base]
         check(isinstance(own, dict), f"RECIPES[{base!r}] is a {type(own).__name__}, no dict")
         used = FIELDS if "loss" in own else ["rate", "dropout", "epochs"]
+    # What is asked of this method has to have an effect; --recipe is for many
     asked = changes + (flag.split(":") if base == "sft" else [])
     named = [change.partition("=")[0] for change in asked if change]
     named += RECIPES.get(base, {}).keys() - {"loss"}
@@ -846,6 +842,7 @@ def check_settings(settings):
     settings.device = devices[0] if settings.device == "auto" else settings.device
     check(settings.device in devices, f"--device {settings.device}: there is only {devices}")
     check_numbers("--", settings)
+    check(settings.width % 32 == 0, f"--width {settings.width} is no multiple of 32")
     seeds = [seed.strip() for seed in settings.seeds.split(",")]
     whole = all(seed.isdecimal() and len(seed) < 19 for seed in seeds)
     check(whole, f"--seeds {settings.seeds} are not numbers like 42,43")
@@ -870,7 +867,7 @@ class Setup:
         self.data = data
         self.settings = settings
         self.rows = list(training_rows(data.train, settings.window))
-        # Of a batch, in rows; a small log gets small ones, so that an epoch has 20 steps
+        # Rows of a batch: of a small log, so few that an epoch has 20 steps
         self.size = min(settings.batch, math.ceil(len(self.rows) / 20))
         self.measure = partial(validate, data=data)             # policy → what an epoch prints
         self.measured = "validation NDCG@10"
@@ -1018,8 +1015,8 @@ def run_oracle(settings):
     data = load_data(settings.data, settings.quick)
     setup = Setup(seeds[0], data, settings)
     policy = setup.policy()
-    last = {row.user: row for row in setup.rows if row.user < 4}        # the last row of each user
-    rows = [row._replace(places=row.places[-1:]) for row in last.values()]  # its last item alone
+    # v is the last training item of each of four users
+    rows = [(user, [len(items) - 1]) for user, items in enumerate(data.train[:4])]
     batch = Batch(Packed(rows, data.train, policy), data, setup.reward(recipe))
     target = (batch.r / batch.r.sum(1, keepdim=True)).cpu()     # P* = R/Z
     def distance(policy):                                       # mean L1 of P from R/Z

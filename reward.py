@@ -33,8 +33,9 @@ def weighted(table, histories, weight, length=10 ** 9):
     return (sparse(places, weights, (len(lists), len(table))) @ table).to_dense()
 
 def shares(scores, histories, popular, s=0.001):
-    """Scores (B, n), overwritten → 0 at items of the history, of sum 1, and mixed with a share s of
-    popularity, popular (n,), made 0 there and of sum 1, too; for a user without any score, s = 1.
+    """Scores (B, n), overwritten; popular (n,) → (1 − s) · scores + s · popular (B, n), rows of sum
+    1. Before they are added, both are set to 0 at items of the history, and divided by their sums.
+    For a user without any score, s = 1.
     Scores [6, 3, 1, 0] of a user who took 0, popular [5, 2, 1, 1], s = .1:
     .9 · [0, .75, .25, 0] + .1 · [0, .5, .25, .25] = [0, .725, .25, .025]"""
     functional.threshold_(scores, 1e-6, 0.0)                    # 0 if below; 1e-6: float rounding

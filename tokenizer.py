@@ -81,8 +81,9 @@ def ppmi(histories, num_items):
     return sparse((a, b), ratio.log().clamp(min=0), near.shape).float()
 
 def item_vectors(histories, num_items, rank=0):
-    """(n, rank) vectors of items: A of X ≈ A diag(s) Bᵀ, the SVD of items × users; X[i, u] is
-    1 / count(i)^.25 if history u has item i, else 0. Rank 0: 24, from 1,500 items on n / 30."""
+    """Vectors of items (n, rank), alike if the same users took them: the first left singular
+    vectors of items × users; at (i, u), there is 1 / count(i)^.25 if user u took item i, else 0.
+    Rank 0 is 24, from 1,500 items on n / 30."""
     users, items = entries(histories)
     values = np.bincount(items)[items] ** -0.25
     x = sparse((items, users), values.astype(np.float32), (num_items, len(histories)))
@@ -146,7 +147,7 @@ def assign_with_capacity(cost, parent, capacity):
 
 # --- The table of IDs, and the tree of their prefixes ---------------------------------------------
 def at(table, nodes):
-    """What a table (B, M + n) has at nodes (B, …). Node −1, nowhere, reads node 0."""
+    """What a table (B, M + n) has at nodes (B, …); at node −1, nowhere, what it has at node 0."""
     return table.gather(1, nodes.clamp(min=0).flatten(1)).view_as(nodes)
 
 class SemanticIDs(torch.nn.Module):
@@ -158,7 +159,7 @@ class SemanticIDs(torch.nn.Module):
                 └─ code 1 ─ 2 = (1) ─── code 1 ─ 5 = item 2
     nodes (n, L + 1)        [[0, 1, 3], [0, 1, 4], [0, 2, 5]]: from the root to each item
     next_node (M + 1, K)    where a code leads from node 0: [1, 2], from 1: [3, 4], from 2: [−1, 5];
-    −1: nowhere. One more row, [−1, −1], is read at node −1: who left the tree stays outside."""
+    −1: nowhere. One more row, [−1, −1], is the last, so that of node −1: nowhere leads nowhere."""
     def __init__(self, codes, num_codes):
         codes = np.asarray(codes)
         right = codes.ndim == 2 and codes.dtype.kind in "iu" and 0 <= codes.min()
@@ -222,4 +223,4 @@ class SemanticIDs(torch.nn.Module):
         unseen (B, M + n). In the example, if item 0 was seen, the codes 0 and 1 lead from node 1,
         which is (0), to −1 and 4: code 1 alone is legal, and leads to item 1."""
         child = self.next_node[nodes]                           # (B, …, K)
-        return child.where(at(unseen, child), -1)               # where child is −1, both are −1
+        return child.where(at(unseen, child), -1)               # −1 stays −1
