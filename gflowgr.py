@@ -108,7 +108,8 @@ class Batch:
         if reward:
             # r_ŷ (C, n), rows of sum 1: the scores of a teacher that was fitted without these users
             self.scores = reward.teacher.scores(self.histories, self.users).to(device)
-            unseen = packed.unseen[:, -self.scores.shape[1]:]   # (C, n) bool: is it not in U?
+            # (C, n) bool: is an item not in U? Of the M + n nodes of the tree, items are the last
+            unseen = packed.unseen[:, -self.scores.shape[1]:]
             self.r = reward(self.scores, self.positives, self.liked, unseen)    # R (C, n), 0 in U
 
 def draw(weight, count):
@@ -165,9 +166,9 @@ def loss_of(recipe, policy, reference, batch, progress):
         log_steps, *_ = policy(batch.packed, batch.positives[:, None])             # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
     # The N items of each context, (C, N), by any sampler: at P = R/Z, TB is 0 on all of them. But
-    # two users with one U and different v may have R/Z of .9, .1 and of .5, .5. No P is right for
-    # both; so it matters which items are drawn. If P draws them, P goes to the geometric mean:
-    # √(.9 · .5) : √(.1 · .5) = .75 : .25. (TB's gradient is then nearly that of KL(P ‖ R/Z).)
+    # R depends on v: two users with one U may have R/Z of .9, .1 and of .5, .5. No P is right for
+    # both; so it matters which items are drawn. If P draws them, P goes to the geometric mean,
+    # √(.9 · .5) : √(.1 · .5) = .75 : .25, an exercise of data/course.md
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
@@ -308,8 +309,8 @@ class Policy(torch.nn.Module):
         Two other lists, after the lecture; with guide (B, n) ≥ 0: of highest P · guide, and its
         log; with sample > 0: items drawn from P at this temperature.
         Raises InputError for an item that is not in the catalogue, or if nothing is asked for."""
-        right = len(histories) and k > 0 and sample >= 0 and (not sample or guide is None)
-        check(right, "recommend needs a history, k from 1, sample from 0, not with a guide")
+        check(len(histories) and k > 0, "recommend needs a history, and k from 1")
+        check(sample == 0 or sample > 0 and guide is None, "recommend: a guide, or sample > 0")
         beams = max(beams or self.beams, k)
         if sample:
             return drawn_search(Beams(self, histories, temperature=sample), k, beams)
@@ -694,8 +695,7 @@ def load_model(folder, dropout=0.0):
             folder, use_safetensors=True, resid_pdrop=dropout, embd_pdrop=dropout)
         window = lm.config.n_positions - ids.num_levels         # as Policy has them: window + L
         policy = Policy(ids, window, beams=table["beams"], catalogue=table["catalogue"], lm=lm)
-        fits = lm.config.vocab_size == policy.user_token + 1 + len(ids.codes)   # all tokens
-        check(fits, "its IDs do not fit")
+        check(lm.config.vocab_size == policy.user_token + 1 + len(ids.codes), "its IDs do not fit")
     except Exception as error:                                  # a wrong folder can raise anything
         raise InputError(f"{folder} holds no saved model of this version (untrained methods are "
                          f"never saved): {error}") from None
@@ -711,17 +711,6 @@ Policy.save_pretrained = save_policy                            # the names of t
 Policy.from_pretrained = staticmethod(load_model)
 
 # --- Settings: flags, names of methods ------------------------------------------------------------
-REAL = {    # what real logs have instead: in Settings, in Recipe, in some methods
-    "Settings": dict(methods="pop,cm,blend,sft,tb-huber,sft+cm", ids="mixed", width=128, layers=3,
-                     batch=64),
-    "Recipe": dict(teacher="blend", debias=0.0, sharp=6.0, lam=3.0, rate=1.5e-3, epochs=5,
-                   sampler="reward_draws", trajectories=2),
-    "sft": dict(dropout=0.2, epochs=8),
-    "sft-continued": dict(dropout=0.2, rate=4.5e-4, epochs=5),
-    "vargrad": dict(sampler="policy_draws", trajectories=8),
-    "grpo": dict(sampler="policy_draws", trajectories=8),
-    "distill": dict(lam=3.0)}
-
 @dataclass
 class Settings:
     """All settings, each a command-line flag. REAL changes some of the defaults."""
@@ -750,10 +739,6 @@ class Settings:
 
 FIELDS = {name: value for name, value in vars(Recipe()).items() if name != "loss"}     # defaults
 
-def real_of(data):
-    """REAL, or {} if the data are a made-up world, one with truth.csv."""
-    return {} if data == "toy" or (Path(data) / "truth.csv").exists() else REAL
-
 def parse(argv):
     """Settings from the command line; a mistake ends in one line on stderr and status 2."""
     parser = HfArgumentParser(
@@ -774,39 +759,55 @@ def parse(argv):
         settings.recipe = f"epochs=1:{settings.recipe}"
     return settings
 
+REAL = {    # what real logs have instead: in Settings, in Recipe, in some methods
+    "Settings": dict(methods="pop,cm,blend,sft,tb-huber,sft+cm", ids="mixed", width=128, layers=3,
+                     batch=64),
+    "Recipe": dict(teacher="blend", debias=0.0, sharp=6.0, lam=3.0, rate=1.5e-3, epochs=5,
+                   sampler="reward_draws", trajectories=2),
+    "sft": dict(dropout=0.2, epochs=8),
+    "sft-continued": dict(dropout=0.2, rate=4.5e-4, epochs=5),
+    "vargrad": dict(sampler="policy_draws", trajectories=8),
+    "grpo": dict(sampler="policy_draws", trajectories=8),
+    "distill": dict(lam=3.0)}
+
+def real_of(data):
+    """REAL, or {} if the data are a made-up world, one with truth.csv."""
+    return {} if data == "toy" or (Path(data) / "truth.csv").exists() else REAL
+
+def kind_of(base):
+    """A method without its changes → what it changes in Recipe, and which fields have an effect."""
+    if base in TEACHERS:                                        # a teacher alone
+        return dict(teacher=base, debias=0.0, sharp=1.0), ["debias"]
+    if base.endswith("+cm"):                                    # a policy, guided by a teacher
+        return dict(sharp=9.0), ["teacher", "debias", "sharp"]
+    if "loss" in RECIPES[base]:                                 # a policy that learns from R
+        return RECIPES[base], [*FIELDS]
+    return RECIPES[base], ["rate", "dropout", "epochs"]         # SFT
+
 def recipe_of(name, settings):
     """The Recipe of a method, or InputError. Who says what a field is? The last of these:
         Recipe                      its defaults
         REAL["Recipe"]              on real logs, if it reads R
-        RECIPES[NAME]
+        RECIPES[NAME]               or as `kind_of` says
         REAL[NAME]                  on real logs
         --sft or --recipe           for sft; for all others
         NAME:field=value            the name itself, as in tb:epochs=4"""
     base, *changes = name.split(":")
-    flag = settings.sft if base == "sft" else settings.recipe
-    # Three kinds of method: what it changes in Recipe, and which fields one can change
-    if base in TEACHERS:
-        own, used, flag = dict(teacher=base, debias=0.0, sharp=1.0), ["debias"], ""
-    elif base.endswith("+cm"):
-        own, used = dict(sharp=9.0), ["teacher", "debias", "sharp"]
-    else:
-        own = RECIPES[base]
-        check(isinstance(own, dict), f"RECIPES[{base!r}] is a {type(own).__name__}, no dict")
-        used = FIELDS if "loss" in own else ["rate", "dropout", "epochs"]
-    # What is asked of this method has to have an effect; --recipe is for many
-    asked = changes + (flag.split(":") if base == "sft" else [])
-    named = [change.partition("=")[0] for change in asked if change]
-    named += RECIPES.get(base, {}).keys() - {"loss"}
-    odd = [what for what in named if what not in used]
-    check(not odd, f"{name}: of {base}, one can change {', '.join(used)}, not {odd}")
+    own, used = kind_of(base)
     real = real_of(settings.data)
-    common = real.get("Recipe", {}) if "loss" in own or "+cm" in base else {}
+    common = real.get("Recipe", {}) if "sharp" in used else {}  # who reads R or a teacher's scores
     fields = common | own | real.get(base, {})
+    flag = settings.sft if base == "sft" else settings.recipe
+    flags = [] if base in TEACHERS else flag.split(":")
+    # What is said of this method alone has to have an effect; --recipe is for many methods
+    named = changes + (flags if base == "sft" else []) + [*RECIPES.get(base, {}).keys() - {"loss"}]
+    odd = [change for change in named if change and change.partition("=")[0] not in used]
+    check(not odd, f"{name}: of {base}, one can change {', '.join(used)}, not {odd}")
     parser = HfArgumentParser(Recipe, allow_abbrev=False, add_help=False)  # it checks all values
     parser.set_defaults(loss=fields.pop("loss", None))
     parser.error = lambda message: check(False, f"{name}: {message}; fields are {[*FIELDS]}")
-    changes = [f"{what}={value}" for what, value in fields.items()] + flag.split(":") + changes
-    recipe = Recipe(**vars(parser.parse_args([f"--{change}" for change in changes if change])))
+    said = [*[f"{what}={value}" for what, value in fields.items()], *flags, *changes]
+    recipe = Recipe(**vars(parser.parse_args([f"--{change}" for change in said if change])))
     check_numbers(f"{name}: ", recipe)
     for what, there in {"sampler": SAMPLERS, "teacher": TEACHERS}.items():
         check(getattr(recipe, what) in there, f"{name}: {what} has to be one of {[*there]}")
@@ -846,8 +847,8 @@ def check_settings(settings):
     seeds = [seed.strip() for seed in settings.seeds.split(",")]
     whole = all(seed.isdecimal() and len(seed) < 19 for seed in seeds)
     check(whole, f"--seeds {settings.seeds} are not numbers like 42,43")
-    both = [*TEACHERS.keys() & RECIPES.keys()]
-    check(not both, f"{both}: a teacher and a recipe have the same name")
+    odd = [name for name, own in RECIPES.items() if name in TEACHERS or not isinstance(own, dict)]
+    check(not odd, f"RECIPES: {odd}: it has to be a dict, and not the name of a teacher")
     methods = [*TEACHERS, *RECIPES, *[f"{name}+cm" for name in RECIPES]]
     names = []
     for name in map(str.strip, settings.methods.split(",")):
@@ -1057,12 +1058,12 @@ def main(settings):
     except KeyboardInterrupt:
         print("stopped; --resume keeps the finished methods of a run", file=sys.stderr)
         return 130
-    except Exception as error:              # for one of your own functions: where, but no library
-        frame = [frame for frame in traceback.extract_tb(error.__traceback__)
-                 if "site-packages" not in frame.filename][-1]
-        where = f"{frame.filename}, line {frame.lineno}, in {frame.name}: "
-        known = isinstance(error, (InputError, OSError))
-        text = f"{'' if known else where + type(error).__name__} {error}"
+    except Exception as error:
+        text = str(error)
+        if not isinstance(error, (InputError, OSError)):        # maybe in your own function: where?
+            frames = traceback.extract_tb(error.__traceback__)
+            [*_, last] = [each for each in frames if "site-packages" not in each.filename]
+            text = f"{last.filename}, line {last.lineno}, in {last.name}: {error!r}"
         print("error: " + " ".join(text.split())[:600], file=sys.stderr)
         return 2
 
