@@ -94,8 +94,11 @@ class Recipe:
 class Batch:
     """C contexts (U, v). In an epoch, each item of a training history is v in one Batch."""
     def __init__(self, packed, data, reward=None):
-        """packed: the contexts, as pairs (user, place of v in the user's history), and their tokens
-        for GPT-2. data: a Dataset. reward: a Reward; SFT has none."""
+        """data: a Dataset. reward: a Reward; SFT has none. packed: a Packed, which has
+            contexts     C pairs (user, place of v in the user's history)
+            histories    C lists, the U
+            tokens       what GPT-2 reads; how, comes after the lecture
+            unseen       (C, M + n) bool: does a node lead to an item that is not in U?"""
         self.packed = packed
         self.histories = packed.histories                       # C lists U
         self.users = [user for user, _ in packed.contexts]      # whose they are
@@ -268,13 +271,6 @@ class Policy(torch.nn.Module):
         for parameter in self.flow_head.parameters():
             torch.nn.init.zeros_(parameter)                     # log Z ≈ 0: R's weights sum to 1
 
-    def tokens(self, histories):
-        """Tokens (B, H) of histories of at most `window` items: <user>, the items, padding."""
-        user = self.user_token
-        rows = [torch.tensor([user, *[user + 1 + item for item in past]]) for past in histories]
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=user)
-        return tokens.to(self.semantic_ids.codes.device)
-
     def forward(self, packed, items):
         """P on the paths of items (C, J), J of each of the C histories U that are `packed`. Returns
         log P_F of each step (C, J, L), log P_F of all codes there (C, J, L, K), near NEVER if
@@ -339,8 +335,8 @@ def beam_search(tree, k, beams):
 
 # --- More samplers --------------------------------------------------------------------------------
 def session(batch, count, policy, progress):
-    """The paper's first: other items of the user's log. Those before v are seen, so R = 0; ours:
-    those after v; v itself if there are none."""
+    """The paper's first: other items of the user's log. Ours: those after v, as R is 0 at those
+    before it; v itself if there are none."""
     later = [items[1:] or items for items in batch.following]
     weight = torch.zeros_like(batch.r)
     weight[entries(later)] = 1
@@ -408,8 +404,8 @@ def sdpo(log_pf, log_ref, beta):
 
 def grpo(log_pf, log_ref, log_r, beta):
     """GRPO (Shao et al. 2024), reinforcement learning: log P, log P_ref, log R of paths (C, J) →
-    scalar. It raises P where R is above the mean of the J paths, which P itself drew (ours: no
-    item twice). It drew them at this very step, so GRPO's ratio P / P_old is 1, and left out.
+    scalar. It raises P of the paths with R above their mean. P draws them, at the same step (ours:
+    no item twice). So GRPO's ratio P / P_old is 1, and left out.
     A = (R − mean R) / std R over a context's J paths; std with J − 1, at least 1e-8.
     Mean over paths of β · (x − log x − 1) − A · log P, x = P_ref / P: a KL, and the gain of R."""
     r = log_r.exp()
@@ -423,7 +419,7 @@ def log_ref_of(p):
         return p.reference(p.batch.packed, p.items)[0].sum(-1)
 
 def sdpo_of(p):
-    """S-DPO of a Paths p. Where the chosen item, path 0, was drawn again, that is not rejected."""
+    """S-DPO of a Paths p. If the chosen item, path 0, is drawn again, it is not rejected."""
     again = p.items == p.items[:, :1]                           # (C, J)
     again[:, 0] = False
     return sdpo(p.log_pf.masked_fill(again, NEVER), log_ref_of(p), p.recipe.beta)
@@ -452,7 +448,7 @@ RECIPES |= {
 # Later rows have at most window / 2 places: so each v comes after more than window / 2 items
 def training_rows(histories, window):
     """Rows of all histories, pairs (user, places of v): each item is v in one of them."""
-    for user, history in enumerate(histories):                  # in the example, cuts: 0 5 7 8
+    for user, history in enumerate(histories):                  # cuts: 0 5 7, and the end, 8
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
         for first, stop in zip(cuts, cuts[1:]):
             yield user, range(first, stop)
@@ -460,19 +456,22 @@ def training_rows(histories, window):
 class Packed:
     """The tokens of B rows, and the C contexts in them, row by row."""
     def __init__(self, rows, histories, policy):
+        first = policy.user_token               # <user>; the tokens of items come after it
         self.contexts = []                      # pairs (user, place of v)
-        read = []                               # of each row, the items before its last v
+        tokens = []                             # of each row: <user>, the items that are read
         row_of = []                             # the row of each context: 0 0 0 0 0 1 1 2
         ends = []                               # v comes after so many items: 0 1 2 3 4 3 4 4
         for number, (user, places) in enumerate(rows):
             start = max(0, places[-1] - policy.window)
-            read.append(histories[user][start:places[-1]])
+            read = histories[user][start:places[-1]]
+            tokens.append(torch.tensor([first, *[first + 1 + item for item in read]]))
             for place in places:
                 self.contexts.append((user, place))
                 row_of.append(number)
                 ends.append(place - start)
         self.histories = [histories[user][:place] for user, place in self.contexts]     # U
-        self.tokens = policy.tokens(read)                                               # (B, H)
+        self.tokens = torch.nn.utils.rnn.pad_sequence(                                  # (B, H)
+            tokens, batch_first=True, padding_value=first).to(policy.semantic_ids.codes.device)
         self.row_of, self.ends = torch.tensor([row_of, ends], device=self.tokens.device)    # (C,)
         self.unseen = policy.semantic_ids.unseen(self.histories)        # (C, M + n) bool
 
@@ -583,16 +582,16 @@ class Beams:
         return items, scores.masked_fill(items < 0, -math.inf)
 
 class GuidedBeams(Beams):
-    """Ours: with these, beam_search finds items with the highest P · guide; guide (B, n) ≥ 0."""
+    """Ours: with these, beam_search finds items with the highest P · guide; guide (B, n) ≥ 0. The
+    score of a beam is log P + log of the sum of the guide over the items below it."""
     def __init__(self, policy, histories, guide):
         super().__init__(policy, histories)
         guide = guide.to(self.unseen.device) * self.unseen[:, self.ids.num_prefixes:]
-        self.log_guide = self.ids.flows(guide).clamp(min=1e-30).log()       # (B, M + n): sums below
-        self.log_guide[:, 0] = 0                                # at the root, 1
+        self.log_guide = self.ids.flows(guide).clamp(min=1e-30).log()       # (B, M + n) of sums
+        self.log_guide[:, 0] = 0                                # the search begins with a score 0
 
     def children(self):
-        """log P_F + log(guide's sum below the code) − log(guide's sum below the beam). Over the
-        steps of a path, all cancels but log P + log guide of the item."""
+        """As above, but log P_F + what the log of the sum changes from a beam to its child."""
         child, log_probs = super().children()
         beam = at(self.log_guide, self.node)[..., None]                             # (B, W, 1)
         return child, log_probs + (at(self.log_guide, child) - beam)
@@ -600,12 +599,12 @@ class GuidedBeams(Beams):
 # --- A search that draws at random ----------------------------------------------------------------
 def drawn_search(tree, k, beams):
     """Draw k items by the P_F of `tree`, no item twice (Kool et al. 2019, stochastic beams).
-    1. A race: each item arrives after a random time, Exp(1) / P. The first k are such a draw.
-    2. A prefix arrives with the first item below it; this is after Exp(1) / P of the prefix. So at
-       each level, the W prefixes that arrive first go on.
-    3. The children of a prefix draw such times, too. The first of them arrives when the prefix
-       does, the others as much later as they are behind it: exponential times have no memory. If
-       the prefix arrives at 1, and a and b draw .5 and .8, a arrives at 1, b at 1 + (.8 − .5).
+    1. Think of a race. Each item arrives after a random time, Exp(1) / P; the first k are drawn.
+    2. A prefix arrives with the first item below it: this, too, is after Exp(1) / P, with P of the
+       prefix. So the first k are found level by level: the W prefixes that arrive first go on.
+    3. We know when a prefix arrives before we know when its children do. They draw times, too, and
+       then all of these are shifted alike, so that the first child arrives when the prefix does:
+       if this is at 1, and the children a and b draw .5 and .8, a arrives at 1, b at 1.3.
     Times are kept as logs, since P may be tiny. The scores of items are −log(time)."""
     def log_minus(a, b):
         return a + torch.log1p(-torch.exp(b - a))               # log(e^a − e^b)
@@ -615,7 +614,7 @@ def drawn_search(tree, k, beams):
         child, log_probs = tree.children()
         log_p = log_p[..., None] + log_probs                                        # (B, W, K)
         drawn = torch.empty_like(log_p).exponential_().log() - log_p    # log of what children draw
-        # A child's time = time of the prefix + (what the child draws − the least of its siblings)
+        # Time of a child = time of the prefix + (what the child draws − the least that one draws)
         behind = log_minus(drawn, drawn.amin(-1, keepdim=True))
         log_time = torch.logaddexp(log_time[..., None], behind).flatten(1)          # (B, W·K)
         log_time, best = log_time.topk(min(beams, log_time.shape[1]), 1, largest=False)
@@ -879,7 +878,7 @@ class Setup:
         settings = self.settings
         n = len(self.data.titles)
         if settings.ids in ("content", "mixed", "svd"):
-            # n / 24, but not above 512, and K^L IDs have to be enough for n items
+            # K: a power of 2, from n / 24 or 512 on, such that K^L IDs are enough for n items
             least = max(2, min(n / 24, 512), n ** (1 / settings.levels))
             K = settings.codes or 2 ** math.ceil(math.log2(least))
             features = item_features(settings.ids, self.data.texts, self.data.train, self.seed)
@@ -1007,7 +1006,7 @@ def distribution(policy, histories):
     return torch.cat(steps, 1).sum(-1).exp().cpu()
 
 def run_oracle(settings):
-    """Train from random weights on four contexts, where R/Z is known: does P reach it?"""
+    """Train from random weights on four users' last training items: does P reach R/Z?"""
     _, seeds = check_settings(settings)
     changes = "gr=0:lam=1:sampler=policy_draws:trajectories=64:rate=.002:epochs=15"
     settings = replace(settings, recipe=f"{changes}:{settings.recipe}")
@@ -1016,7 +1015,6 @@ def run_oracle(settings):
     data = load_data(settings.data, settings.quick)
     setup = Setup(seeds[0], data, settings)
     policy = setup.policy()
-    # v is the last training item of each of four users
     rows = [(user, [len(items) - 1]) for user, items in enumerate(data.train[:4])]
     batch = Batch(Packed(rows, data.train, policy), data, setup.reward(recipe))
     target = (batch.r / batch.r.sum(1, keepdim=True)).cpu()     # P* = R/Z

@@ -33,9 +33,8 @@ def weighted(table, histories, weight, length=10 ** 9):
     return (sparse(places, weights, (len(lists), len(table))) @ table).to_dense()
 
 def shares(scores, histories, popular, s=0.001):
-    """Scores (B, n), overwritten; popular (n,) → (1 − s) · scores + s · popular (B, n), rows of sum
-    1. Before they are added, both are set to 0 at items of the history, and divided by their sums.
-    For a user without any score, s = 1.
+    """Scores (B, n), overwritten, popularity (n,) → both, 0 at items of the history and divided by
+    their sums, mixed: (1 − s) · scores + s · popular (B, n). For a user without any score, s = 1.
     Scores [6, 3, 1, 0] of a user who took 0, popular [5, 2, 1, 1], s = .1:
     .9 · [0, .75, .25, 0] + .1 · [0, .5, .25, .25] = [0, .725, .25, .025]"""
     functional.threshold_(scores, 1e-6, 0.0)                    # 0 if below; 1e-6: float rounding
@@ -75,7 +74,8 @@ class SVD:
     similar vectors x. CM(U, i) ∝ max(0, Σ_j ⟨x_j, x_i⟩ / age(j)^.75) over all items j of U."""
     def __init__(self, histories, num_items, rank=0):
         self.vectors = torch.tensor(item_vectors(histories, num_items, rank))       # (n, rank)
-        self.popular = self.vectors.norm(dim=1).clamp(min=1e-4)     # (n,) more users, longer vector
+        # (n,) the length of a vector: it grows with how many users took the item
+        self.popular = self.vectors.norm(dim=1).clamp(min=1e-4)
 
     def scores(self, histories):
         """CM(U, ·) (B, n) of B histories."""
@@ -102,8 +102,7 @@ def similar_items(data, most=200):
     vectors = functional.normalize(torch.tensor(features).float())
     n = len(vectors)
     values, nearest = (vectors @ vectors.T).clamp(min=0).pow(3).topk(min(most, n))     # (n, most)
-    # Row i has those near item i
-    return sparse(entries(nearest.tolist()), values.flatten(), (n, n))
+    return sparse(entries(nearest.tolist()), values.flatten(), (n, n))      # row i: those near i
 
 class Blend:
     """Ours, for real logs: √(counts · neighbours) + SVD / √(length of vector), both with sum 1.
@@ -133,7 +132,7 @@ def folds_of(data):
     with the same ones share a fold."""
     return np.array([zlib.crc32(np.array(items, np.int64).tobytes()) % 20 for items in data.train])
 
-@lru_cache(maxsize=168)                                         # 21 a teacher, kept for all seeds
+@lru_cache(maxsize=168)                                         # of 8 teachers, kept for all seeds
 def fitted(fit, data, fold):
     """What fit makes of all training histories but those in a fold, 0 to 19; −1: of all."""
     # Copies: the fit may be yours, and change them
@@ -167,7 +166,7 @@ class Teacher:
         total = torch.tensor([len(history) < shape[1] for history in histories]).float()
         right = torch.is_tensor(scores) and scores.shape == shape and scores.is_floating_point()
         right = right and scores.min() >= 0 and not scores[entries(histories)].any()
-        if not right or (scores.sum(1) - total).abs().max() > 1e-3:     # total: 0 if all are seen
+        if not right or (scores.sum(1) - total).abs().max() > 1e-3:     # 1, or 0 if all are seen
             found = " ".join(str(scores).split())[:100]
             raise InputError(f"{type(cm).__name__}.scores has to return a tensor of floats {shape},"
                              f" ≥ 0, 0 at items of the history, each row of sum 1, not {found} …")

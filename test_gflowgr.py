@@ -1605,7 +1605,7 @@ def decoding(policy, histories):              # generate is held to the legal co
     for row in (ids.codes + ids.num_codes * torch.arange(3)).tolist():
         for level, token in enumerate(row):
             allowed.setdefault(tuple(row[:level]), {})[token] = None
-    tokens = policy.tokens(histories)
+    tokens = gflowgr.pack_histories(histories, policy).tokens
     generate = partial(
         policy.lm.generate, tokens, attention_mask=tokens * 0 + 1, num_beams=20, max_new_tokens=3,
         num_return_sequences=20, renormalize_logits=True, pad_token_id=policy.user_token,

@@ -33,8 +33,8 @@ def sparse(index, values, shape):
 
 # --- Features of items: vectors of their text and of the log --------------------------------------
 def leading_vectors(matrix, rank, seed, power=0.0):
-    """Singular value decomposition (SVD): a sparse matrix (n, m) ≈ A diag(s) Bᵀ, where s has its
-    `rank` largest singular values, or all → A diag(s)^power (n, rank)."""
+    """Left singular vectors of a sparse matrix (n, m): those of its `rank` largest singular values
+    s, each times its s^power → (n, rank). By singular value decomposition (SVD)."""
     rank = min(rank, *matrix.shape)
     with torch.random.fork_rng(devices=[]):                     # no other random numbers change
         torch.manual_seed(seed)
@@ -63,7 +63,7 @@ def followers(histories, num_items, window, decay):
     pairs = []
     weights = []
     for distance in range(1, window + 1):
-        same = users[distance:] == users[:-distance]            # items this far apart, of one user
+        same = users[distance:] == users[:-distance]            # have both items one user?
         pairs.append([items[:-distance][same], items[distance:][same]])
         weights.append(np.full(same.sum(), decay ** (distance - 1)))
     return sparse(np.hstack(pairs), np.hstack(weights), (num_items, num_items))
@@ -83,7 +83,7 @@ def ppmi(histories, num_items):
 def item_vectors(histories, num_items, rank=0):
     """Vectors of items (n, rank), alike if the same users took them: the first left singular
     vectors of items × users; at (i, u), there is 1 / count(i)^.25 if user u took item i, else 0.
-    Rank 0 is 24, from 1,500 items on n / 30."""
+    rank: by default 24, or for 1,500 items and more n / 30."""
     users, items = entries(histories)
     values = np.bincount(items)[items] ** -0.25
     x = sparse((items, users), values.astype(np.float32), (num_items, len(histories)))
@@ -118,7 +118,8 @@ def kmeans(points, k, rng, steps=20):
     centroids = np.empty((k, points.shape[1]))
     cost = np.full(len(points), np.inf)                         # squared distance to the nearest
     for j in tqdm(range(k), "k-means++ seeds", disable=None, leave=False):
-        p = cost / cost.sum() if j and cost.sum() > 0 else None     # None: any point
+        # The next one is a point far from those so far; None: the first one is any point
+        p = cost / cost.sum() if j and cost.sum() > 0 else None
         centroids[j] = points[rng.choice(len(points), p=p)]
         cost = np.minimum(cost, ((points - centroids[j]) ** 2).sum(1))
     for _ in tqdm(range(steps), "k-means steps", disable=None, leave=False):
@@ -129,18 +130,19 @@ def kmeans(points, k, rng, steps=20):
     return centroids
 
 def assign_with_capacity(cost, parent, capacity):
-    """Give each item its cheapest code, but at most `capacity` items to a cell (parent, code): no
-    more than there are IDs below these codes, so that all IDs differ.
+    """Give each item its next code, a cheap one → (n,). cost (n, K), overwritten. parent (n,): a
+    number for an item's codes so far. With its next code, it is in a cell (parent, code), which
+    has room for `capacity` items: as many as there are IDs below, so that all IDs differ.
     Every item asks for the cheapest code that has not refused it. A cell keeps its `capacity`
-    cheapest items and refuses the others for good. Repeat until no item is refused.
-    cost (n, K), overwritten; parent (n,), a number for the item's codes so far → codes (n,)."""
+    cheapest items and refuses the others for good. Repeat until no item is refused."""
     items = np.arange(len(cost))
     while True:
         code = cost.argmin(1)
         cell = parent * cost.shape[1] + code
         order = np.lexsort((cost[items, code], cell))           # by cell; in it, the cheapest first
         first = np.searchsorted(cell[order], cell[order])       # the place where its cell begins
-        refused = order[np.arange(len(order)) - first >= capacity]      # later in it than capacity
+        rank = np.arange(len(order)) - first                    # in its cell, from 0
+        refused = order[rank >= capacity]
         if not len(refused):
             return code
         cost[refused, code[refused]] = np.inf
@@ -159,7 +161,7 @@ class SemanticIDs(torch.nn.Module):
                 └─ code 1 ─ 2 = (1) ─── code 1 ─ 5 = item 2
     nodes (n, L + 1)        [[0, 1, 3], [0, 1, 4], [0, 2, 5]]: from the root to each item
     next_node (M + 1, K)    where a code leads from node 0: [1, 2], from 1: [3, 4], from 2: [−1, 5];
-    −1: nowhere. One more row, [−1, −1], is the last, so that of node −1: nowhere leads nowhere."""
+    −1: nowhere. A last row, [−1, −1], is what index −1 reads: from nowhere, no code leads back."""
     def __init__(self, codes, num_codes):
         codes = np.asarray(codes)
         right = codes.ndim == 2 and codes.dtype.kind in "iu" and 0 <= codes.min()
@@ -223,4 +225,4 @@ class SemanticIDs(torch.nn.Module):
         unseen (B, M + n). In the example, if item 0 was seen, the codes 0 and 1 lead from node 1,
         which is (0), to −1 and 4: code 1 alone is legal, and leads to item 1."""
         child = self.next_node[nodes]                           # (B, …, K)
-        return child.where(at(unseen, child), -1)               # −1 stays −1
+        return child.where(at(unseen, child), -1)
