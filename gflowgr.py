@@ -424,7 +424,8 @@ def sdpo_of(p):
     again[:, 0] = False
     return sdpo(p.log_pf.masked_fill(again, NEVER), log_ref_of(p), p.recipe.beta)
 
-SDPO = dict(loss=sdpo_of, trajectories=7)      # ours: seven rejected items, in the paper three
+# Ours: seven rejected items, in the paper three; drawn from P, also where REAL has other samplers
+SDPO = dict(loss=sdpo_of, trajectories=7, sampler="policy_draws")
 RECIPES |= {
     "db": dict(loss=lambda p: detailed_balance(path_flows(p), p.log_steps), dropout=0.1),
     "vargrad": dict(loss=lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1),
@@ -433,7 +434,7 @@ RECIPES |= {
     "tb-huber": dict(loss=lambda p: functional.huber_loss(p.log_z[:, None] + p.log_pf, p.log_r)),
     "sft-continued": dict(rate=9e-4, dropout=0.4),              # SFT, for longer
     "sdpo": dict(SDPO, chosen="logged", beta=1.0, rate=9e-4, dropout=0.2),
-    "sdpo-reward": dict(SDPO, chosen="reward", sampler="policy_draws", lam=100.0, rate=1e-3),
+    "sdpo-reward": dict(SDPO, chosen="reward", lam=100.0, rate=1e-3),
     "grpo": dict(loss=lambda p: grpo(p.log_pf, log_ref_of(p), p.log_r, p.recipe.beta), beta=0.01,
                  trajectories=16),
     "distill": dict(loss=lambda p: distillation(code_flows(p), p.log_probs), lam=30.0, dropout=0.2)}
