@@ -442,13 +442,13 @@ RECIPES |= {
 # --- Fast: GPT-2 reads a history once, for all contexts of a row and their paths ------------------
 # A user who took a b c d e f g h is 8 contexts: v is each of these items in turn. GPT-2 can predict
 # a v after each item that it reads. So if it may read 4 items, the window, three rows are enough:
-#     places of v   GPT-2 reads      v           after so many items
-#     0 1 2 3 4     <user> a b c d   a b c d e   0 1 2 3 4
-#     5 6           <user> c d e f   f g         3 4
-#     7             <user> d e f g   h           4
-# Later rows have at most window / 2 places: so each v comes after more than window / 2 items
+#     row: user, places of v   GPT-2 reads      v           after so many items
+#          u     0 1 2 3 4     <user> a b c d   a b c d e   0 1 2 3 4
+#          u     5 6           <user> c d e f   f g         3 4
+#          u     7             <user> d e f g   h           4
+# From the second row on, places are at most window / 2: so v comes after more items than that
 def training_rows(histories, window):
-    """Rows of all histories, pairs (user, places of v): each item is v in one of them."""
+    """The rows of all histories. Each item is v in one of them."""
     for user, history in enumerate(histories):                  # cuts: 0 5 7, and the end, 8
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
         for first, stop in zip(cuts, cuts[1:]):
@@ -477,14 +477,14 @@ class Packed:
         self.unseen = policy.semantic_ids.unseen(self.histories)        # (C, M + n) bool
 
 def pack_histories(histories, policy):
-    """The Packed of B histories, a row for each: what comes next, at the place after the last?"""
+    """The Packed of B histories: a row each, v is what comes next, so at place len(history)."""
     return Packed([(b, [len(past)]) for b, past in enumerate(histories)], histories, policy)
 
 def batches(setup, policy, reward, rng):
-    """One epoch of Batches in random order."""
+    """One epoch of Batches, in random order."""
     rows = [setup.rows[r] for r in rng.permutation(len(setup.rows))]
     size = setup.size
-    # Rows are sorted by length, for less padding, but only within 32 batches: still random enough
+    # For less padding, each 32 batches of rows are sorted by length
     lengths = [min(places[-1], policy.window) for _, places in rows]
     order = sorted(range(len(rows)), key=lambda i: (i // (32 * size), lengths[i]))
     for start in rng.permutation(range(0, len(rows), size)):
@@ -513,7 +513,7 @@ def tree_mask(ends, H, J, L):
 
 def read_packed(policy, packed, items):
     """Hidden states (C, J, L, d) of the prefixes s_0 … s_{L-1} on the paths of items (C, J). GPT-2
-    reads each history once: its keys and values stay in a cache, which all paths share."""
+    reads a history once, without a mask, as padding comes last; all paths share its cache."""
     tokens, row_of, ends = packed.tokens, packed.row_of, packed.ends
     ids = policy.semantic_ids
     J = items.shape[1]
@@ -616,7 +616,7 @@ def drawn_search(tree, k, beams):
         log_p = log_p[..., None] + log_probs                                        # (B, W, K)
         drawn = torch.empty_like(log_p).exponential_().log() - log_p    # log of what children draw
         # Time of a child = time of the prefix + (what the child draws − the least that one draws)
-        behind = log_minus(drawn, drawn.amin(-1, keepdim=True))
+        behind = log_minus(drawn, drawn.amin(-1, keepdim=True))     # of the first child: log 0
         log_time = torch.logaddexp(log_time[..., None], behind).flatten(1)          # (B, W·K)
         log_time, best = log_time.topk(min(beams, log_time.shape[1]), 1, largest=False)
         log_p = log_p.flatten(1).gather(1, best)
@@ -747,14 +747,14 @@ def parse(argv):
         f"{', '.join(SAMPLERS)}. fields of a recipe, to change in --methods, --sft and --recipe: "
         f"{', '.join(FIELDS)}. example: --methods sft,tb:trajectories=4,tb:debias=.5")
     parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
-    real = real_of(parser.parse_args(argv).data)                # defaults depend on --data
+    real = real_of(parser.parse_args(argv).data)                # read first: it decides defaults
     parser.set_defaults(**real.get("Settings", {}))
     settings = Settings(**vars(parser.parse_args(argv)))
     if bool(settings.recommend) != bool(settings.model):
         parser.error("--recommend and --model go together")
     name = Path(settings.data).resolve().name
     settings.out = settings.out or f"runs/{name}" + "-quick" * settings.quick
-    if settings.quick:                                          # of two, the last one counts
+    if settings.quick:                                          # one's own epochs come later, win
         settings.sft = f"epochs=1:{settings.sft}"
         settings.recipe = f"epochs=1:{settings.recipe}"
     return settings
@@ -774,29 +774,29 @@ def real_of(data):
     """REAL, or {} if the data are a made-up world, one with truth.csv."""
     return {} if data == "toy" or (Path(data) / "truth.csv").exists() else REAL
 
-def kind_of(base):
-    """A method without its changes → what it changes in Recipe, and which fields have an effect."""
+def kind_of(base, real):
+    """A method without its changes → what it changes in Recipe, and which fields have an effect.
+    real: what real logs change in Recipe, where R or a teacher is read."""
     if base in TEACHERS:                                        # a teacher alone
         return dict(teacher=base, debias=0.0, sharp=1.0), ["debias"]
     if base.endswith("+cm"):                                    # a policy, guided by a teacher
-        return dict(sharp=9.0), ["teacher", "debias", "sharp"]
+        return real | dict(sharp=9.0), ["teacher", "debias", "sharp"]
     if "loss" in RECIPES[base]:                                 # a policy that learns from R
-        return RECIPES[base], [*FIELDS]
+        return real | RECIPES[base], [*FIELDS]
     return RECIPES[base], ["rate", "dropout", "epochs"]         # SFT
 
 def recipe_of(name, settings):
     """The Recipe of a method, or InputError. Who says what a field is? The last of these:
         Recipe                      its defaults
-        REAL["Recipe"]              on real logs, if it reads R
-        RECIPES[NAME]               or as `kind_of` says
+        REAL["Recipe"]              on real logs; see `kind_of`
+        RECIPES[NAME]
         REAL[NAME]                  on real logs
         --sft or --recipe           for sft; for all others
         NAME:field=value            the name itself, as in tb:epochs=4"""
     base, *changes = name.split(":")
-    own, used = kind_of(base)
     real = real_of(settings.data)
-    common = real.get("Recipe", {}) if "sharp" in used else {}  # who reads R or a teacher's scores
-    fields = common | own | real.get(base, {})
+    own, used = kind_of(base, real.get("Recipe", {}))
+    fields = own | real.get(base, {})
     flag = settings.sft if base == "sft" else settings.recipe
     flags = [] if base in TEACHERS else flag.split(":")
     # What is said of this method alone has to have an effect; --recipe is for many methods
@@ -854,9 +854,9 @@ def check_settings(settings):
     for name in map(str.strip, settings.methods.split(",")):
         base = name.partition(":")[0]
         check(base in methods, f"--methods: there is no {base!r}; there are {', '.join(methods)}")
-        if base not in TEACHERS:                                # all others start from SFT
-            names += ["sft", base.removesuffix("+cm")] if "+cm" in base else ["sft"]
-        names.append(name)
+        if base not in TEACHERS:
+            names.append("sft")                                 # all others start from it
+        names += [base.removesuffix("+cm"), name] if "+cm" in base else [name]
     if settings.quick:
         print("--quick: the figures below mean nothing; they only show that everything works")
     return list(dict.fromkeys(names)), list(dict.fromkeys(map(int, seeds)))
@@ -868,7 +868,7 @@ class Setup:
         self.data = data
         self.settings = settings
         self.rows = list(training_rows(data.train, settings.window))
-        # Rows of a batch: of a small log, so few that an epoch has 20 steps
+        # Rows of a batch: settings.batch, or of a small log a 20th
         self.size = min(settings.batch, math.ceil(len(self.rows) / 20))
         self.measure = partial(validate, data=data)             # policy → what an epoch prints
         self.measured = "validation NDCG@10"
@@ -916,7 +916,7 @@ class Setup:
         return Reward(self.ids, self.teacher(recipe), (recipe.w_a, recipe.w_y, recipe.w_s))
 
 def made_with(name, setup):
-    """All inputs of a run that --resume compares, but code."""
+    """All that a run depends on, except code: --resume compares it."""
     made = {"data": {what: size for what, size in setup.data.sizes.items() if what != "name"}}
     parts = [name]
     if name.partition(":")[0] not in TEACHERS:                  # all others start from SFT
@@ -932,8 +932,8 @@ def made_with(name, setup):
 def check_drawn(items, recipe, batch):
     """InputError unless a sampler, maybe your own, drew N items of each context, all unseen."""
     C, n = batch.r.shape
-    wanted = (torch.int64, C, recipe.trajectories)
-    found = (getattr(items, "dtype", type(items).__name__), *getattr(items, "shape", ()))
+    wanted = [torch.int64, C, recipe.trajectories]
+    found = [items.dtype, *items.shape] if torch.is_tensor(items) else type(items).__name__
     asked = f"sampler {recipe.sampler}(batch, count, policy, progress) has to return"
     check(found == wanted, f"{asked} a tensor of items (C, N), here {wanted}, not {found}")
     unseen = 0 <= items.min() and items.max() < n and batch.r.gather(1, items).min() > 0
@@ -1060,9 +1060,9 @@ def main(settings):
     except Exception as error:
         text = str(error)
         if not isinstance(error, (InputError, OSError)):        # maybe in your own function: where?
-            frames = traceback.extract_tb(error.__traceback__)
-            [*_, last] = [each for each in frames if "site-packages" not in each.filename]
-            text = f"{last.filename}, line {last.lineno}, in {last.name}: {error!r}"
+            for frame in traceback.extract_tb(error.__traceback__):
+                if "site-packages" not in frame.filename:       # the last one that is no library's
+                    text = f"{frame.filename}, line {frame.lineno}, in {frame.name}: {error!r}"
         print("error: " + " ".join(text.split())[:600], file=sys.stderr)
         return 2
 
