@@ -49,7 +49,7 @@ from data import InputError, check, check_numbers, find_item, load_data, read_id
 from reward import TEACHERS, Reward, Teacher
 from tokenizer import SemanticIDs, at, entries, item_features
 
-NEVER = -1e9            # log P of a code below which all items are seen; −inf would make losses nan
+NEVER = -1e9            # log P of an illegal code; −inf would make losses nan
 
 # --- Losses: pure functions of tensors, natural logs ----------------------------------------------
 def trajectory_balance(log_z, log_pf, log_r):
@@ -117,8 +117,7 @@ class Batch:
 
 def draw(weight, count):
     """count items per context (C, count), with replacement, ∝ weight (C, n)."""
-    # At least 2, as torch draws a single one slowly
-    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
+    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]    # slow for 1
 
 class Paths:
     """What a loss can read: J unseen items of each of C contexts, and their paths."""
@@ -168,10 +167,7 @@ def loss_of(recipe, policy, reference, batch, progress):
     if not recipe.loss:                                         # SFT
         log_steps, *_ = policy(batch.packed, batch.positives[:, None])             # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
-    # The N items of each context, (C, N), by any sampler: at P = R/Z, TB is 0 on all of them. But
-    # R depends on v: two users with one U may have R/Z of .9, .1 and of .5, .5. No P is right for
-    # both; so it matters which items are drawn. If P draws them, P goes to the geometric mean,
-    # √(.9 · .5) : √(.1 · .5) = .75 : .25, an exercise of data/course.md
+    # The N items of each context, (C, N), by any sampler: at P = R/Z, TB is 0 on all of them
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
@@ -199,7 +195,7 @@ def train(name, recipe, policy, setup):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = [setup.seed, epoch]              # from these two, all random numbers of the epoch
+        seed = [setup.seed, epoch]              # numpy takes both; torch a number made from both
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         epoch_batches = batches(setup, policy, reward, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
@@ -241,7 +237,9 @@ def curriculum(batch, count, policy, progress):
     return ranked[:, start:start + count]
 
 def policy_draws(batch, count, policy, progress):
-    """Ours: N items drawn from P, one after another, none twice."""
+    """Ours: N items drawn from P, one after another, none twice. It matters who draws, as R depends
+    on v: two users with one U may have R/Z of .9, .1 and of .5, .5, and no P is right for both.
+    On draws from P, TB leads P to the geometric mean: √(.9 · .5) : √(.1 · .5) = .75 : .25."""
     items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)
     return items.where(items >= 0, batch.positives[:, None])    # −1 if fewer are unseen: v instead
 
@@ -292,8 +290,7 @@ class Policy(torch.nn.Module):
         return log_steps, log_probs, self.flow_head(hidden)[..., 0]
 
     def path_log_probs(self, histories, items):
-        """log P_F of each step on the paths of items (B, J), after B histories → (B, J, L). The
-        path of a seen item has an illegal step, near NEVER."""
+        """log P_F of each step on the paths of items (B, J) → (B, J, L); if illegal, near NEVER."""
         items = torch.as_tensor(items, device=self.semantic_ids.codes.device)
         return self(pack_histories(histories, self), items)[0]
 
@@ -391,7 +388,7 @@ def distillation(child_flow, log_probs):
 def code_flows(p):
     """Of a Paths p: (C, J, L, K) exact F behind all codes after s_0 … s_{L-1}; 0 if illegal."""
     child = p.ids.next_node[p.ids.nodes[p.items][..., :-1]]     # nodes; −1: the code leads nowhere
-    return at(p.ids.flows(p.batch.r), child) * (child >= 0)
+    return at(p.ids.flows(p.batch.r), child) * (child >= 0)     # 0 where child is −1
 
 # --- Rivals that do not make P = R/Z --------------------------------------------------------------
 def sdpo(log_pf, log_ref, beta):
@@ -404,8 +401,8 @@ def sdpo(log_pf, log_ref, beta):
 
 def grpo(log_pf, log_ref, log_r, beta):
     """GRPO (Shao et al. 2024), reinforcement learning: log P, log P_ref, log R of paths (C, J) →
-    scalar. It raises P of the paths with R above their mean. P draws them, at the same step (ours:
-    no item twice). So GRPO's ratio P / P_old is 1, and left out.
+    scalar. Paths with R above their mean become likelier. P itself draws them at this step (ours:
+    no item twice), so GRPO's ratio P / P_old is 1, and left out.
     A = (R − mean R) / std R over a context's J paths; std with J − 1, at least 1e-8.
     Mean over paths of β · (x − log x − 1) − A · log P, x = P_ref / P: a KL, and the gain of R."""
     r = log_r.exp()
@@ -728,7 +725,7 @@ class Settings:
     codes: int = HfArg(default=0, help="K, codes a level (0: a power of 2, about n / 24)")
     levels: int = HfArg(default=3, help="L, levels of an ID: as in the paper's examples")
     window: int = HfArg(default=20, help="items of the history that are read: the last say most")
-    width: int = HfArg(default=64, help="hidden size: 128 is enough for 10^4 items")
+    width: int = HfArg(default=64, help="hidden size, 32 a head: 128 is enough for 10^4 items")
     layers: int = HfArg(default=2, help="transformer blocks: enough to compare items")
     batch: int = HfArg(default=16, help="rows a step: on a CPU, many small steps learn more")
     beams: int = HfArg(default=20, help="beam width, saved with a model: twice the ten items")

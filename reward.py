@@ -33,8 +33,9 @@ def weighted(table, histories, weight, length=10 ** 9):
     return (sparse(places, weights, (len(lists), len(table))) @ table).to_dense()
 
 def shares(scores, histories, popular, s=0.001):
-    """Scores (B, n), overwritten, popularity (n,) → both, 0 at items of the history and divided by
-    their sums, mixed: (1 − s) · scores + s · popular (B, n). For a user without any score, s = 1.
+    """Scores (B, n), overwritten, mixed with popularity, popular (n,) → (B, n), rows of sum 1. Both
+    are made 0 at items of the history, and divided by their sums. Then, the mixture is
+    (1 − s) · scores + s · popular, with s = 1 for a user without any score.
     Scores [6, 3, 1, 0] of a user who took 0, popular [5, 2, 1, 1], s = .1:
     .9 · [0, .75, .25, 0] + .1 · [0, .5, .25, .25] = [0, .725, .25, .025]"""
     functional.threshold_(scores, 1e-6, 0.0)                    # 0 if below; 1e-6: float rounding
@@ -83,7 +84,7 @@ class SVD:
         return shares(users @ self.vectors.T, histories, self.popular)      # below 0 becomes 0
 
 class Squared(SVD):
-    """Ours, one of 150 formulas tried on made-up worlds, of n × n numbers: pairs count squared.
+    """Ours, one of 150 formulas tried on made-up worlds: similarities of items are squared.
     CM(U, i) ∝ Σ_j (.4^(age(j) − 1) + .5) · max(0, ⟨x_j, x_i⟩)² / √(length(x_j) · length(x_i)³)."""
     def __init__(self, histories, num_items, rank=0):
         super().__init__(histories, num_items, rank)
@@ -102,7 +103,8 @@ def similar_items(data, most=200):
     vectors = functional.normalize(torch.tensor(features).float())
     n = len(vectors)
     values, nearest = (vectors @ vectors.T).clamp(min=0).pow(3).topk(min(most, n))     # (n, most)
-    return sparse(entries(nearest.tolist()), values.flatten(), (n, n))      # row i: those near i
+    rows = np.repeat(np.arange(n), nearest.shape[1])            # row i has those near item i
+    return sparse((rows, nearest.flatten().numpy()), values.flatten(), (n, n))
 
 class Blend:
     """Ours, for real logs: √(counts · neighbours) + SVD / √(length of vector), both with sum 1.
@@ -132,7 +134,7 @@ def folds_of(data):
     with the same ones share a fold."""
     return np.array([zlib.crc32(np.array(items, np.int64).tobytes()) % 20 for items in data.train])
 
-@lru_cache(maxsize=168)                                         # of 8 teachers, kept for all seeds
+@lru_cache(maxsize=8 * 21)                                      # kept for all seeds, of 8 teachers
 def fitted(fit, data, fold):
     """What fit makes of all training histories but those in a fold, 0 to 19; −1: of all."""
     # Copies: the fit may be yours, and change them
@@ -182,7 +184,7 @@ class Teacher:
             scores[rows] = self.checked([histories[row] for row in rows], fold)
         powers = (scores / self.popular ** self.debias) ** self.sharp
         total = powers.sum(1, keepdim=True)
-        # Rows may be 0 only if all items are seen
+        # A sum may be 0 only for a user who took all items: then all scores are 0
         right = ((total > 0) & (total < torch.inf)) | ~scores.any(1, keepdim=True)
         check(right.all(), "the scores of a teacher vanish: debias or sharp is too large")
         return powers / total.clamp(min=1e-30)
@@ -198,8 +200,8 @@ class Teacher:
 @dataclass
 class Reward:
     """The comprehensive reward R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/m of the m unseen
-    items; R of an item of the history is 0. Each signal sums to 1 over the unseen items (r_a to .1
-    where v was not liked), so the heuristic weights are shares of Z. In the paper, r_a is 10
+    items; R of an item of the history is 0. Each signal sums to 1 over the unseen items, so the
+    heuristic weights are shares of Z. (If v was not liked, r_a sums to .1.) In the paper, r_a is 10
     at v, and r_s the number of equal codes; summed over all items, far more than 1."""
     ids: object             # SemanticIDs
     teacher: object         # has scores(histories, users): a Batch asks for them
@@ -213,8 +215,8 @@ class Reward:
     def similarity(self, positives, unseen):
         """r_s (B, n), rows sum to 1: codes that unseen IDs share with that of v, positive (B,)."""
         # r_s(v') = c(v') / Σ c over unseen items; c(v'): in how many levels v' has the code of v.
-        # In each level, the codes of v (B, 1) are compared with those of all items (n,)
-        c = sum((level[positives, None] == level).byte() for level in self.ids.codes.T)
+        # codes: of all items in one level (n,); those of the positives (B, 1) are compared with all
+        c = sum((codes[positives, None] == codes).byte() for codes in self.ids.codes.T)
         c = c * unseen
         return c / c.sum(1, keepdim=True)
 

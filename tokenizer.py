@@ -33,8 +33,8 @@ def sparse(index, values, shape):
 
 # --- Features of items: vectors of their text and of the log --------------------------------------
 def leading_vectors(matrix, rank, seed, power=0.0):
-    """Left singular vectors of a sparse matrix (n, m): those of its `rank` largest singular values
-    s, each times its s^power → (n, rank). By singular value decomposition (SVD)."""
+    """Singular value decomposition (SVD) of a sparse matrix (n, m): the left singular vectors of
+    the `rank` largest singular values, columns of (n, rank), each times its value^power."""
     rank = min(rank, *matrix.shape)
     with torch.random.fork_rng(devices=[]):                     # no other random numbers change
         torch.manual_seed(seed)
@@ -63,7 +63,7 @@ def followers(histories, num_items, window, decay):
     pairs = []
     weights = []
     for distance in range(1, window + 1):
-        same = users[distance:] == users[:-distance]            # have both items one user?
+        same = users[distance:] == users[:-distance]            # two this far apart: of one user?
         pairs.append([items[:-distance][same], items[distance:][same]])
         weights.append(np.full(same.sum(), decay ** (distance - 1)))
     return sparse(np.hstack(pairs), np.hstack(weights), (num_items, num_items))
@@ -149,7 +149,7 @@ def assign_with_capacity(cost, parent, capacity):
 
 # --- The table of IDs, and the tree of their prefixes ---------------------------------------------
 def at(table, nodes):
-    """What a table (B, M + n) has at nodes (B, …); at node −1, nowhere, what it has at node 0."""
+    """What a table (B, M + n) has at nodes (B, …). At −1, no node, this is of no use."""
     return table.gather(1, nodes.clamp(min=0).flatten(1)).view_as(nodes)
 
 class SemanticIDs(torch.nn.Module):
@@ -161,7 +161,7 @@ class SemanticIDs(torch.nn.Module):
                 └─ code 1 ─ 2 = (1) ─── code 1 ─ 5 = item 2
     nodes (n, L + 1)        [[0, 1, 3], [0, 1, 4], [0, 2, 5]]: from the root to each item
     next_node (M + 1, K)    where a code leads from node 0: [1, 2], from 1: [3, 4], from 2: [−1, 5];
-    −1: nowhere. A last row, [−1, −1], is what index −1 reads: from nowhere, no code leads back."""
+    there, −1 is no node. Row M, the last one, is read at index −1: [−1, −1], to no node again."""
     def __init__(self, codes, num_codes):
         codes = np.asarray(codes)
         right = codes.ndim == 2 and codes.dtype.kind in "iu" and 0 <= codes.min()
@@ -173,8 +173,9 @@ class SemanticIDs(torch.nn.Module):
         nodes = []                                              # of all items, level by level
         count = 0                                               # nodes so far
         for level in range(self.num_levels):
+            # The prefixes of this many codes (of 0 codes: one), and which one each item has (n,)
             prefixes, which = np.unique(codes[:, :level], axis=0, return_inverse=True)
-            nodes.append(count + which)         # which (n,) of these; at level 0, the empty prefix
+            nodes.append(count + which)
             count += len(prefixes)
         self.num_prefixes = count                               # M
         nodes = np.stack([*nodes, count + np.arange(len(codes))], 1)    # (n, L + 1), items last
@@ -225,4 +226,4 @@ class SemanticIDs(torch.nn.Module):
         unseen (B, M + n). In the example, if item 0 was seen, the codes 0 and 1 lead from node 1,
         which is (0), to −1 and 4: code 1 alone is legal, and leads to item 1."""
         child = self.next_node[nodes]                           # (B, …, K)
-        return child.where(at(unseen, child), -1)
+        return child.where(at(unseen, child), -1)               # a child that is −1 stays −1
