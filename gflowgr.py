@@ -237,9 +237,9 @@ def curriculum(batch, count, policy, progress):
     return ranked[:, start:start + count]
 
 def policy_draws(batch, count, policy, progress):
-    """Ours: N items drawn from P, one after another, none twice. It matters who draws, as R depends
-    on v: two users with one U may have R/Z of .9, .1 and of .5, .5, and no P is right for both.
-    On draws from P, TB leads P to the geometric mean: √(.9 · .5) : √(.1 · .5) = .75 : .25."""
+    """Ours: N items drawn from P, none twice. It matters who draws, as R depends on v: two users
+    with one U have R/Z of .9, .1 and of .5, .5, say. On draws from P, TB's gradient is 0 if P is ∝
+    their geometric mean, √(.9 · .5) : √(.1 · .5) = .75 : .25: log P − mean log R is constant."""
     items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)
     return items.where(items >= 0, batch.positives[:, None])    # −1 if fewer are unseen: v instead
 
@@ -443,7 +443,7 @@ RECIPES |= {
 #          u     0 1 2 3 4     <user> a b c d   a b c d e   0 1 2 3 4
 #          u     5 6           <user> c d e f   f g         3 4
 #          u     7             <user> d e f g   h           4
-# From the second row on, places are at most window / 2: so v comes after more items than that
+# Later rows have at most window / 2 places each: so their v come after more items than that
 def training_rows(histories, window):
     """The rows of all histories. Each item is v in one of them."""
     for user, history in enumerate(histories):                  # cuts: 0 5 7, and the end, 8
@@ -601,8 +601,8 @@ def drawn_search(tree, k, beams):
     2. A prefix arrives with the first item below it: this, too, is after Exp(1) / P, with P of the
        prefix. So the first k are found level by level: the W prefixes that arrive first go on.
     3. We know when a prefix arrives before we know when its children do. They draw times, too, and
-       then all of these are shifted alike, so that the first child arrives when the prefix does:
-       if this is at 1, and the children a and b draw .5 and .8, a arrives at 1, b at 1.3.
+       all are shifted alike (such times have no memory), so that the first child arrives when the
+       prefix does: if this is at 1, and children a and b draw .5 and .8, a arrives at 1, b at 1.3.
     Times are kept as logs, since P may be tiny. The scores of items are −log(time)."""
     def log_minus(a, b):
         return a + torch.log1p(-torch.exp(b - a))               # log(e^a − e^b)

@@ -149,7 +149,7 @@ def assign_with_capacity(cost, parent, capacity):
 
 # --- The table of IDs, and the tree of their prefixes ---------------------------------------------
 def at(table, nodes):
-    """What a table (B, M + n) has at nodes (B, …). At −1, no node, this is of no use."""
+    """What a table (B, M + n) has at nodes (B, …); at −1, no node, what it has at node 0."""
     return table.gather(1, nodes.clamp(min=0).flatten(1)).view_as(nodes)
 
 class SemanticIDs(torch.nn.Module):
@@ -161,7 +161,7 @@ class SemanticIDs(torch.nn.Module):
                 └─ code 1 ─ 2 = (1) ─── code 1 ─ 5 = item 2
     nodes (n, L + 1)        [[0, 1, 3], [0, 1, 4], [0, 2, 5]]: from the root to each item
     next_node (M + 1, K)    where a code leads from node 0: [1, 2], from 1: [3, 4], from 2: [−1, 5];
-    there, −1 is no node. Row M, the last one, is read at index −1: [−1, −1], to no node again."""
+    there, −1 is no node. One more row, [−1, −1], is read at index −1: from no node to no node."""
     def __init__(self, codes, num_codes):
         codes = np.asarray(codes)
         right = codes.ndim == 2 and codes.dtype.kind in "iu" and 0 <= codes.min()
