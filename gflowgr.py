@@ -627,7 +627,7 @@ def recall_at(ranked, target, k):
     return (ranked[:, :k] == target[:, None]).any(1).float()
 
 def ndcg_at(ranked, target, k):
-    """NDCG@k of users, floats (B,): one target (B,) each, in ranked (B, ≥ k); −1: empty place.
+    """NDCG@k of users, floats (B,): one target (B,) each, in ranked (B, ≥ k); −1 has a rank, too.
     DCG = Σ_r 1[ranked_r = target] / log2(r + 1), r from 1; the ideal DCG is 1, so NDCG = DCG."""
     hits = ranked[:, :k] == target[:, None]
     return (hits / torch.log2(torch.arange(2, hits.shape[1] + 2, device=hits.device))).sum(1)
