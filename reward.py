@@ -44,8 +44,8 @@ def shares(scores, histories, popular, s=0.001):
     for table in (scores, popular):                             # in place, as they are large
         table[seen] = 0
         table /= table.sum(1, keepdim=True).clamp(min=1e-12)    # a user who saw all items: all 0
-    s = torch.where(scores.any(1, keepdim=True), s, 1.0)        # (B, 1); 1 for one without a score
-    return (1 - s) * scores + s * popular
+    share = torch.where(scores.any(1, keepdim=True), s, 1.0)    # (B, 1): s, or 1 without a score
+    return (1 - share) * scores + share * popular
 
 class CollaborativeModel:
     """Counts of which item follows which: CM(U, i) ∝ Σ_j .6^(age(j) − 1) · near[j, i] over the

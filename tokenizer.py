@@ -118,8 +118,7 @@ def kmeans(points, k, rng, steps=20):
     centroids = np.empty((k, points.shape[1]))
     cost = np.full(len(points), np.inf)                         # squared distance to the nearest
     for j in tqdm(range(k), "k-means++ seeds", disable=None, leave=False):
-        # The next one is a point far from those so far; None: the first one is any point
-        p = cost / cost.sum() if j and cost.sum() > 0 else None
+        p = cost / cost.sum() if j and cost.sum() > 0 else None     # likely a far one; None: any
         centroids[j] = points[rng.choice(len(points), p=p)]
         cost = np.minimum(cost, ((points - centroids[j]) ** 2).sum(1))
     for _ in tqdm(range(steps), "k-means steps", disable=None, leave=False):
@@ -170,10 +169,10 @@ class SemanticIDs(torch.nn.Module):
         super().__init__()
         self.num_codes = int(num_codes)
         self.num_levels = codes.shape[1]
-        nodes = []                                              # of all items, level by level
-        count = 0                                               # nodes so far
-        for level in range(self.num_levels):
-            # The prefixes of this many codes (of 0 codes: one), and which one each item has (n,)
+        nodes = [np.zeros(len(codes), np.int64)]                # of all items, level by level: root
+        count = 1                                               # nodes so far
+        for level in range(1, self.num_levels):
+            # The different prefixes of this many codes, and which one each item has (n,)
             prefixes, which = np.unique(codes[:, :level], axis=0, return_inverse=True)
             nodes.append(count + which)
             count += len(prefixes)
@@ -195,15 +194,16 @@ class SemanticIDs(torch.nn.Module):
         check(len(residual) * num_codes < 2 ** 28, f"{len(residual)} items · {num_codes} codes are "
               "too many for the memory; lower --codes")
         rng = np.random.default_rng(seed)
-        codes = np.zeros((len(residual), 0), np.int64)          # those of the levels so far
+        codes = []                                              # (n,) of each level
+        parent = np.zeros(len(residual), np.int64)              # a number for the codes so far
         for level in range(num_levels):
-            _, parent = np.unique(codes, axis=0, return_inverse=True)       # (n,) equal: same codes
             centroids = kmeans(residual, num_codes, rng)
             capacity = num_codes ** (num_levels - 1 - level)    # IDs below level + 1 codes
             code = assign_with_capacity(squared_distances(residual, centroids), parent, capacity)
             residual = residual - centroids[code]
-            codes = np.column_stack([codes, code])
-        return cls(codes, num_codes)
+            codes.append(code)
+            _, parent = np.unique(parent * num_codes + code, return_inverse=True)
+        return cls(np.stack(codes, 1), num_codes)
 
     def flows(self, values):
         """Exact flow F(s) of every node: Σ of values (C, n), such as R, over the items below it;
