@@ -216,8 +216,7 @@ def train(name, recipe, policy, setup):
     return curve
 
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
-# Functions (batch, N, policy, progress) → unseen items (C, N); progress: the share of training that
-# is done. Two are here, four after the lecture
+# Functions (batch, N, policy, progress) → unseen items (C, N). Two are here, four after the lecture
 def unlogged(batch, weight):
     """weight (C, n), but 0 at all items of the user's log. If no others are left, v is drawn."""
     weight[entries(batch.histories)] = 0                        # entries: their rows and columns
@@ -238,8 +237,9 @@ def curriculum(batch, count, policy, progress):
 
 def policy_draws(batch, count, policy, progress):
     """Ours: N items drawn from P, none twice. It matters who draws, as R depends on v: two users
-    with one U have R/Z of .9, .1 and of .5, .5, say. On draws from P, TB's gradient is 0 if P is ∝
-    their geometric mean, √(.9 · .5) : √(.1 · .5) = .75 : .25: log P − mean log R is constant."""
+    with one U have R/Z of .9, .1 and of .5, .5, say. On independent draws from P, TB's gradient is
+    0 at their geometric mean, √(.9 · .5) : √(.1 · .5) = .75 : .25, as log P − mean log R is the
+    same for all items there; on these draws, near it."""
     items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)
     return items.where(items >= 0, batch.positives[:, None])    # −1 if fewer are unseen: v instead
 
