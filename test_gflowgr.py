@@ -712,6 +712,8 @@ def test_centroids_begin_far_apart():
     assert np.array_equal(np.unique(centroids, axis=0), np.unique(points, axis=0))
 
 def test_features_against_loops():
+    after = tokenizer.followers([[0, 1, 2]], 3, window=5, decay=0.8).to_dense()
+    assert after.tolist() == [[0, 1, 0.8], [0, 0, 1], [0, 0, 0]]
     texts = ["Red fox (tales),part", "red|Fox", "blue fox part", "blue whale", "whale",
              "red part", "whale blue"]
     terms = []
@@ -1587,6 +1589,7 @@ def test_without_beauty_one_line_says_how_to_get_it(told, tmp_path, monkeypatch)
     ("line 8: inf and nan", "interactions", f"{EVENTS}w,a,nan\n"),
     ("shown: items.csv has no item 'x'", "truth", "user_id,liked,shown\nu,a,a x\nv,a,a\n"),
     ("no line for 1 items of items.csv, ['d']", "ids", "item_id,x\na,1\nb,2\nc,3\n"),
+    ("ids.csv, line 3: item 'a' stands twice", "ids", "item_id,x\na,1\na,2\n"),
     ("line 2: write 1 to 6 codes", "ids", "item_id,x\na,1.5\n")])
 def test_a_wrong_file_is_one_line_and_status_2(said, file, text, told, tmp_path):
     folder = folder_of(tmp_path / "d")
