@@ -260,7 +260,7 @@ class Policy(torch.nn.Module):
         self.user_token = semantic_ids.num_levels * semantic_ids.num_codes
         self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch, not pretrained
             vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
-            n_head=width // 32,                                 # each head reads 32 numbers
+            n_head=math.gcd(width, max(1, width // 32)),        # about width / 32; it divides width
             n_positions=window + semantic_ids.num_levels,       # <user>, items, L−1 codes
             resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,
             bos_token_id=self.user_token, eos_token_id=self.user_token,
@@ -725,7 +725,7 @@ class Settings:
     codes: int = HfArg(default=0, help="K, codes a level (0: a power of 2, about n / 24)")
     levels: int = HfArg(default=3, help="L, levels of an ID: as in the paper's examples")
     window: int = HfArg(default=20, help="items of the history that are read: the last say most")
-    width: int = HfArg(default=64, help="hidden size, 32 a head: 128 is enough for 10^4 items")
+    width: int = HfArg(default=64, help="hidden size: 128 is enough for 10^4 items")
     layers: int = HfArg(default=2, help="transformer blocks: enough to compare items")
     batch: int = HfArg(default=16, help="rows a step: on a CPU, many small steps learn more")
     beams: int = HfArg(default=20, help="beam width, saved with a model: twice the ten items")
@@ -840,7 +840,6 @@ def check_settings(settings):
     settings.device = devices[0] if settings.device == "auto" else settings.device
     check(settings.device in devices, f"--device {settings.device}: there is only {devices}")
     check_numbers("--", settings)
-    check(settings.width % 32 == 0, f"--width {settings.width} is no multiple of 32")
     seeds = [seed.strip() for seed in settings.seeds.split(",")]
     whole = all(seed.isdecimal() and len(seed) < 19 for seed in seeds)
     check(whole, f"--seeds {settings.seeds} are not numbers like 42,43")
@@ -1055,12 +1054,13 @@ def main(settings):
         print("stopped; --resume keeps the finished methods of a run", file=sys.stderr)
         return 130
     except Exception as error:
-        text = str(error)
+        where = ""
         if not isinstance(error, (InputError, OSError)):        # maybe in your own function: where?
             for frame in traceback.extract_tb(error.__traceback__):
                 if "site-packages" not in frame.filename:       # the last one that is no library's
-                    text = f"{frame.filename}, line {frame.lineno}, in {frame.name}: {error!r}"
-        print("error: " + " ".join(text.split())[:600], file=sys.stderr)
+                    where = f"{frame.filename}, line {frame.lineno}, in {frame.name}: "
+            where += type(error).__name__
+        print("error: " + " ".join(f"{where} {error}".split())[:600], file=sys.stderr)
         return 2
 
 if __name__ == "__main__":

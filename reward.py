@@ -103,8 +103,8 @@ def similar_items(data, most=200):
     vectors = functional.normalize(torch.tensor(features).float())
     n = len(vectors)
     values, nearest = (vectors @ vectors.T).clamp(min=0).pow(3).topk(min(most, n))     # (n, most)
-    rows = np.repeat(np.arange(n), nearest.shape[1])            # row i has those near item i
-    return sparse((rows, nearest.flatten().numpy()), values.flatten(), (n, n))
+    # Row i has those near item i
+    return sparse(entries(nearest.tolist()), values.flatten(), (n, n))
 
 class Blend:
     """Ours, for real logs: √(counts · neighbours) + SVD / √(length of vector), both with sum 1.

@@ -826,7 +826,7 @@ def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
     liked = [[item % 3 > 0 for item in history] for history in histories]
     setup = SimpleNamespace(data=SimpleNamespace(train=histories, liked=liked), size=3,
                             rows=list(gflowgr.training_rows(histories, window)))
-    policy = Policy(SemanticIDs([[0, i] for i in range(200)], 200), window, 64, 1)
+    policy = Policy(SemanticIDs([[0, i] for i in range(200)], 200), window, 65, 1)  # one head
     order, lengths = [], []                     # of v; of rows: similar ones are in one batch
     for batch in gflowgr.batches(setup, policy, None, np.random.default_rng(0)):
         tokens, rows, ends = batch.packed.tokens, batch.packed.row_of, batch.packed.ends
@@ -845,8 +845,12 @@ def test_every_item_is_a_target_once_and_reads_what_stands_before_it(window):
     assert sum(sorted(lengths), []) == sorted(sum(lengths, []))
 
 def test_rows_are_those_of_the_example():
-    rows = [[*places] for _, places in gflowgr.training_rows(["abcdefgh"], 4)]
-    assert rows == [[0, 1, 2, 3, 4], [5, 6], [7]]
+    history = [*range(8)]
+    rows = [*gflowgr.training_rows([history], 4)]
+    assert [[*places] for _, places in rows] == [[0, 1, 2, 3, 4], [5, 6], [7]]
+    policy = Policy(SemanticIDs([[0, item] for item in history], 8), 4, 32, 1)
+    read = gflowgr.Packed(rows, [history], policy).tokens[:, 1:] - policy.user_token - 1
+    assert read.tolist() == [[0, 1, 2, 3], [2, 3, 4, 5], [3, 4, 5, 6]]
 
 def test_the_pool_of_the_curriculum_is_drawn_half_by_score(monkeypatch):
     _, (batch, *given) = next(curriculum_cases())
@@ -1142,7 +1146,7 @@ LINE = f"test_gflowgr.py, line {raises.__code__.co_firstlineno + 1}, in raises: 
     ("a,b", {}, "--methods: there is no 'a'; there are "),
     ("recipe", raises, "RECIPES: ['recipe']: it has to be a dict"),
     ("svd", {}, "RECIPES: ['svd']: it has to be a dict, and not the name"),
-    ("recipe", dict(loss=lambda p: (p.log_pf - p.log_z).mean()), "in <lambda>: RuntimeError('The "),
+    ("recipe", dict(loss=lambda p: (p.log_pf - p.log_z).mean()), "in <lambda>: RuntimeError The "),
     ("recipe", dict(loss=lambda p: p.log_pf.mean() * math.nan),
      "recipe: with an untrained policy, the loss is nan"),
     ("recipe", dict(RECIPES["tb"], lamda=2), "rate, dropout, epochs, beta, not ['lamda']"),
@@ -1325,12 +1329,12 @@ def test_a_killed_run_goes_on_and_nothing_finished_is_lost(finished, tmp_path, m
     assert left == {f"{name}-1".replace(":", ",") for name in METHODS} - {"sft-1"}
     assert results_in(tmp_path)["runs"] == runs
     gflowgr.load_model(tmp_path / "tb-1")
-    assert "kept" in cli(*flags, "--resume", "--methods=pop", "--width=64")[1]  # pop has no width
+    assert "kept" in cli(*flags, "--resume", "--methods=pop", "--width=16")[1]  # pop has no width
     report.write(tmp_path / "pop-1/run.json", [])
     refused("pop-1/run.json cannot be read; delete this file", *flags, "--resume")
 
 @pytest.mark.parametrize("flag, said", [
-    ("--window=9", "--window = 8, now it is 9; choose another --out"), ("--width=64", "--width = "),
+    ("--window=9", "--window = 8, now it is 9; choose another --out"), ("--width=16", "--width = "),
     ("--data=toy --codes=16", "data = "), ("--ids=content", "IDs = "), ("--batch=8", "--batch = "),
     ("--layers=2", "--layers = "), ("--sft=epochs=3:rate=.005", "sft: epochs = "),
     ("--recipe=epochs=2:rate=.005:w_s=.5", "w_s = 0.05, now it is 0.5")])
@@ -1544,7 +1548,6 @@ def test_the_largest_numbers(name, largest):
     ("--device nonsense", "--device=nonsense"),
     ("--ids nonsense is not content, mixed, svd or", "--ids=nonsense"),
     ("do not fit into 2^1", "--codes=2 --levels=1"),
-    ("--width 100 is no multiple of 32", "--width=100"),
     ("--width 100000 is out of range: above 0, below 1025", "--width=100000"),
     ("--ids content needs", "--ids=content"),
     ("--codes 65537 is out of range", "--codes=65537"),
