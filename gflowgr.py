@@ -9,7 +9,8 @@ collaborative model, CM), and the similarity of IDs.
 The lecture comes first; it ends with the beam search. A step of training (`loss_of`), in short:
 
     for each logged item v and the history U before it:
-        R     = .2 logged(v) + .75 scores(U) + .05 similar(v) + .001/m, of all m items not in U
+        R     = .2 r_a + .75 r_ŷ + .05 r_s + .001/m, of each of the m items that are not in U
+                r_a is 1 at v, else 0; r_ŷ: the teacher's scores after U; r_s: codes shared with v
         Z     = the sum of R, about 1
         items = 8 different draws from P(· | U)
         L_GR  = −log P(v | U), the loss of SFT
@@ -17,9 +18,10 @@ The lecture comes first; it ends with the beam search. A step of training (`loss
     loss = mean over all (U, v) of L_GR + λ · L_GFN
 
 A context (U, v) is a user's history, and the item that was logged next. An ID has L codes, each
-from 0 to K − 1. Its path is s_0 … s_L: prefixes, of which s_0 is empty, and the item s_L. All IDs
-make a tree. Its nodes, M prefixes and n items, have numbers (tokenizer.py draws it) and a flow F:
-the sum of R over the items below. So F(s_0) = Z, and F(s_L) = R.
+from 0 to K − 1. IDs make a tree. Its nodes, M prefixes and n items, are numbers: if the IDs are
+(0, 0), (0, 1), (1, 1), the prefixes (), (0), (1) are 0, 1, 2, and the items 3, 4, 5. An item's path
+is s_0 … s_L, from the empty prefix to the item; that of the ID (0, 1) has the nodes 0, 1, 4. The
+flow F of a node is the sum of R over the items below it. So F(s_0) = Z, and F(s_L) = R.
 Letters in shapes: C contexts, J paths of each context, n items, B users (or rows of a batch).
 """
 import copy
@@ -57,7 +59,8 @@ def trajectory_balance(log_z, log_pf, log_r):
     (C, J) → scalar.
     P_F is the policy's probability of the next code: log P of a path is Σ_l log P_F(s_{l+1} | s_l).
     Z, the paper's Z(U), is the sum of R over all items (ours: unseen ones; P of others is 0).
-    TB has a term log P_B, for the way back from an item; in a tree, there is one way, so it is 0.
+    Where several ways lead to an item, TB also has log P_B, of the one that was taken; in a tree,
+    there is one, so P_B is 1.
     Mean over all paths of (log Z + log P − log R)²:
     >>> log_pf, log_r = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
     >>> round(trajectory_balance(torch.zeros(1), log_pf, log_r).item(), 4)   # (0 + (log 1/2)²) / 2
@@ -84,21 +87,22 @@ class Recipe:
     w_s: float = 0.05               # r_s ∝ number of levels with the same code as v, of sum 1
     teacher: str = "svd"            # one of TEACHERS, the recommenders of reward.py
     debias: float = 0.5             # δ, ours: r_ŷ ∝ (score / popularity^δ)^sharp
-    sharp: float = 3.0              # ours: P learns a few high r_ŷ better than many middling ones
+    sharp: float = 3.0              # ours: the larger, the fewer items have a high r_ŷ
     rate: float = 3e-3              # peak learning rate: small models like it high
     dropout: float = 0.0            # SFT needs some; `tb`, which learns from many items, none
     epochs: int = 8                 # passes over the training log
-    beta: float = 0.1               # of two rivals: how strongly P is held near that of SFT
+    beta: float = 0.1               # S-DPO, GRPO: how strongly P is held near that of SFT
 
 # --- What a loss learns from: contexts and paths --------------------------------------------------
 class Batch:
     """C contexts (U, v). In an epoch, each item of a training history is v in one Batch."""
     def __init__(self, packed, data, reward=None):
-        """data: a Dataset. reward: a Reward; SFT has none. packed: a Packed, which has
+        """packed: a Packed, see below the lecture; it has
             contexts     C pairs (user, place of v in the user's history)
             histories    C lists, the U
-            tokens       what GPT-2 reads; how, comes after the lecture
-            unseen       (C, M + n) bool: does a node lead to an item that is not in U?"""
+            tokens       what GPT-2 reads
+            unseen       (C, M + n) bool: does a node lead to an item that is not in U?
+        data: a Dataset, of all users. reward: a Reward; SFT has none."""
         self.packed = packed
         self.histories = packed.histories                       # C lists U
         self.users = [user for user, _ in packed.contexts]      # whose they are
@@ -117,19 +121,19 @@ class Batch:
 
 def draw(weight, count):
     """count items per context (C, count), with replacement, ∝ weight (C, n)."""
-    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]    # slow for 1
+    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]    # 1 is slower
 
 class Paths:
     """What a loss can read: J unseen items of each of C contexts, and their paths."""
     def __init__(self, recipe, policy, reference, batch, items):
         """policy: is trained. reference: the policy after SFT, frozen; two rivals compare with it.
-        items (C, N): those that a sampler drew."""
+        items (C, N): those that a sampler drew. J is N, or 1 + N if the recipe has `chosen`."""
         positives = batch.positives[:, None]                    # (C, 1) v
         if recipe.chosen == "logged":
-            items = torch.cat([positives, items], 1)            # (C, J = 1 + N)
+            items = torch.cat([positives, items], 1)
         if recipe.chosen == "reward":
             items = torch.cat([draw(batch.r, 1), items], 1)
-        # One forward pass for all paths: that of v, which L_GR needs, and the J of L_GFN
+        # One forward pass for all paths: that of v, for L_GR, and the J of L_GFN
         all_items = torch.cat([positives, items], 1)            # (C, 1 + J)
         log_steps, log_probs, learned_log_flow = policy(batch.packed, all_items)
         self.recipe = recipe
@@ -143,8 +147,8 @@ class Paths:
         self.log_pf = self.log_steps.sum(-1)                    # (C, J) log P of whole paths
         self.log_r = batch.r.gather(1, items).log()             # (C, J) log R
         self.learned_log_flow = learned_log_flow[:, 1:]         # (C, J, L) log F of s_0 … s_{L-1}
-        # (C,) log Z: of the sum of R; or the learned log F(s_0), the same on all paths of a context
-        self.log_z = batch.r.sum(1).log() if recipe.exact else self.learned_log_flow[:, 0, 0]
+        learned_log_z = self.learned_log_flow[:, 0, 0]          # log F(s_0): all J paths have it
+        self.log_z = batch.r.sum(1).log() if recipe.exact else learned_log_z        # (C,)
 
 # What each method changes in Recipe; p: a Paths. Numbers were chosen by trials, in data/log.md.
 # In `paper`, as we read it, L_GFN reads v, too. R of v is high, so L_GFN, too, teaches the log
@@ -167,7 +171,7 @@ def loss_of(recipe, policy, reference, batch, progress):
     if not recipe.loss:                                         # SFT
         log_steps, *_ = policy(batch.packed, batch.positives[:, None])             # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
-    # The N items of each context, (C, N), by any sampler: at P = R/Z, TB is 0 on all of them
+    # N items of each context (C, N). Any items will do: if P = R/Z, TB is 0 on all
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
@@ -181,8 +185,9 @@ def loss_of(recipe, policy, reference, batch, progress):
 def train(name, recipe, policy, setup):
     """The one training loop → the curve, a list of {"epoch", "loss", "score"}, epoch 0: before.
     policy: new for SFT, for the others as SFT left it. The rate rises to its peak and falls to 0.
-    setup: what all methods share. The log stands in setup.rows, some contexts of one user in each;
-    setup.size of them make a Batch. setup.measure: the score that each epoch prints."""
+    setup: what all methods share; `batches` makes Batches of it, of setup.size of the log's
+    setup.rows each (what a row is, comes after the lecture). setup.measure: policy → the score of
+    an epoch, called setup.measured."""
     reward = setup.reward(recipe) if recipe.loss else None      # a Reward, to compute R
     reference = copy.deepcopy(policy).eval()                    # frozen
     per_epoch = math.ceil(len(setup.rows) / setup.size)
@@ -195,7 +200,7 @@ def train(name, recipe, policy, setup):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = [setup.seed, epoch]              # numpy takes both; torch a number made from both
+        seed = [setup.seed, epoch]              # each epoch has its own random numbers
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         epoch_batches = batches(setup, policy, reward, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
@@ -218,10 +223,11 @@ def train(name, recipe, policy, setup):
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
 # Functions (batch, N, policy, progress) → unseen items (C, N). Two are here, four after the lecture
 def unlogged(batch, weight):
-    """weight (C, n), but 0 at all items of the user's log. If no others are left, v is drawn."""
+    """weight (C, n), but 0 at all items of the user's log, and nearly 0 at v: it is drawn if no
+    other item is left."""
     weight[entries(batch.histories)] = 0                        # entries: their rows and columns
     weight[entries(batch.following)] = 0
-    return weight.scatter_(1, batch.positives[:, None], 1e-12)      # v: nearly 0
+    return weight.scatter_(1, batch.positives[:, None], 1e-12)
 
 def curriculum(batch, count, policy, progress):
     """The paper's third and default: items with low scores early in training, with high ones late.
@@ -236,10 +242,8 @@ def curriculum(batch, count, policy, progress):
     return ranked[:, start:start + count]
 
 def policy_draws(batch, count, policy, progress):
-    """Ours: N items drawn from P, none twice. It matters who draws, as R depends on v: two users
-    with one U have R/Z of .9, .1 and of .5, .5, say. On independent draws from P, TB's gradient is
-    0 at their geometric mean, √(.9 · .5) : √(.1 · .5) = .75 : .25, as log P − mean log R is the
-    same for all items there; on these draws, near it."""
+    """Ours: N items drawn from P, none twice. Two users with one U may have other v, so other R;
+    P cannot be R/Z of both, and the sampler decides where it ends (data/course.md, session 3)."""
     items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)
     return items.where(items >= 0, batch.positives[:, None])    # −1 if fewer are unseen: v instead
 
@@ -257,6 +261,7 @@ class Policy(torch.nn.Module):
         self.window = window                                    # items of a history that are read
         self.beams = beams                                      # beam width of recommend
         self.catalogue = catalogue or {}                        # saved with it: item_ids, titles
+        self.teacher = None                                     # NAME+cm has one: see recommend
         self.user_token = semantic_ids.num_levels * semantic_ids.num_codes
         self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch, not pretrained
             vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
@@ -278,12 +283,11 @@ class Policy(torch.nn.Module):
         # GPT-2's hidden states at s_0 … s_{L-1}, as if it read <user>, the items of U and all codes
         # but the last, path by path (how all are read at once comes after the lecture)
         hidden = read_packed(self, packed, items)                                   # (C, J, L, d)
-        # As in GPT-2, a logit is hidden · the embedding of a token: in level l, of the K codes of l
+        # As in GPT-2, a token's logit is hidden · its embedding. Level l needs those of its K codes
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("cjld,lkd->cjlk", hidden, heads).float()              # (C, J, L, K)
-        # The nodes of s_0 … s_{L-1} (C, J, L), and those to which each code leads from there, −1 if
-        # it is illegal: if no unseen item is below
-        nodes = ids.nodes[items][..., :-1]
+        nodes = ids.nodes[items][..., :-1]                      # s_0 … s_{L-1} (C, J, L)
+        # To which node does each code lead from there? −1: to none with an unseen item below
         child = ids.legal_children(nodes, packed.unseen)                            # (C, J, L, K)
         log_probs = logits.masked_fill(child < 0, NEVER).log_softmax(-1)
         log_steps = log_probs.gather(-1, ids.codes[items][..., None])[..., 0]       # (C, J, L)
@@ -299,11 +303,14 @@ class Policy(torch.nn.Module):
         """The k items of highest P after B histories: items (B, k), best first; log P (B, k).
         Never an item of the history, never a duplicate; −1 and −inf where fewer than k are unseen.
         beams (self.beams by default, at least k): the more, the surer the best are found.
-        Two other lists, after the lecture; with guide (B, n) ≥ 0: of highest P · guide, and its
-        log; with sample > 0: items drawn from P at this temperature.
+        Two other lists come after the lecture. With guide (B, n) ≥ 0 (of self.teacher): items of
+        highest P · guide, and its log. With sample > 0: items drawn from P at this temperature.
         Raises InputError for an item that is not in the catalogue, or if nothing is asked for."""
         check(len(histories) and k > 0, "recommend needs a history, and k from 1")
-        check(sample == 0 or sample > 0 and guide is None, "recommend: a guide, or sample > 0")
+        if self.teacher and guide is None:
+            guide = self.teacher.scores(histories)
+        right = sample == 0 if guide is not None else sample >= 0
+        check(right, "recommend: a guide, or sample > 0")
         beams = max(beams or self.beams, k)
         if sample:
             return drawn_search(Beams(self, histories, temperature=sample), k, beams)
@@ -332,8 +339,8 @@ def beam_search(tree, k, beams):
 
 # --- More samplers --------------------------------------------------------------------------------
 def session(batch, count, policy, progress):
-    """The paper's first: other items of the user's log. Ours: those after v, as R is 0 at those
-    before it; v itself if there are none."""
+    """The paper's first: other items of the user's log. Ours: only those after v, since those
+    before it are in U, with R = 0; v itself if it is the last."""
     later = [items[1:] or items for items in batch.following]
     weight = torch.zeros_like(batch.r)
     weight[entries(later)] = 1
@@ -345,7 +352,7 @@ def uniform(batch, count, policy, progress):
 
 def policy_beam(batch, count, policy, progress):
     """The paper's fourth: the N best items by P itself, without v (the paper: N−1)."""
-    # One more, as v may be among them
+    # v may be among the best: so one more, then v is left out, or else the last one
     items, _ = policy.recommend(batch.histories, count + 1, beams=count + 1)
     items = torch.stack([row[row != v][:count] for row, v in zip(items, batch.positives)])
     return items.where(items >= 0, batch.positives[:, None])
@@ -378,17 +385,17 @@ def path_flows(p):
     return at(flows, p.ids.nodes[p.items]).log()                # at those of the paths
 
 def distillation(child_flow, log_probs):
-    """Ours → scalar: at each step of a path, P_F of all codes shall be their shares of the flow, q.
-    (TB and DB see only the codes that the path takes.) child_flow (C, J, L, K): exact F behind each
-    code, the sum of R there; log_probs (C, J, L, K): log P_F of each code.
-    Mean over paths of Σ_l Σ_c q(c) · (log q(c) − log P_F(c | s_l)), q(c) = F(c) / F(s_l)."""
-    target = child_flow / child_flow.sum(-1, keepdim=True)      # q; 0 for an illegal child
+    """Ours → scalar: at each step, a code c has a share of the flow, q(c) = F(after c) / F(before).
+    P_F of all codes shall be q. (TB and DB see only the code that a path takes.)
+    child_flow (C, J, L, K): F after each code; log_probs (C, J, L, K): log P_F of each code.
+    Mean over paths of Σ_l Σ_c q(c) · (log q(c) − log P_F(c | s_l)), the KL of P_F from q."""
+    target = child_flow / child_flow.sum(-1, keepdim=True)      # q; 0 for an illegal code
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
 
 def code_flows(p):
-    """Of a Paths p: (C, J, L, K) exact F behind all codes after s_0 … s_{L-1}; 0 if illegal."""
-    child = p.ids.next_node[p.ids.nodes[p.items][..., :-1]]     # nodes; −1: the code leads nowhere
-    return at(p.ids.flows(p.batch.r), child) * (child >= 0)     # 0 where child is −1
+    """Of a Paths p: (C, J, L, K) exact F after each code from s_0 … s_{L-1}; 0 if it is illegal."""
+    child = p.ids.next_node[p.ids.nodes[p.items][..., :-1]]     # the nodes there; −1: none
+    return at(p.ids.flows(p.batch.r), child)
 
 # --- Rivals that do not make P = R/Z --------------------------------------------------------------
 def sdpo(log_pf, log_ref, beta):
@@ -401,8 +408,8 @@ def sdpo(log_pf, log_ref, beta):
 
 def grpo(log_pf, log_ref, log_r, beta):
     """GRPO (Shao et al. 2024), reinforcement learning: log P, log P_ref, log R of paths (C, J) →
-    scalar. Paths with R above their mean become likelier. P itself draws them at this step (ours:
-    no item twice), so GRPO's ratio P / P_old is 1, and left out.
+    scalar. Paths with R above their mean become likelier. GRPO has a ratio P / P_old, P_old being
+    the policy that drew the paths. Here it is P itself, so the ratio is 1, and left out.
     A = (R − mean R) / std R over a context's J paths; std with J − 1, at least 1e-8.
     Mean over paths of β · (x − log x − 1) − A · log P, x = P_ref / P: a KL, and the gain of R."""
     r = log_r.exp()
@@ -416,18 +423,19 @@ def log_ref_of(p):
         return p.reference(p.batch.packed, p.items)[0].sum(-1)
 
 def sdpo_of(p):
-    """S-DPO of a Paths p. If the chosen item, path 0, is drawn again, it is not rejected."""
-    again = p.items == p.items[:, :1]                           # (C, J)
+    """S-DPO of a Paths p. The chosen item, path 0, may be drawn again: it is not rejected then."""
+    again = p.items == p.items[:, :1]                           # (C, J) is it the chosen item?
     again[:, 0] = False
+    # With log P = NEVER, a path adds nothing to the sum over the rejected ones
     return sdpo(p.log_pf.masked_fill(again, NEVER), log_ref_of(p), p.recipe.beta)
 
-# Ours: seven rejected items, in the paper three; drawn from P, also where REAL has other samplers
+# Ours: seven rejected items, in the paper three; drawn from P on real logs, too
 SDPO = dict(loss=sdpo_of, trajectories=7, sampler="policy_draws")
 RECIPES |= {
     "db": dict(loss=lambda p: detailed_balance(path_flows(p), p.log_steps), dropout=0.1),
     "vargrad": dict(loss=lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1),
-    # Ours: TB, but a few paths with R far from P cannot outweigh all others. Mean of
-    # h(log Z + log P − log R): h(x) = x²/2 up to 1 nat, |x| − 1/2 beyond
+    # Ours: TB in which a few paths with large errors count less. Mean over all paths of
+    # h(log Z + log P − log R); h(x) = x²/2 if |x| ≤ 1, else |x| − 1/2
     "tb-huber": dict(loss=lambda p: functional.huber_loss(p.log_z[:, None] + p.log_pf, p.log_r)),
     "sft-continued": dict(rate=9e-4, dropout=0.4),              # SFT, for longer
     "sdpo": dict(SDPO, chosen="logged", beta=1.0, rate=9e-4, dropout=0.2),
@@ -438,14 +446,15 @@ RECIPES |= {
 
 # --- Fast: GPT-2 reads a history once, for all contexts of a row and their paths ------------------
 # A user who took a b c d e f g h is 8 contexts: v is each of these items in turn. GPT-2 can predict
-# a v after each item that it reads. So if it may read 4 items, the window, three rows are enough:
-#     row: user, places of v   GPT-2 reads      v           after so many items
-#          u     0 1 2 3 4     <user> a b c d   a b c d e   0 1 2 3 4
-#          u     5 6           <user> c d e f   f g         3 4
-#          u     7             <user> d e f g   h           4
-# Later rows have at most window / 2 places each: so their v come after more items than that
+# a v after each item that it reads: so it reads a b c d once, for five contexts. A row is some
+# places of a history, from 0, where v stands. If the window is 4, the items that GPT-2 may read:
+#     places of v     GPT-2 reads       v             each after so many items
+#     0 1 2 3 4       <user> a b c d    a b c d e     0 1 2 3 4
+#     5 6             <user> c d e f    f g           3 4
+#     7               <user> d e f g    h             4
+# A row after the first has at most window / 2 places, so that GPT-2 reads enough before each v
 def training_rows(histories, window):
-    """The rows of all histories. Each item is v in one of them."""
+    """Yield the rows (user, places) of all histories. Each item is v in one of them."""
     for user, history in enumerate(histories):                  # cuts: 0 5 7, and the end, 8
         cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
         for first, stop in zip(cuts, cuts[1:]):
@@ -474,25 +483,24 @@ class Packed:
         self.unseen = policy.semantic_ids.unseen(self.histories)        # (C, M + n) bool
 
 def pack_histories(histories, policy):
-    """The Packed of B histories: a row each, v is what comes next, so at place len(history)."""
+    """The Packed of B histories, each a row of one context: v, unknown, stands at the end."""
     return Packed([(b, [len(past)]) for b, past in enumerate(histories)], histories, policy)
 
 def batches(setup, policy, reward, rng):
     """One epoch of Batches, in random order."""
     rows = [setup.rows[r] for r in rng.permutation(len(setup.rows))]
-    size = setup.size
-    # For less padding, each 32 batches of rows are sorted by length
+    # Of each 32 Batches' rows, those of like length share one: so there is less padding
     lengths = [min(places[-1], policy.window) for _, places in rows]
-    order = sorted(range(len(rows)), key=lambda i: (i // (32 * size), lengths[i]))
-    for start in rng.permutation(range(0, len(rows), size)):
-        some = [rows[i] for i in order[start:start + size]]
+    order = sorted(range(len(rows)), key=lambda i: (i // (32 * setup.size), lengths[i]))
+    for start in rng.permutation(range(0, len(rows), setup.size)):
+        some = [rows[i] for i in order[start:start + setup.size]]
         yield Batch(Packed(some, setup.data.train, policy), setup.data, reward)
 
 def tree_mask(ends, H, J, L):
-    """After H tokens of a history come J branches, the first L−1 codes of a path each (the last one
-    is only predicted). Which places does a code see? Floats (C, J·(L−1), H + J·(L−1)), 0 where it
-    sees, else NEVER. In context c, it sees the history up to place ends[c], and its own branch up
-    to itself. <user> a b, with the branches 1 2 and 3 4 after a:
+    """After H tokens of a history come J branches: the first L−1 codes of each path, as the last
+    one is not read. Which tokens does a code see? Floats (C, J·(L−1), H + J·(L−1)): 0 if it sees
+    the token, else NEVER. In context c, it sees the history up to token ends[c], and its own branch
+    up to itself. <user> a b, with the branches 1 2 and 3 4 after a:
     >>> print(" ", *"uab1234")
       u a b 1 2 3 4
     >>> for code, row in zip("1234", tree_mask(torch.tensor([1]), H=3, J=2, L=3)[0]):
@@ -510,7 +518,8 @@ def tree_mask(ends, H, J, L):
 
 def read_packed(policy, packed, items):
     """Hidden states (C, J, L, d) of the prefixes s_0 … s_{L-1} on the paths of items (C, J). GPT-2
-    reads a history once, without a mask, as padding comes last; all paths share its cache."""
+    reads a row once. Then it reads the codes of all paths: its cache holds what it knows of the
+    row. (Padding comes last, so no token of a row sees it.)"""
     tokens, row_of, ends = packed.tokens, packed.row_of, packed.ends
     ids = policy.semantic_ids
     J = items.shape[1]
@@ -519,7 +528,7 @@ def read_packed(policy, packed, items):
     root = hidden[row_of, ends][:, None, None].expand(-1, J, 1, -1)     # s_0: after U (C, J, 1, d)
     if ids.num_levels == 1:
         return root
-    cache.batch_select_indices(row_of)                          # for each context, that of its row
+    cache.batch_select_indices(row_of)                          # from a row each to a context each
     # Code c of level l is token l·K + c
     codes = ids.codes[items] + ids.num_codes * torch.arange(ids.num_levels, device=ends.device)
     mask = tree_mask(ends, tokens.shape[1], J, ids.num_levels)
@@ -531,7 +540,8 @@ def read_packed(policy, packed, items):
 
 class Beams:
     """W beams of each of B users: the prefixes that are left, of equal length. GPT-2 reads a code
-    once; its keys and values stay in a cache. A mask hides those of other, and dropped, beams."""
+    once. Keys and values stay in a cache, those of dropped beams, too; a mask says which of them a
+    beam sees: those of the history, and of its own codes."""
     def __init__(self, policy, histories, temperature=1.0):
         packed = pack_histories(histories, policy)
         tokens, ends, self.unseen = packed.tokens, packed.ends, packed.unseen
@@ -556,7 +566,7 @@ class Beams:
 
     def keep(self, child, best):
         """Go on with W of the children; best (B, W): w·K + c is code c of the old beam w. If fewer
-        than W are legal, some new nodes are −1; their log P is near NEVER, and stays there."""
+        than W are legal, some new nodes are −1; log P of these is near NEVER, and stays so."""
         K = self.ids.num_codes
         parent, code = best // K, best % K
         self.node = child.flatten(1).gather(1, best)
@@ -580,16 +590,17 @@ class Beams:
         return items, scores.masked_fill(items < 0, -math.inf)
 
 class GuidedBeams(Beams):
-    """Ours: with these, beam_search finds items with the highest P · guide; guide (B, n) ≥ 0. The
-    score of a beam is log P + log of the sum of the guide over the items below it."""
+    """Ours: with these, beam_search finds items with the highest P · guide; guide (B, n) ≥ 0. A
+    beam's score is log P + log G; G is the sum of the guide over the items below it. So an item's
+    is log P + log guide, and that of a prefix says what may still come."""
     def __init__(self, policy, histories, guide):
         super().__init__(policy, histories)
         guide = guide.to(self.unseen.device) * self.unseen[:, self.ids.num_prefixes:]
-        self.log_guide = self.ids.flows(guide).clamp(min=1e-30).log()       # (B, M + n) of sums
+        self.log_guide = self.ids.flows(guide).clamp(min=1e-30).log()       # log G (B, M + n)
         self.log_guide[:, 0] = 0                                # the search begins with a score 0
 
     def children(self):
-        """As above, but log P_F + what the log of the sum changes from a beam to its child."""
+        """As above, but log P_F + log G of the child − log G of the beam: so scores add up."""
         child, log_probs = super().children()
         beam = at(self.log_guide, self.node)[..., None]                             # (B, W, 1)
         return child, log_probs + (at(self.log_guide, child) - beam)
@@ -597,12 +608,12 @@ class GuidedBeams(Beams):
 # --- A search that draws at random ----------------------------------------------------------------
 def drawn_search(tree, k, beams):
     """Draw k items by the P_F of `tree`, no item twice (Kool et al. 2019, stochastic beams).
-    1. Think of a race. Each item arrives after a random time, Exp(1) / P; the first k are drawn.
-    2. A prefix arrives with the first item below it: this, too, is after Exp(1) / P, with P of the
-       prefix. So the first k are found level by level: the W prefixes that arrive first go on.
-    3. We know when a prefix arrives before we know when its children do. They draw times, too, and
-       all are shifted alike (such times have no memory), so that the first child arrives when the
-       prefix does: if this is at 1, and children a and b draw .5 and .8, a arrives at 1, b at 1.3.
+    Think of a race: each item arrives after a random time, exponential with rate P. The first k
+    are drawn: the likelier, the sooner. A prefix arrives with the first item below it. This time is
+    exponential, too, its rate is P of the prefix. So we go down the tree: when a prefix arrives is
+    known, when its children do is drawn. The first child arrives with its prefix, the others later:
+    each draws a time; the least one is subtracted, the prefix's added. If a prefix arrives at 1,
+    and its children draw .5 and .8, they arrive at 1 and 1.3. W beams, the first ones, go on.
     Times are kept as logs, since P may be tiny. The scores of items are −log(time)."""
     def log_minus(a, b):
         return a + torch.log1p(-torch.exp(b - a))               # log(e^a − e^b)
@@ -612,8 +623,8 @@ def drawn_search(tree, k, beams):
         child, log_probs = tree.children()
         log_p = log_p[..., None] + log_probs                                        # (B, W, K)
         drawn = torch.empty_like(log_p).exponential_().log() - log_p    # log of what children draw
-        # Time of a child = time of the prefix + (what the child draws − the least that one draws)
-        behind = log_minus(drawn, drawn.amin(-1, keepdim=True))     # of the first child: log 0
+        # Time of a child = time of its prefix + (what it draws − the least that a sibling draws)
+        behind = log_minus(drawn, drawn.amin(-1, keepdim=True))     # log; −∞ of the first child
         log_time = torch.logaddexp(log_time[..., None], behind).flatten(1)          # (B, W·K)
         log_time, best = log_time.topk(min(beams, log_time.shape[1]), 1, largest=False)
         log_p = log_p.flatten(1).gather(1, best)
@@ -628,7 +639,8 @@ def recall_at(ranked, target, k):
 
 def ndcg_at(ranked, target, k):
     """NDCG@k of users, floats (B,): one target (B,) each, in ranked (B, ≥ k); −1 has a rank, too.
-    DCG = Σ_r 1[ranked_r = target] / log2(r + 1), r from 1; the ideal DCG is 1, so NDCG = DCG."""
+    1 / log2(r + 1) if the target is ranked_r, r from 1 to k; else 0. NDCG divides this by the best
+    possible, which is 1 for one target."""
     hits = ranked[:, :k] == target[:, None]
     return (hits / torch.log2(torch.arange(2, hits.shape[1] + 2, device=hits.device))).sum(1)
 
@@ -646,7 +658,7 @@ def validate(policy, data):
     return ndcg_at(ranked, target, 10).mean().item()
 
 def evaluate(recommend, data):
-    """Last items by recommend(all before) → means {metric: number}, {metric: by user}, lists."""
+    """Rank last items by recommend(all before) → {metric: mean}, {metric: by user}, ten items."""
     ranked = rank_all(recommend, [history[:-1] for history in data.histories])
     target = torch.tensor([history[-1] for history in data.histories])
     by_user = {}
@@ -660,16 +672,6 @@ def evaluate(recommend, data):
     return metrics, by_user, ranked
 
 # --- Saved models ---------------------------------------------------------------------------------
-class Guided:
-    """NAME+cm: the best items by P of a policy · the scores of a teacher, to the power `sharp`."""
-    def __init__(self, policy, teacher):
-        self.policy = policy
-        self.teacher = teacher
-        self.catalogue = policy.catalogue
-
-    def recommend(self, histories, k=10):
-        return self.policy.recommend(histories, k, guide=self.teacher.scores(histories))
-
 def save_policy(policy, folder):
     """Write a GPT-2 (config.json, model.safetensors; no flow head), then semantic_ids.json."""
     path = Path(folder) / "semantic_ids.json"
@@ -682,8 +684,8 @@ def save_policy(policy, folder):
                         "beams": policy.beams, "catalogue": policy.catalogue})
 
 def load_model(folder, dropout=0.0):
-    """The saved Policy in eval mode, of NAME+cm the Guided; InputError if the folder holds none.
-    dropout: for those who go on to train it."""
+    """The saved Policy in eval mode, that of NAME+cm with its teacher; InputError if the folder
+    holds none. dropout: for those who go on to train it."""
     transformers.utils.logging.disable_progress_bar()           # a small model is loaded at once
     try:
         table = json.loads((Path(folder) / "semantic_ids.json").read_text(encoding="utf-8"))
@@ -696,13 +698,12 @@ def load_model(folder, dropout=0.0):
     except Exception as error:                                  # a wrong folder can raise anything
         raise InputError(f"{folder} holds no saved model of this version (untrained methods are "
                          f"never saved): {error}") from None
-    guide = policy.catalogue.get("guide")                       # of NAME+cm: how it was made
-    if not guide:
-        return policy.eval()
-    data = load_data(guide["data"]["name"], guide["data"]["quick"])
-    check(guide["data"] == data.sizes, f"the data have changed since {folder}")
-    teacher = Teacher(guide["teacher"], data, guide["debias"], guide["sharp"])      # fitted again
-    return Guided(policy.eval(), teacher)
+    guide = policy.catalogue.get("guide")
+    if guide:                                                   # NAME+cm: fit its teacher again
+        data = load_data(guide["data"]["name"], guide["data"]["quick"])
+        check(guide["data"] == data.sizes, f"the data have changed since {folder}")
+        policy.teacher = Teacher(guide["teacher"], data, guide["debias"], guide["sharp"])
+    return policy.eval()
 
 Policy.save_pretrained = save_policy                            # the names of transformers
 Policy.from_pretrained = staticmethod(load_model)
@@ -762,7 +763,7 @@ REAL = {    # what real logs have instead: in Settings, in Recipe, in some metho
     "Recipe": dict(teacher="blend", debias=0.0, sharp=6.0, lam=3.0, rate=1.5e-3, epochs=5,
                    sampler="reward_draws", trajectories=2),
     "sft": dict(dropout=0.2, epochs=8),
-    "sft-continued": dict(dropout=0.2, rate=4.5e-4, epochs=5),
+    "sft-continued": dict(dropout=0.2, rate=4.5e-4),
     "vargrad": dict(sampler="policy_draws", trajectories=8),
     "grpo": dict(sampler="policy_draws", trajectories=8),
     "distill": dict(lam=3.0)}
@@ -771,40 +772,43 @@ def real_of(data):
     """REAL, or {} if the data are a made-up world, one with truth.csv."""
     return {} if data == "toy" or (Path(data) / "truth.csv").exists() else REAL
 
-def kind_of(base, real):
-    """A method without its changes → what it changes in Recipe, and which fields have an effect.
-    real: what real logs change in Recipe, where R or a teacher is read."""
+def method_of(base):
+    """A method without its changes → what it changes in Recipe, and which fields have an effect."""
+    known = f"{', '.join(TEACHERS | RECIPES)}, and NAME+cm"
+    policy = base.removesuffix("+cm")
+    check(base in TEACHERS or policy in RECIPES, f"there is no method {base!r}; there are {known}")
     if base in TEACHERS:                                        # a teacher alone
         return dict(teacher=base, debias=0.0, sharp=1.0), ["debias"]
-    if base.endswith("+cm"):                                    # a policy, guided by a teacher
-        return real | dict(sharp=9.0), ["teacher", "debias", "sharp"]
-    if "loss" in RECIPES[base]:                                 # a policy that learns from R
-        return real | RECIPES[base], [*FIELDS]
-    return RECIPES[base], ["rate", "dropout", "epochs"]         # SFT
+    if base != policy:                                          # a policy, guided by a teacher
+        return dict(sharp=9.0), ["teacher", "debias", "sharp"]
+    own = RECIPES[base]
+    used = [*FIELDS] if "loss" in own else ["rate", "dropout", "epochs"]        # or SFT
+    odd = own.keys() - {*used, "loss"}                          # own may be yours
+    check(not odd, f"of {base}, one can change {', '.join(used)}, not {[*odd]}")
+    return own, used
 
 def recipe_of(name, settings):
-    """The Recipe of a method, or InputError. Who says what a field is? The last of these:
-        Recipe                      its defaults
-        REAL["Recipe"]              on real logs; see `kind_of`
-        RECIPES[NAME]
-        REAL[NAME]                  on real logs
-        --sft or --recipe           for sft; for all others
-        NAME:field=value            the name itself, as in tb:epochs=4"""
+    """The Recipe of a method like tb:epochs=4, or InputError. What stands lower wins:
+        defaults        of Recipe; on real logs REAL["Recipe"] changes them
+        the method      RECIPES["tb"]; on real logs, REAL["tb"] as well
+        the flag        --recipe; but sft has --sft, and a teacher alone has none
+        the name        :epochs=4"""
     base, *changes = name.split(":")
+    own, used = method_of(base)
     real = real_of(settings.data)
-    own, used = kind_of(base, real.get("Recipe", {}))
-    fields = own | real.get(base, {})
-    flag = settings.sft if base == "sft" else settings.recipe
-    flags = [] if base in TEACHERS else flag.split(":")
+    defaults = {what: value for what, value in real.get("Recipe", {}).items() if what in used}
+    fields = defaults | own | real.get(base, {})
+    flag = (settings.sft if base == "sft" else settings.recipe).split(":")
+    flag = [] if base in TEACHERS else flag
     # What is said of this method alone has to have an effect; --recipe is for many methods
-    named = changes + (flags if base == "sft" else []) + [*RECIPES.get(base, {}).keys() - {"loss"}]
+    named = changes + flag if base == "sft" else changes
     odd = [change for change in named if change and change.partition("=")[0] not in used]
     check(not odd, f"{name}: of {base}, one can change {', '.join(used)}, not {odd}")
     parser = HfArgumentParser(Recipe, allow_abbrev=False, add_help=False)  # it checks all values
     parser.set_defaults(loss=fields.pop("loss", None))
     parser.error = lambda message: check(False, f"{name}: {message}; fields are {[*FIELDS]}")
-    said = [*[f"{what}={value}" for what, value in fields.items()], *flags, *changes]
-    recipe = Recipe(**vars(parser.parse_args([f"--{change}" for change in said if change])))
+    changes = [f"{what}={value}" for what, value in fields.items()] + flag + changes
+    recipe = Recipe(**vars(parser.parse_args([f"--{change}" for change in changes if change])))
     check_numbers(f"{name}: ", recipe)
     for what, there in {"sampler": SAMPLERS, "teacher": TEACHERS}.items():
         check(getattr(recipe, what) in there, f"{name}: {what} has to be one of {[*there]}")
@@ -816,8 +820,6 @@ def recipe_of(name, settings):
 def run(settings):
     """The whole job → results."""
     names, seeds = check_settings(settings)
-    for name in names:                          # a wrong change is told before the data are read
-        recipe_of(name, settings)
     data = load_data(settings.data, settings.quick)             # a Dataset
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
@@ -845,14 +847,15 @@ def check_settings(settings):
     check(whole, f"--seeds {settings.seeds} are not numbers like 42,43")
     odd = [name for name, own in RECIPES.items() if name in TEACHERS or not isinstance(own, dict)]
     check(not odd, f"RECIPES: {odd}: it has to be a dict, and not the name of a teacher")
-    methods = [*TEACHERS, *RECIPES, *[f"{name}+cm" for name in RECIPES]]
     names = []
     for name in map(str.strip, settings.methods.split(",")):
         base = name.partition(":")[0]
-        check(base in methods, f"--methods: there is no {base!r}; there are {', '.join(methods)}")
-        if base not in TEACHERS:
-            names.append("sft")                                 # all others start from it
-        names += [base.removesuffix("+cm"), name] if "+cm" in base else [name]
+        needs = [] if base in TEACHERS else ["sft"]             # all others start from it
+        if base.endswith("+cm"):
+            needs.append(base.removesuffix("+cm"))
+        for method in (*needs, name):
+            recipe_of(method, settings)         # a mistake is told before the data are read
+            names.append(method)
     if settings.quick:
         print("--quick: the figures below mean nothing; they only show that everything works")
     return list(dict.fromkeys(names)), list(dict.fromkeys(map(int, seeds)))
@@ -879,8 +882,6 @@ class Setup:
             least = max(2, min(n / 24, 512), n ** (1 / settings.levels))
             K = settings.codes or 2 ** math.ceil(math.log2(least))
             features = item_features(settings.ids, self.data.texts, self.data.train, self.seed)
-            text = settings.ids != "content" or features.any()
-            check(text, "--ids content needs text in items.csv")
             ids = SemanticIDs.fit(features, K, settings.levels, self.seed)
         else:
             check("." in settings.ids, f"--ids {settings.ids} is not content, mixed, svd or a file")
@@ -987,7 +988,8 @@ def model_of(name, recipe, setup):
         policy.catalogue["guide"] = {"data": setup.data.sizes, "teacher": recipe.teacher,
                                      "debias": recipe.debias, "sharp": recipe.sharp}
         save_policy(policy, setup.folder(name))
-        return Guided(policy, setup.teacher(recipe)), []
+        policy.teacher = setup.teacher(recipe)
+        return policy, []
     policy = setup.policy("" if base == "sft" else "sft", recipe.dropout)
     curve = train(name, recipe, policy, setup)
     save_policy(policy, setup.folder(name))

@@ -24,8 +24,8 @@ warnings.filterwarnings("ignore", message="Sparse CSR")         # torch calls it
 
 # --- Recommenders ---------------------------------------------------------------------------------
 def weighted(table, histories, weight, length=10 ** 9):
-    """Σ_j weight(age(j)) · table[j] over the last `length` items j of each history, age 1: the
-    newest. The history [5, 2] with weight 1/age: table[2] + table[5] / 2. table (n, m) → (B, m)."""
+    """Of each history, Σ_j weight(age of j) · table[j] over its last `length` items j; the newest
+    has age 1. Of [5, 2], with weight 1/age: table[2] + table[5] / 2. table (n, m) → (B, m)."""
     lists = [history[-length:] for history in histories]
     places = entries(lists, len(table))                         # row b, column j of each item
     ages = np.concatenate([np.arange(len(items), 0, -1) for items in lists])
@@ -33,12 +33,12 @@ def weighted(table, histories, weight, length=10 ** 9):
     return (sparse(places, weights, (len(lists), len(table))) @ table).to_dense()
 
 def shares(scores, histories, popular, s=0.001):
-    """Scores (B, n), overwritten, mixed with popularity, popular (n,) → (B, n), rows of sum 1. Both
-    are made 0 at items of the history, and divided by their sums. Then, the mixture is
-    (1 − s) · scores + s · popular, with s = 1 for a user without any score.
-    Scores [6, 3, 1, 0] of a user who took 0, popular [5, 2, 1, 1], s = .1:
+    """Scores (B, n), overwritten, and a little popularity (n,) → (B, n), rows of sum 1.
+    1. Both are made 0 at items of the history, then divided by their sums.
+    2. (1 − s) · scores + s · popular; s is 1 for a user without any score.
+    A user took item 0, s is .1, scores [6, 3, 1, 0], popular [5, 2, 1, 1]:
     .9 · [0, .75, .25, 0] + .1 · [0, .5, .25, .25] = [0, .725, .25, .025]"""
-    functional.threshold_(scores, 1e-6, 0.0)                    # 0 if below; 1e-6: float rounding
+    functional.threshold_(scores, 1e-6, 0.0)                    # what is below 1e-6 is rounding: 0
     popular = popular.repeat(len(histories), 1)                 # (B, n)
     seen = entries(histories, popular.shape[1])
     for table in (scores, popular):                             # in place, as they are large
@@ -49,8 +49,8 @@ def shares(scores, histories, popular, s=0.001):
 
 class CollaborativeModel:
     """Counts of which item follows which: CM(U, i) ∝ Σ_j .6^(age(j) − 1) · near[j, i] over the
-    last ten items j, age 1: the newest, plus a little popularity. In the log 0 1 2, near[0] is 0,
-    1, .8: after 0, the scores of 1 and 2 are 1 : .8."""
+    last ten items j (the newest has age 1), and a little popularity. If the log is 0 1 2, near[0]
+    is 0, 1, .8: after 0, the scores of 1 and 2 are as 1 to .8."""
     @classmethod
     def fit(cls, histories, num_items, popularity=0.05):
         """A fitted model. Constants: chosen on validation items of MovieLens and Beauty."""
@@ -84,7 +84,7 @@ class SVD:
         return shares(users @ self.vectors.T, histories, self.popular)      # below 0 becomes 0
 
 class Squared(SVD):
-    """Ours, one of 150 formulas tried on made-up worlds: similarities of items are squared.
+    """Ours, chosen from 150 formulas on made-up data: similarities of items are squared.
     CM(U, i) ∝ Σ_j (.4^(age(j) − 1) + .5) · max(0, ⟨x_j, x_i⟩)² / √(length(x_j) · length(x_i)³)."""
     def __init__(self, histories, num_items, rank=0):
         super().__init__(histories, num_items, rank)
@@ -97,18 +97,18 @@ class Squared(SVD):
 
 @lru_cache(maxsize=1)
 def similar_items(data, most=200):
-    """Sparse (n, n): max(0, cosine of `mixed` features)³ of each item and its `most` nearest. The
-    features read the logs of all users: so R knows a little of what a user logged later."""
+    """Sparse (n, n): row i has max(0, cosine)³ of item i and its `most` nearest items, by `mixed`
+    features. These read all users' logs: so R knows a little of what a user logged later."""
     features = item_features("mixed", data.texts, data.train, seed=0)
     vectors = functional.normalize(torch.tensor(features).float())
     n = len(vectors)
     values, nearest = (vectors @ vectors.T).clamp(min=0).pow(3).topk(min(most, n))     # (n, most)
-    # Row i has those near item i
     return sparse(entries(nearest.tolist()), values.flatten(), (n, n))
 
 class Blend:
-    """Ours, for real logs: √(counts · neighbours) + SVD / √(length of vector), both with sum 1.
-    Neighbours: Σ_j similar[j, i] / age(j) over the last 20 items j; similar: `similar_items`."""
+    """Ours, for real logs, a sum of two halves: √(counts · neighbours), of the CollaborativeModel
+    and of Σ_j similar[j, i] / age(j) over the last 20 items j; SVD / √(length of item i's vector).
+    Each is divided by its sum; similar: `similar_items`."""
     def __init__(self, histories, num_items, similar):
         self.counts = CollaborativeModel.fit(histories, num_items)
         self.svd = SVD(histories, num_items)
@@ -148,8 +148,8 @@ class Teacher:
     shown more is logged more. sharp: P learns few high scores more easily than many middling ones.
     An item's popularity is its count + 1; in `SVD` and `Squared`, the length of its vector.
     Users are in 20 folds. In training, a user's scores come from a recommender that was fitted on
-    the other 19: it does not know what the user logged later (popularity and `similar_items` do, a
-    little). Users to be served get scores of one that was fitted on all."""
+    the other 19 folds: so it does not know what this user logged next. (Popularity and
+    `similar_items` know it, a little.) Users to be served get one that was fitted on all."""
     def __init__(self, name, data, debias=0.0, sharp=1.0):
         check(name in TEACHERS, f"there is no teacher {name!r}; there are {', '.join(TEACHERS)}")
         self.fit = TEACHERS[name]

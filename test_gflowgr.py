@@ -815,8 +815,8 @@ def test_scores_are_divided_by_popularity_or_length_and_guide_beams(name):
     wanted = (cm.scores(users) / popular ** 0.7) ** 3
     close(Teacher(name, data, 0.7, 3.0).scores(users), wanted / wanted.sum(1, keepdim=True))
     policy = made(25)
-    close(gflowgr.Guided(policy, cm).recommend(users, 4),
-          recommend_loops(policy, users, 4, None, cm.scores(users)))
+    policy.teacher = cm
+    close(policy.recommend(users, 4), recommend_loops(policy, users, 4, None, cm.scores(users)))
     close(policy.recommend(users, 4, guide=wanted), recommend_loops(policy, users, 4, None, wanted))
 
 # --- Rows of a batch, P, beams, drawn lists -------------------------------------------------------
@@ -1086,7 +1086,7 @@ def test_changes_come_in_the_order_real_recipe_name(monkeypatch):
             ("tb:exact=no", RECIPES["tb"], dict(common, lam=5, exact=False, dropout=0.3)),
             ("db:w_a=7", RECIPES["db"], dict(common, lam=4, w_a=7)),        # its own dropout stays
             ("mine", RECIPES["mine"], dict(common, dropout=0.3)),   # its lam, though that of Recipe
-            ("tb+cm:debias=.5", {}, dict(common, lam=4, sharp=9, debias=0.5, dropout=0.3)),
+            ("tb+cm:debias=.5", dict(w_a=6, beta=6), dict(sharp=9, debias=0.5, teacher="blend")),
             ("cm:debias=1", dict(teacher="cm", sharp=1.0), dict(debias=1)),
             ("sft:epochs=8", RECIPES["sft"], dict(epochs=8, rate=0.5, dropout=0.5))):
         assert recipe_of(name, settings) == Recipe(**{**own, **changes}), name
@@ -1143,7 +1143,7 @@ LINE = f"test_gflowgr.py, line {raises.__code__.co_firstlineno + 1}, in raises: 
     ("sampler", lambda *given: policy_draws(*given) - 48, "items from 0 to 47"),
     ("sampler", lambda *given: policy_draws(*given) + 48, "items from 0 to 47"),
     ("sampler", lambda batch, *_: batch.r.topk(8, largest=False)[1], "not in batch.histories"),
-    ("a,b", {}, "--methods: there is no 'a'; there are "),
+    ("a,b", {}, "there is no method 'a'; there are "),
     ("recipe", raises, "RECIPES: ['recipe']: it has to be a dict"),
     ("svd", {}, "RECIPES: ['svd']: it has to be a dict, and not the name"),
     ("recipe", dict(loss=lambda p: (p.log_pf - p.log_z).mean()), "in <lambda>: RuntimeError The "),
@@ -1180,7 +1180,7 @@ def test_trajectory_balance_reaches_the_reward(method, tmp_path, monkeypatch):
     status, out, err = cli(f"--data={tmp_path}", *flags, f"--out={tmp_path / 'a/new'}")
     assert status == 0, err
     before, after = map(float, re.findall(r"\d\.\d{4}", out[out.index("mean L1"):]))
-    assert before > 0.5
+    assert before > 0.3
     assert after <= 0.02
     [[*_, panels]] = drawn
     np.testing.assert_allclose(*panels.values(), atol=0.02)
@@ -1505,7 +1505,7 @@ def test_the_figures_on_the_pages_were_made_with_these_defaults():
         made.append(inspect.signature(function))
     text = re.sub(" at 0x[0-9a-f]+", "", repr(made))
     checksum = zlib.crc32(text.encode())
-    assert checksum == 4047992117, "run the commands of the pages anew, then change this number"
+    assert checksum == 2670080110, "run the commands of the pages anew, then change this number"
 
 @pytest.mark.parametrize("page, pictures", [
     ("course", ["loop"]), ("results", ["diverse", "measures"])])
@@ -1551,8 +1551,8 @@ def test_the_largest_numbers(name, largest):
     ("--width 100000 is out of range: above 0, below 1025", "--width=100000"),
     ("--ids content needs", "--ids=content"),
     ("--codes 65537 is out of range", "--codes=65537"),
-    ("--oracle sft", "--oracle=sft"),
-    ("there is no ''; there are pop, ", "--methods=tb,"),
+    ("--oracle sft", "--oracle=sft"), ("there is no method 'x'", "--oracle=x"),
+    ("there is no method ''; there are pop, ", "--methods=tb,"),
     ("tb:sampler=x: sampler has to be one of ['session', ",
      "--data=nowhere --methods=tb:sampler=x"),
     ("fields are ['gr', 'lam', 'sampler', ", "--recipe=loss=x"),
@@ -1561,7 +1561,7 @@ def test_the_largest_numbers(name, largest):
     ("of sft, one can change rate, dropout, epochs, not ['w_s=0']", "--sft=w_s=0:rate=.1"),
     ("rate nan is out of range", "--methods=tb:rate=nan"),
     ("debias or sharp is too large", "--methods=sft+cm:teacher=pop:sharp=19"),
-    ("there is no 'cm+cm'", "--methods=cm+cm"),
+    ("there is no method 'cm+cm'", "--methods=cm+cm"),
     ("sharp, not ['lam=9']", "--methods=tb+cm:lam=9"),
     ("nowhere.csv", "--ids=nowhere.csv"),
     ("it compares paths: trajectories > 1", "--methods=vargrad:trajectories=1")])

@@ -1,12 +1,13 @@
 """Item tokenizer: every item becomes a semantic ID, a short path of codes down a tree.
 
     features of an item  →  residual k-means  →  (c_1, …, c_L), each code from 0 to K − 1
-By hand: three items with one feature each, 0, 1 and 10; L = 2 codes, K = 2.
-    two centroids, 0.5 and 10        first codes 0, 0, 1: each item's nearest centroid
-    residuals, item − centroid       −0.5, 0.5, 0
-    two centroids, −0.5 and 0.25     second codes 0, 1, 1
-IDs (0, 0), (0, 1), (1, 1): all differ, similar items begin alike. The paper's IDs (TIGER, LETTER)
-come from a trained network. Letters: n items, L levels, K codes, M prefixes, C contexts, B users.
+By hand, K = 2 and L = 2. Of three items with one feature each:
+    features                      0      1     10       centroids: 0.5 (code 0) and 10 (code 1)
+    code of the nearest one       0      0      1
+    features − its centroid    −0.5    0.5      0       centroids: −0.5 (code 0) and 0.25 (code 1)
+    code of the nearest one       0      1      1
+So the IDs are (0, 0), (0, 1), (1, 1): all differ, similar items begin alike. The paper's (TIGER,
+LETTER) come from a trained network. Letters: n items, L levels, K codes, M prefixes, C contexts.
 """
 import re
 from itertools import chain
@@ -42,14 +43,14 @@ def leading_vectors(matrix, rank, seed, power=0.0):
     return u[:, :rank].numpy() * s[:rank].numpy() ** power
 
 def tf_idf(texts):
-    """Sparse (n, terms): how often a term, a word or a pair of words, is in a text, times
-    idf = log(n / its count in all texts), as rare terms say more; 0 for a term that stands once."""
+    """Sparse (n, terms): how often a term is in a text, times idf = log(n / count in all texts), as
+    rare terms say more. Terms are words and pairs of words; one that stands once counts 0."""
     column_of = {}                                              # term → its column
     columns = []                                                # n lists, of the terms of a text
     for text in texts:
         words = re.findall(r"[^\s(),|]+", text.lower())
         pairs = [f"{first} {second}" for first, second in zip(words, words[1:])]
-        # A new term gets the next column
+        # setdefault: a new term gets the next column
         columns.append([column_of.setdefault(term, len(column_of)) for term in words + pairs])
     rows, terms = entries(columns)                              # here, texts and their terms
     count = np.bincount(terms)                                  # (terms,)
@@ -57,20 +58,20 @@ def tf_idf(texts):
     return sparse((rows, terms), idf[terms].astype(np.float32), (len(texts), len(count)))
 
 def followers(histories, num_items, window, decay):
-    """Sparse (n, n): at (a, b), Σ of decay^(d − 1) where b stands d ≤ window places after a. With
-    decay .8, the log [[0, 1, 2]] has 1 at (0, 1) and (1, 2), and .8 at (0, 2)."""
-    users, items = entries(histories)                           # of each interaction
+    """Sparse (n, n): how often b soon follows a. If it is d ≤ window places after a, this counts
+    decay^(d − 1). With decay .8, the log [[0, 1, 2]] has 1 at (0, 1) and (1, 2), .8 at (0, 2)."""
+    users, items = entries(histories)           # all histories in a row: whose it is, which item
     pairs = []
     weights = []
     for distance in range(1, window + 1):
-        same = users[distance:] == users[:-distance]            # two this far apart: of one user?
+        same = users[:-distance] == users[distance:]            # are both of one history?
         pairs.append([items[:-distance][same], items[distance:][same]])
         weights.append(np.full(same.sum(), decay ** (distance - 1)))
     return sparse(np.hstack(pairs), np.hstack(weights), (num_items, num_items))
 
 def ppmi(histories, num_items):
-    """Sparse (n, n): positive pointwise mutual information, log(p(a, b) / (p(a) · p(b))), above 0
-    where b is near a more often than by chance, else 0."""
+    """Sparse (n, n): positive pointwise mutual information, max(0, log(p(a, b) / (p(a) · p(b)))):
+    above 0 where b is near a more often than by chance."""
     after = followers(histories, num_items, window=5, decay=0.8)
     near = (after + after.T).coalesce()             # how often b is near a, before or after it
     a, b = near.indices()
@@ -100,6 +101,7 @@ def item_features(kind, texts, histories, seed, dim=64):
     Pass training histories only: validation or test items would leak into every result."""
     text = unit(leading_vectors(tf_idf(texts), dim, seed, power=0.5))
     if kind == "content":
+        check(text.any(), "--ids content needs text in items.csv")
         return text
     if kind == "mixed":
         log = unit(leading_vectors(ppmi(histories, len(texts)), dim, seed, power=0.5))
@@ -125,31 +127,32 @@ def kmeans(points, k, rng, steps=20):
         nearest = squared_distances(points, centroids).argmin(1)                        # (n,)
         count = np.bincount(nearest, minlength=k)[:, None]                              # (k, 1)
         total = np.stack([np.bincount(nearest, column, k) for column in points.T], 1)   # (k, d)
-        centroids = np.where(count > 0, total / np.maximum(count, 1), centroids)        # means
+        centroids = np.where(count > 0, total / np.maximum(count, 1), centroids)    # else as it was
     return centroids
 
 def assign_with_capacity(cost, parent, capacity):
-    """Give each item its next code, a cheap one → (n,). cost (n, K), overwritten. parent (n,): a
-    number for an item's codes so far. With its next code, it is in a cell (parent, code), which
-    has room for `capacity` items: as many as there are IDs below, so that all IDs differ.
-    Every item asks for the cheapest code that has not refused it. A cell keeps its `capacity`
-    cheapest items and refuses the others for good. Repeat until no item is refused."""
+    """Give each item its next code → (n,). cost (n, K) of each code, overwritten. parent (n,): a
+    number for the codes that an item has so far. At most `capacity` items with one parent may get
+    one code, as there are no more IDs that begin so: together, they are a cell.
+    1. Every item asks for the cheapest code that has not refused it.
+    2. In each cell, the `capacity` items with the least cost stay; the others are refused for good.
+    3. Repeat until no item is refused."""
     items = np.arange(len(cost))
     while True:
         code = cost.argmin(1)
-        cell = parent * cost.shape[1] + code
-        order = np.lexsort((cost[items, code], cell))           # by cell; in it, the cheapest first
-        first = np.searchsorted(cell[order], cell[order])       # the place where its cell begins
-        rank = np.arange(len(order)) - first                    # in its cell, from 0
-        refused = order[rank >= capacity]
+        cell = parent * cost.shape[1] + code                    # a number for each cell (n,)
+        order = np.lexsort((cost[items, code], cell))           # by cell, then by cost
+        begins = np.flatnonzero(np.diff(cell[order])) + 1
+        refused = np.concatenate([inside[capacity:] for inside in np.split(order, begins)])
         if not len(refused):
             return code
-        cost[refused, code[refused]] = np.inf
+        cost[refused, code[refused]] = np.inf                   # never the cheapest again
 
 # --- The table of IDs, and the tree of their prefixes ---------------------------------------------
 def at(table, nodes):
-    """What a table (B, M + n) has at nodes (B, …); at −1, no node, what it has at node 0."""
-    return table.gather(1, nodes.clamp(min=0).flatten(1)).view_as(nodes)
+    """What a table (B, M + n) has at nodes (B, …); 0 (or False) at −1, which is no node."""
+    found = table.gather(1, nodes.clamp(min=0).flatten(1)).view_as(nodes)
+    return found.masked_fill(nodes < 0, 0)
 
 class SemanticIDs(torch.nn.Module):
     """The table item ↔ semantic ID, and the tree of its prefixes. A Module, so that .to() moves it.
@@ -159,8 +162,8 @@ class SemanticIDs(torch.nn.Module):
                 │                    └─ code 1 ─ 4 = item 1
                 └─ code 1 ─ 2 = (1) ─── code 1 ─ 5 = item 2
     nodes (n, L + 1)        [[0, 1, 3], [0, 1, 4], [0, 2, 5]]: from the root to each item
-    next_node (M + 1, K)    where a code leads from node 0: [1, 2], from 1: [3, 4], from 2: [−1, 5];
-    there, −1 is no node. One more row, [−1, −1], is read at index −1: from no node to no node."""
+    next_node (M + 1, K)    [[1, 2], [3, 4], [−1, 5], [−1, −1]]: where codes lead from 0, 1, 2, −1.
+    −1 is no node. As an index, −1 is the last row: from no node, all codes lead to no node."""
     def __init__(self, codes, num_codes):
         codes = np.asarray(codes)
         right = codes.ndim == 2 and codes.dtype.kind in "iu" and 0 <= codes.min()
@@ -172,7 +175,7 @@ class SemanticIDs(torch.nn.Module):
         nodes = [np.zeros(len(codes), np.int64)]                # of all items, level by level: root
         count = 1                                               # nodes so far
         for level in range(1, self.num_levels):
-            # The different prefixes of this many codes, and which one each item has (n,)
+            # The different prefixes of `level` codes; which of them each item has (n,)
             prefixes, which = np.unique(codes[:, :level], axis=0, return_inverse=True)
             nodes.append(count + which)
             count += len(prefixes)
@@ -202,7 +205,7 @@ class SemanticIDs(torch.nn.Module):
             code = assign_with_capacity(squared_distances(residual, centroids), parent, capacity)
             residual = residual - centroids[code]
             codes.append(code)
-            _, parent = np.unique(parent * num_codes + code, return_inverse=True)
+            _, parent = np.unique(parent * num_codes + code, return_inverse=True)   # 0, 1, …
         return cls(np.stack(codes, 1), num_codes)
 
     def flows(self, values):
@@ -225,5 +228,5 @@ class SemanticIDs(torch.nn.Module):
         """Where each code leads from nodes (B, …): nodes (B, …, K), −1 if to no unseen item;
         unseen (B, M + n). In the example, if item 0 was seen, the codes 0 and 1 lead from node 1,
         which is (0), to −1 and 4: code 1 alone is legal, and leads to item 1."""
-        child = self.next_node[nodes]                           # (B, …, K)
-        return child.where(at(unseen, child), -1)               # a child that is −1 stays −1
+        child = self.next_node[nodes]                           # (B, …, K); some are −1, and stay
+        return child.where(at(unseen, child), -1)
