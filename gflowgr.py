@@ -309,8 +309,7 @@ class Policy(torch.nn.Module):
         check(len(histories) and k > 0, "recommend needs a history, and k from 1")
         if self.teacher and guide is None:
             guide = self.teacher.scores(histories)
-        right = sample == 0 if guide is not None else sample >= 0
-        check(right, "recommend: a guide, or sample > 0")
+        check(sample >= 0 and (sample == 0 or guide is None), "recommend: a guide, or sample > 0")
         beams = max(beams or self.beams, k)
         if sample:
             return drawn_search(Beams(self, histories, temperature=sample), k, beams)
@@ -472,10 +471,9 @@ class Packed:
             start = max(0, places[-1] - policy.window)
             read = histories[user][start:places[-1]]
             tokens.append(torch.tensor([first, *[first + 1 + item for item in read]]))
-            for place in places:
-                self.contexts.append((user, place))
-                row_of.append(number)
-                ends.append(place - start)
+            self.contexts += [(user, place) for place in places]
+            row_of += [number] * len(places)
+            ends += [place - start for place in places]
         self.histories = [histories[user][:place] for user, place in self.contexts]     # U
         self.tokens = torch.nn.utils.rnn.pad_sequence(                                  # (B, H)
             tokens, batch_first=True, padding_value=first).to(policy.semantic_ids.codes.device)
@@ -498,13 +496,13 @@ def batches(setup, policy, reward, rng):
 
 def tree_mask(ends, H, J, L):
     """After H tokens of a history come J branches: the first L−1 codes of each path, as the last
-    one is not read. Which tokens does a code see? Floats (C, J·(L−1), H + J·(L−1)): 0 if it sees
-    the token, else NEVER. In context c, it sees the history up to token ends[c], and its own branch
-    up to itself. <user> a b, with the branches 1 2 and 3 4 after a:
+    one is not read. Does a code see a token? Bools (C, J·(L−1), H + J·(L−1)): in context c, it
+    sees the history up to token ends[c], and its own branch up to itself. <user> a b, with the
+    branches 1 2 and 3 4 after a:
     >>> print(" ", *"uab1234")
       u a b 1 2 3 4
     >>> for code, row in zip("1234", tree_mask(torch.tensor([1]), H=3, J=2, L=3)[0]):
-    ...     print(code, *["x" if x == 0 else "." for x in row])
+    ...     print(code, *["x" if seen else "." for seen in row])
     1 x x . x . . .
     2 x x . x x . .
     3 x x . . . x .
@@ -513,8 +511,7 @@ def tree_mask(ends, H, J, L):
     branch = torch.arange(J, device=ends.device).repeat_interleave(L - 1)
     own = (branch[:, None] == branch).tril()                    # same branch, not later
     past = torch.arange(H, device=ends.device) <= ends[:, None, None]               # (C, 1, H)
-    seen = torch.cat([past.expand(-1, len(own), -1), own.expand(len(ends), -1, -1)], 2)
-    return torch.where(seen, 0.0, NEVER)
+    return torch.cat([past.expand(-1, len(own), -1), own.expand(len(ends), -1, -1)], 2)
 
 def read_packed(policy, packed, items):
     """Hidden states (C, J, L, d) of the prefixes s_0 … s_{L-1} on the paths of items (C, J). GPT-2
@@ -535,12 +532,12 @@ def read_packed(policy, packed, items):
     later = policy.lm.transformer(
         codes[..., :-1].flatten(1), cache, attention_mask=mask[:, None],
         # A code's position is the number of places that it sees, less 1
-        position_ids=(mask == 0).sum(-1) - 1).last_hidden_state          # (C, J·(L-1), d)
+        position_ids=mask.sum(-1) - 1).last_hidden_state                 # (C, J·(L-1), d)
     return torch.cat([root, later.unflatten(1, (J, -1))], 2)
 
 class Beams:
     """W beams of each of B users: the prefixes that are left, of equal length. GPT-2 reads a code
-    once. Keys and values stay in a cache, those of dropped beams, too; a mask says which of them a
+    once. Keys and values stay in a cache, those of dropped beams, too. `seen` says which of them a
     beam sees: those of the history, and of its own codes."""
     def __init__(self, policy, histories, temperature=1.0):
         packed = pack_histories(histories, policy)
@@ -553,8 +550,8 @@ class Beams:
         self.cache = DynamicCache()
         hidden = self.lm(tokens, self.cache).last_hidden_state
         self.hidden = hidden.take_along_dim(ends[:, None, None], 1)                 # (B, W, d)
-        place = torch.arange(tokens.shape[1], device=tokens.device)     # padding is not seen
-        self.mask = torch.where(place > ends[:, None, None], NEVER, 0.0)    # (B, W, keys) 0: seen
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        self.seen = place <= ends[:, None, None]                # (B, W, keys) bool: all but padding
 
     def children(self):
         """Of all beams: the nodes of all next codes, −1 if illegal; log P_F of them (B, W, K)."""
@@ -573,13 +570,13 @@ class Beams:
         if self.level < self.ids.num_levels - 1:
             # The codes of W beams are W more keys. A beam sees what its parent saw, and itself
             W = best.shape[1]
-            old = self.mask.take_along_dim(parent[..., None], 1)                    # (B, W, keys)
-            itself = torch.full((W, W), NEVER, device=old.device).fill_diagonal_(0)
-            self.mask = torch.cat([old, itself.expand(len(old), W, W)], 2)
+            old = self.seen.take_along_dim(parent[..., None], 1)                    # (B, W, keys)
+            itself = torch.eye(W, device=old.device).bool()
+            self.seen = torch.cat([old, itself.expand(len(old), W, W)], 2)
             tokens = self.level * K + code                      # code c of level l: l·K + c
             self.hidden = self.lm(
-                tokens, self.cache, attention_mask=self.mask[:, None],
-                position_ids=(self.mask == 0).sum(-1) - 1).last_hidden_state    # as in read_packed
+                tokens, self.cache, attention_mask=self.seen[:, None],
+                position_ids=self.seen.sum(-1) - 1).last_hidden_state       # as in read_packed
         self.level += 1
 
     def items(self, scores, k):
@@ -965,8 +962,7 @@ def run_method(name, setup):
     print(f"{name}, seed {setup.seed}: {':'.join(changes) or 'as Recipe says'}")
     finished = setup.folder(name) / "run.json"
     finished.parent.mkdir(parents=True, exist_ok=True)          # fails now, not after training
-    for file in (finished, finished.with_name("semantic_ids.json")):
-        file.unlink(missing_ok=True)                            # the old run goes when a new begins
+    finished.unlink(missing_ok=True)                            # the old run goes when a new begins
     started = time.time()
     model, curve = model_of(name, recipe, setup)
     middle = time.time()

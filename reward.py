@@ -16,8 +16,7 @@ import torch
 from torch.nn import functional
 
 from data import InputError, check
-# entries(lists): rows and columns of all their items in a matrix; sparse(index, values, shape): a
-# matrix; followers: which item soon follows which; item_features, item_vectors: of text and log
+# entries: rows and columns of lists' items in a matrix; followers: which item soon follows which
 from tokenizer import entries, followers, item_features, item_vectors, sparse
 
 warnings.filterwarnings("ignore", message="Sparse CSR")         # torch calls its sparse CSR "beta"

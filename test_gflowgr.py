@@ -268,21 +268,21 @@ def mask_cases():
     yield "<user> and an item; 1 branch of 1 code after <user>", (torch.tensor([0]), 2, 1, 2)
     yield "2 contexts, 3 branches", (torch.tensor([0, 3]), 4, 3, 3)
 def mask_loops(ends, H, J, L):
-    mask = torch.full((len(ends), J * (L - 1), H + J * (L - 1)), NEVER)
+    mask = torch.zeros(len(ends), J * (L - 1), H + J * (L - 1), dtype=torch.bool)
     for c, j, l in np.ndindex(len(ends), J, L - 1):
         code = j * (L - 1) + l
-        mask[c, code, :ends[c] + 1] = 0                         # the history up to its end
-        mask[c, code, H + j * (L - 1):H + code + 1] = 0         # the branch up to itself
+        mask[c, code, :ends[c] + 1] = True                      # the history up to its end
+        mask[c, code, H + j * (L - 1):H + code + 1] = True      # the branch up to itself
     return mask
 def makes_one_branch_of_all(ends, H, J, L):
     return mask_loops(ends, H, 1, 1 + J * (L - 1))
 def masks(expected, found):
     if getattr(found, "shape", None) != expected.shape:
-        found = torch.full_like(expected, math.nan)             # nothing to compare with
+        found = torch.full(expected.shape, math.nan)            # nothing to compare with
     b, i, j = (found != expected).nonzero()[0].tolist()
-    lines = [f"expected | found mask[{b}]; x is 0, . is NEVER, ? is neither"]
+    lines = [f"expected | found mask[{b}]; x is True, . is False, ? is neither"]
     for pair in zip(expected[b].tolist(), found[b].tolist()):
-        rows = [" ".join({0: "x", NEVER: "."}.get(x, "?") for x in row) for row in pair]
+        rows = [" ".join({1: "x", 0: "."}.get(x, "?") for x in row) for row in pair]
         lines.append(" | ".join(rows))
     return "\n".join([*lines, f"first difference: row {i}, column {j}, counted from 0"])
 Exercise(3, 30, gflowgr.tree_mask, mask_loops, mask_cases, [makes_one_branch_of_all], picture=masks)
@@ -559,7 +559,7 @@ def stub(exercise, hint=False):               # the beginning of a student's fil
     more = " Its gradient is compared." if exercise.learned else ""
     notes = f"{exercise.minutes} minutes.{more}\n{exercise.note}"
     return ("import math\nimport torch\nimport torch.nn.functional as F\n"
-            f"from gflowgr import NEVER\n\n{textwrap.indent(notes.strip(), '# ')}\n"
+            f"\n{textwrap.indent(notes.strip(), '# ')}\n"
             f"def {task.__name__}{inspect.signature(task)}:\n"
             f'    """{text}\n    """\n    raise NotImplementedError')
 
@@ -594,7 +594,7 @@ def grpo(*inputs, ours=grpo):                 # another form: its value is 0
      "expected value: tensor([1.])\nfound    value: None\nSystemExit in line 2: None"),
     (RIGHT.replace("+ p", "+ p.detach()"), "\nexpected gradient by log_pf: tensor([[1.3863]])\n"
      "found    gradient by log_pf: tensor([[0.]])\nAssertionError: "),
-    ("import torch\ndef tree_mask(ends, H, J, L):\n    return -1e9 * torch.ones(1, 1, 3)",
+    ("import torch\ndef tree_mask(ends, H, J, L):\n    return torch.zeros(1, 1, 3)",
      "\nx . x | . . .\nfirst difference: row 0, column 0, "),
     ("def scores(self, histories): pass", "Case 1: near[0] = 0, 1, .8, 0; without popularity\n"
      "self = {'popularity': 0.0, 'log': [[0, 1, 2]]}; ")])
