@@ -121,7 +121,7 @@ class Batch:
 
 def draw(weight, count):
     """count items per context (C, count), with replacement, ∝ weight (C, n)."""
-    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]    # 1 is slower
+    return torch.multinomial(weight, count, replacement=True)
 
 class Paths:
     """What a loss can read: J unseen items of each of C contexts, and their paths."""
@@ -132,7 +132,7 @@ class Paths:
         if recipe.chosen == "logged":
             items = torch.cat([positives, items], 1)
         if recipe.chosen == "reward":
-            items = torch.cat([draw(batch.r, 1), items], 1)
+            items = torch.cat([draw(batch.r, 2)[:, :1], items], 1)      # to draw one is slower
         # One forward pass for all paths: that of v, for L_GR, and the J of L_GFN
         all_items = torch.cat([positives, items], 1)            # (C, 1 + J)
         log_steps, log_probs, learned_log_flow = policy(batch.packed, all_items)
@@ -200,7 +200,7 @@ def train(name, recipe, policy, setup):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = [setup.seed, epoch]              # each epoch has its own random numbers
+        seed = [setup.seed, epoch]              # numpy orders batches, torch draws items, dropout
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         epoch_batches = batches(setup, policy, reward, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
@@ -351,10 +351,11 @@ def uniform(batch, count, policy, progress):
 
 def policy_beam(batch, count, policy, progress):
     """The paper's fourth: the N best items by P itself, without v (the paper: N−1)."""
-    # v may be among the best: so one more, then v is left out, or else the last one
     items, _ = policy.recommend(batch.histories, count + 1, beams=count + 1)
-    items = torch.stack([row[row != v][:count] for row, v in zip(items, batch.positives)])
-    return items.where(items >= 0, batch.positives[:, None])
+    v = batch.positives[:, None]
+    order = (items == v).int().argsort(dim=1, stable=True)      # v, if it is there, becomes last
+    items = items.gather(1, order)[:, :count]
+    return items.where(items >= 0, v)                           # −1 if fewer are unseen: v instead
 
 def reward_draws(batch, count, policy, progress):
     """Ours: items drawn ∝ R, as P shall become. The logged item is often among them."""
@@ -407,10 +408,10 @@ def sdpo(log_pf, log_ref, beta):
 
 def grpo(log_pf, log_ref, log_r, beta):
     """GRPO (Shao et al. 2024), reinforcement learning: log P, log P_ref, log R of paths (C, J) →
-    scalar. Paths with R above their mean become likelier. GRPO has a ratio P / P_old, P_old being
-    the policy that drew the paths. Here it is P itself, so the ratio is 1, and left out.
+    scalar. Paths with R above their mean become likelier, but P stays near P_ref. (Its ratio of P
+    and of the policy that drew the paths is 1 here: P itself drew them, at this step.)
     A = (R − mean R) / std R over a context's J paths; std with J − 1, at least 1e-8.
-    Mean over paths of β · (x − log x − 1) − A · log P, x = P_ref / P: a KL, and the gain of R."""
+    Mean over paths of β · (x − log x − 1) − A · log P, x = P_ref / P."""
     r = log_r.exp()
     advantage = (r - r.mean(1, keepdim=True)) / r.std(1, keepdim=True).clamp(min=1e-8)
     log_x = log_ref - log_pf
@@ -422,10 +423,10 @@ def log_ref_of(p):
         return p.reference(p.batch.packed, p.items)[0].sum(-1)
 
 def sdpo_of(p):
-    """S-DPO of a Paths p. The chosen item, path 0, may be drawn again: it is not rejected then."""
-    again = p.items == p.items[:, :1]                           # (C, J) is it the chosen item?
-    again[:, 0] = False
-    # With log P = NEVER, a path adds nothing to the sum over the rejected ones
+    """S-DPO of a Paths p. Path 0 is chosen; if a sampler drew its item, too, that is not rejected:
+    with log P = NEVER, it adds nothing to the sum."""
+    again = p.items == p.items[:, :1]                           # (C, J) the chosen item,
+    again[:, 0] = False                                         # but not as path 0
     return sdpo(p.log_pf.masked_fill(again, NEVER), log_ref_of(p), p.recipe.beta)
 
 # Ours: seven rejected items, in the paper three; drawn from P on real logs, too
@@ -454,10 +455,10 @@ RECIPES |= {
 # A row after the first has at most window / 2 places, so that GPT-2 reads enough before each v
 def training_rows(histories, window):
     """Yield the rows (user, places) of all histories. Each item is v in one of them."""
-    for user, history in enumerate(histories):                  # cuts: 0 5 7, and the end, 8
-        cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
-        for first, stop in zip(cuts, cuts[1:]):
-            yield user, range(first, stop)
+    for user, history in enumerate(histories):
+        first = [0, *range(window + 1, len(history), max(1, window // 2))]      # 0 5 7
+        for start, stop in zip(first, [*first[1:], len(history)]):
+            yield user, range(start, stop)
 
 class Packed:
     """The tokens of B rows, and the C contexts in them, row by row."""

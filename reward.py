@@ -50,24 +50,23 @@ class CollaborativeModel:
     """Counts of which item follows which: CM(U, i) ∝ Σ_j .6^(age(j) − 1) · near[j, i] over the
     last ten items j (the newest has age 1), and a little popularity. If the log is 0 1 2, near[0]
     is 0, 1, .8: after 0, the scores of 1 and 2 are as 1 to .8."""
-    @classmethod
-    def fit(cls, histories, num_items, popularity=0.05):
-        """A fitted model. Constants: chosen on validation items of MovieLens and Beauty."""
-        cm = cls()
+    def __init__(self, histories, num_items, popularity=0.05):
+        # Constants: chosen on validation items of MovieLens and Beauty.
         # near[j, i] = (forward[j, i] + .25 · forward[i, j]) / √count(j); forward[j, i]: how often i
         # soon follows j (.8^(d − 1) if d places after it, d up to 5)
         forward = followers(histories, num_items, window=5, decay=0.8)  # sparse (n, n)
         both = (forward + 0.25 * forward.T).coalesce()
         count = torch.tensor(np.bincount(entries(histories)[1], minlength=num_items)).double()
-        cm.near = (both * count.clamp(min=1)[:, None] ** -0.5).float()
-        cm.popular = (count + 1).float()                        # (n,)
-        cm.popularity = popularity                              # its share
-        return cm
+        self.near = (both * count.clamp(min=1)[:, None] ** -0.5).float()
+        self.popular = (count + 1).float()                      # (n,)
+        self.popularity = popularity                            # its share
 
     def scores(self, histories):
         """CM(U, ·) (B, n) of B histories."""
         scores = weighted(self.near, histories, lambda age: 0.6 ** (age - 1), length=10)
         return shares(scores, histories, self.popular, self.popularity)
+
+CollaborativeModel.fit = CollaborativeModel                     # so that .fit(…) makes one, too
 
 class SVD:
     """Matrix factorisation, PureSVD (Cremonesi et al. 2010): items that the same users took have
@@ -109,7 +108,7 @@ class Blend:
     and of Σ_j similar[j, i] / age(j) over the last 20 items j; SVD / √(length of item i's vector).
     Each is divided by its sum; similar: `similar_items`."""
     def __init__(self, histories, num_items, similar):
-        self.counts = CollaborativeModel.fit(histories, num_items)
+        self.counts = CollaborativeModel(histories, num_items)
         self.svd = SVD(histories, num_items)
         self.similar = similar                                  # sparse (n, n)
         self.popular = self.counts.popular
@@ -123,8 +122,8 @@ class Blend:
         return share(first + second)
 
 # A teacher's name: its fit(histories, num_items)
-TEACHERS = {"pop": partial(CollaborativeModel.fit, popularity=1.0),     # popularity alone
-            "cm": CollaborativeModel.fit, "svd": SVD, "squared": Squared, "blend": Blend}
+TEACHERS = {"pop": partial(CollaborativeModel, popularity=1.0),     # popularity alone
+            "cm": CollaborativeModel, "svd": SVD, "squared": Squared, "blend": Blend}
 
 # --- The teacher: a recommender as R reads it -----------------------------------------------------
 @lru_cache(maxsize=8)

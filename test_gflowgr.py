@@ -1590,6 +1590,7 @@ def test_without_beauty_one_line_says_how_to_get_it(told, tmp_path, monkeypatch)
     ("line 8: user_id is blank", "interactions", f"{EVENTS}\t,a,0\n"),
     ("line 8: items.csv has no item 'x'", "interactions", f"{EVENTS}w,x,0\n"),
     ("line 8: inf and nan", "interactions", f"{EVENTS}w,a,nan\n"),
+    ("line 8: inf and nan", "interactions", f"{EVENTS}w,a,inf\n"),
     ("shown: items.csv has no item 'x'", "truth", "user_id,liked,shown\nu,a,a x\nv,a,a\n"),
     ("no line for 1 items of items.csv, ['d']", "ids", "item_id,x\na,1\nb,2\nc,3\n"),
     ("ids.csv, line 3: item 'a' stands twice", "ids", "item_id,x\na,1\na,2\n"),
