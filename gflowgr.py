@@ -613,8 +613,6 @@ def drawn_search(tree, k, beams):
     each draws a time; the least one is subtracted, the prefix's added. If a prefix arrives at 1,
     and its children draw .5 and .8, they arrive at 1 and 1.3. W beams, the first ones, go on.
     Times are kept as logs, since P may be tiny. The scores of items are −log(time)."""
-    def log_minus(a, b):
-        return a + torch.log1p(-torch.exp(b - a))               # log(e^a − e^b)
     # Of the beams (B, W): the root may arrive at any time, here at 1
     log_time = log_p = torch.zeros_like(tree.node, dtype=torch.float)
     for _ in range(tree.ids.num_levels):
@@ -622,7 +620,8 @@ def drawn_search(tree, k, beams):
         log_p = log_p[..., None] + log_probs                                        # (B, W, K)
         drawn = torch.empty_like(log_p).exponential_().log() - log_p    # log of what children draw
         # Time of a child = time of its prefix + (what it draws − the least that a sibling draws)
-        behind = log_minus(drawn, drawn.amin(-1, keepdim=True))     # log; −∞ of the first child
+        least = drawn.amin(-1, keepdim=True)
+        behind = drawn + torch.log1p(-torch.exp(least - drawn))     # log(e^drawn − e^least)
         log_time = torch.logaddexp(log_time[..., None], behind).flatten(1)          # (B, W·K)
         log_time, best = log_time.topk(min(beams, log_time.shape[1]), 1, largest=False)
         log_p = log_p.flatten(1).gather(1, best)

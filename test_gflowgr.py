@@ -710,6 +710,9 @@ def test_centroids_begin_far_apart():
     points = np.repeat(np.eye(8), 5, axis=0)                    # seeds at random would miss some
     centroids = tokenizer.kmeans(points, 8, np.random.default_rng(0))
     assert np.array_equal(np.unique(centroids, axis=0), np.unique(points, axis=0))
+    for seed in range(9):                                       # also if 0 is not a first centroid
+        centroids = tokenizer.kmeans(np.array([[0], [4], [5], [6]]), 2, np.random.default_rng(seed))
+        assert sorted(centroids.ravel()) == [0, 5]
 
 def test_features_against_loops():
     after = tokenizer.followers([[0, 1, 2]], 3, window=5, decay=0.8).to_dense()
