@@ -388,7 +388,7 @@ def distillation(child_flow, log_probs):
     """Ours → scalar: at each step, a code c has a share of the flow, q(c) = F(after c) / F(before).
     P_F of all codes shall be q. (TB and DB see only the code that a path takes.)
     child_flow (C, J, L, K): F after each code; log_probs (C, J, L, K): log P_F of each code.
-    Mean over paths of Σ_l Σ_c q(c) · (log q(c) − log P_F(c | s_l)), the KL of P_F from q."""
+    Mean over paths of Σ_l KL(q ‖ P_F) = Σ_l Σ_c q(c) · (log q(c) − log P_F(c | s_l))."""
     target = child_flow / child_flow.sum(-1, keepdim=True)      # q; 0 for an illegal code
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
 

@@ -1377,6 +1377,7 @@ def test_recommend_prints_ten_titles(name, finished, monkeypatch):
     assert cli(*asked)[1].splitlines()[-10:] == [titles[v] for v in items[0]]
     refused(titles[3], *asked[:-1], titles[3][:-1] + "x")
     refused("none is left", *asked[:-2], *titles)
+    assert cli(*asked[:-2], *titles[1:])[1].splitlines()[-1] == titles[0]       # it alone is left
     if "+cm" in name:                         # it is served while its data last
         text = Path("semantic_ids.json").read_text()
         Path("semantic_ids.json").write_text(text.replace('"interactions": ', '"interactions": 1'))
@@ -1401,6 +1402,7 @@ def test_ids_from_a_file_and_devices(tmp_path, capsys):
         assert ids.num_codes == 3                               # b and d had the same:
         assert ids.codes.tolist() == [[1, 1, 0], [0, 0, 0], [2, 0, 0], [0, 0, 1]]
     assert "1 items have the ID of another" in capsys.readouterr().out
+    assert load_data("toy", quick=True).sizes["users"] == 100   # of 698, each seventh
     setup = prepared("--data=toy")
     assert setup.ids.num_codes == 32                            # 720 / 24 = 30; a power of 2
     setup.settings.device = "meta"
