@@ -51,6 +51,7 @@ from data import InputError, check, check_numbers, find_item, load_data, read_id
 from reward import TEACHERS, Reward, Teacher
 from tokenizer import SemanticIDs, at, entries, item_features
 
+transformers.utils.logging.disable_progress_bar()       # small models are loaded and saved at once
 NEVER = -1e9            # log P of an illegal code; −inf would make losses nan
 
 # --- Losses: pure functions of tensors, natural logs ----------------------------------------------
@@ -683,7 +684,6 @@ def save_policy(policy, folder):
 def load_model(folder, dropout=0.0):
     """The saved Policy in eval mode, that of NAME+cm with its teacher; InputError if the folder
     holds none. dropout: for those who go on to train it."""
-    transformers.utils.logging.disable_progress_bar()           # a small model is loaded at once
     try:
         table = json.loads((Path(folder) / "semantic_ids.json").read_text(encoding="utf-8"))
         ids = SemanticIDs(table["codes"], table["num_codes"])

@@ -1,5 +1,6 @@
 """What a run leaves: results.json, the table, gains over SFT with intervals."""
 import json
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,13 +31,6 @@ def earlier_run(path, made_with):
               "another --out, or delete it")
     return run
 
-def table_of_items(lists, num_items):
-    """(B, n) bool: which items each of B lists holds; −1 is an empty place."""
-    table = np.zeros((len(lists), num_items), bool)
-    for row, items in zip(table, lists):
-        row[[item for item in items if item >= 0]] = True
-    return table
-
 def exposure(ranked, data):
     """{metric: (B,)} of lists (B, 10); {} without a truth.
     liked@10: share of the listed items that the user truly likes
@@ -44,17 +38,17 @@ def exposure(ranked, data):
     themes@10: how many of the user's three themes, those with the most liked items, are listed"""
     if not data.truth:
         return {}
-    n = len(data.titles)
-    listed = table_of_items(ranked, n)
-    liked = table_of_items(data.truth["liked"], n)
-    hidden = liked & ~table_of_items(data.truth["shown"], n)
-    theme = np.unique(data.truth["theme"], return_inverse=True)[1]
-    of_theme = np.eye(theme.max() + 1)[theme]                                       # (n, themes)
-    three = np.argsort(-(liked @ of_theme), axis=1, kind="stable")[:, :3]
-    in_list = np.take_along_axis(listed @ of_theme > 0, three, axis=1)              # (B, 3)
-    return {"liked@10": (liked & listed).sum(1) / np.maximum(1, listed.sum(1)),
-            "hidden@10": (hidden & listed).sum(1) / np.maximum(1, hidden.sum(1)),
-            "themes@10": in_list.sum(1)}
+    theme = data.truth["theme"]
+    rows = []
+    for items, liked, shown in zip(ranked.tolist(), data.truth["liked"], data.truth["shown"]):
+        listed = {*items} - {-1}                                # −1 is an empty place
+        hidden = liked - shown
+        count = Counter(theme[item] for item in liked)
+        three = sorted(sorted({*theme}), key=lambda name: -count[name])[:3]
+        rows.append((len(liked & listed) / max(1, len(listed)),
+                     len(hidden & listed) / max(1, len(hidden)),
+                     len({*three} & {theme[item] for item in listed})))
+    return dict(zip(("liked@10", "hidden@10", "themes@10"), np.array(rows).T))
 
 @lru_cache(maxsize=1)
 def bootstrap(users):
