@@ -305,7 +305,8 @@ class Policy(torch.nn.Module):
         Never an item of the history, never a duplicate; −1 and −inf where fewer than k are unseen.
         beams (self.beams by default, at least k): the more, the surer the best are found.
         Two other lists come after the lecture. With guide (B, n) ≥ 0 (of self.teacher): items of
-        highest P · guide, and its log. With sample > 0: items drawn from P at this temperature.
+        highest P · guide, and its log. With sample > 0: items drawn from P at this temperature,
+        and when each was drawn, as a score.
         Raises InputError for an item that is not in the catalogue, or if nothing is asked for."""
         check(len(histories) and k > 0, "recommend needs a history, and k from 1")
         if self.teacher and guide is None:
@@ -410,7 +411,7 @@ def sdpo(log_pf, log_ref, beta):
 def grpo(log_pf, log_ref, log_r, beta):
     """GRPO (Shao et al. 2024), reinforcement learning: log P, log P_ref, log R of paths (C, J) →
     scalar. Paths with R above their mean become likelier, but P stays near P_ref. (Its ratio of P
-    and of the policy that drew the paths is 1 here: P itself drew them, at this step.)
+    and of the policy that drew the paths is 1 here: P drew them at this step; ours: none twice.)
     A = (R − mean R) / std R over a context's J paths; std with J − 1, at least 1e-8.
     Mean over paths of β · (x − log x − 1) − A · log P, x = P_ref / P."""
     r = log_r.exp()
