@@ -122,7 +122,8 @@ class Batch:
 
 def draw(weight, count):
     """count items per context (C, count), with replacement, ∝ weight (C, n)."""
-    return torch.multinomial(weight, count, replacement=True)
+    # At least two are drawn: torch is slower where it draws one
+    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
 
 class Paths:
     """What a loss can read: J unseen items of each of C contexts, and their paths."""
@@ -133,7 +134,7 @@ class Paths:
         if recipe.chosen == "logged":
             items = torch.cat([positives, items], 1)
         if recipe.chosen == "reward":
-            items = torch.cat([draw(batch.r, 2)[:, :1], items], 1)      # to draw one is slower
+            items = torch.cat([draw(batch.r, 1), items], 1)
         # One forward pass for all paths: that of v, for L_GR, and the J of L_GFN
         all_items = torch.cat([positives, items], 1)            # (C, 1 + J)
         log_steps, log_probs, learned_log_flow = policy(batch.packed, all_items)
@@ -458,9 +459,10 @@ RECIPES |= {
 def training_rows(histories, window):
     """Yield the rows (user, places) of all histories. Each item is v in one of them."""
     for user, history in enumerate(histories):
-        first = [0, *range(window + 1, len(history), max(1, window // 2))]      # 0 5 7
-        for start, stop in zip(first, [*first[1:], len(history)]):
-            yield user, range(start, stop)
+        # Where rows begin, here 0 5 7, and the end, 8
+        cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
+        for first, stop in zip(cuts, cuts[1:]):
+            yield user, range(first, stop)
 
 class Packed:
     """The tokens of B rows, and the C contexts in them, row by row."""
@@ -772,18 +774,15 @@ def real_of(data):
 
 def method_of(base):
     """A method without its changes → what it changes in Recipe, and which fields have an effect."""
-    known = f"{', '.join(TEACHERS | RECIPES)}, and NAME+cm"
-    policy = base.removesuffix("+cm")
-    check(base in TEACHERS or policy in RECIPES, f"there is no method {base!r}; there are {known}")
     if base in TEACHERS:                                        # a teacher alone
         return dict(teacher=base, debias=0.0, sharp=1.0), ["debias"]
+    policy = base.removesuffix("+cm")
+    known = f"{', '.join(TEACHERS | RECIPES)}, and NAME+cm"
+    check(policy in RECIPES, f"there is no method {base!r}; there are {known}")
     if base != policy:                                          # a policy, guided by a teacher
         return dict(sharp=9.0), ["teacher", "debias", "sharp"]
     own = RECIPES[base]
-    used = [*FIELDS] if "loss" in own else ["rate", "dropout", "epochs"]        # or SFT
-    odd = own.keys() - {*used, "loss"}                          # own may be yours
-    check(not odd, f"of {base}, one can change {', '.join(used)}, not {[*odd]}")
-    return own, used
+    return own, [*FIELDS] if "loss" in own else ["rate", "dropout", "epochs"]   # or SFT
 
 def recipe_of(name, settings):
     """The Recipe of a method like tb:epochs=4, or InputError. What stands lower wins:
@@ -799,7 +798,7 @@ def recipe_of(name, settings):
     flag = (settings.sft if base == "sft" else settings.recipe).split(":")
     flag = [] if base in TEACHERS else flag
     # What is said of this method alone has to have an effect; --recipe is for many methods
-    named = changes + flag if base == "sft" else changes
+    named = changes + (flag if base == "sft" else []) + [*RECIPES.get(base, {}).keys() - {"loss"}]
     odd = [change for change in named if change and change.partition("=")[0] not in used]
     check(not odd, f"{name}: of {base}, one can change {', '.join(used)}, not {odd}")
     parser = HfArgumentParser(Recipe, allow_abbrev=False, add_help=False)  # it checks all values
@@ -848,15 +847,15 @@ def check_settings(settings):
     names = []
     for name in map(str.strip, settings.methods.split(",")):
         base = name.partition(":")[0]
-        needs = [] if base in TEACHERS else ["sft"]             # all others start from it
-        if base.endswith("+cm"):
-            needs.append(base.removesuffix("+cm"))
-        for method in (*needs, name):
-            recipe_of(method, settings)         # a mistake is told before the data are read
-            names.append(method)
+        if base not in TEACHERS:
+            names.append("sft")                                 # all others start from it
+        names += [base.removesuffix("+cm"), name] if base.endswith("+cm") else [name]
+    names = list(dict.fromkeys(names))
+    for name in names:                          # a mistake is told before the data are read
+        recipe_of(name, settings)
     if settings.quick:
         print("--quick: the figures below mean nothing; they only show that everything works")
-    return list(dict.fromkeys(names)), list(dict.fromkeys(map(int, seeds)))
+    return names, list(dict.fromkeys(map(int, seeds)))
 
 class Setup:
     """What all methods of one seed share, made from training items alone."""
@@ -963,7 +962,8 @@ def run_method(name, setup):
     print(f"{name}, seed {setup.seed}: {':'.join(changes) or 'as Recipe says'}")
     finished = setup.folder(name) / "run.json"
     finished.parent.mkdir(parents=True, exist_ok=True)          # fails now, not after training
-    finished.unlink(missing_ok=True)                            # the old run goes when a new begins
+    for file in (finished, finished.with_name("semantic_ids.json")):
+        file.unlink(missing_ok=True)                            # the old run goes when a new begins
     started = time.time()
     model, curve = model_of(name, recipe, setup)
     middle = time.time()

@@ -61,12 +61,15 @@ class CollaborativeModel:
         self.popular = (count + 1).float()                      # (n,)
         self.popularity = popularity                            # its share
 
+    @classmethod
+    def fit(cls, histories, num_items, **options):
+        """What the class itself makes of them."""
+        return cls(histories, num_items, **options)
+
     def scores(self, histories):
         """CM(U, ·) (B, n) of B histories."""
         scores = weighted(self.near, histories, lambda age: 0.6 ** (age - 1), length=10)
         return shares(scores, histories, self.popular, self.popularity)
-
-CollaborativeModel.fit = CollaborativeModel                     # so that .fit(…) makes one, too
 
 class SVD:
     """Matrix factorisation, PureSVD (Cremonesi et al. 2010): items that the same users took have

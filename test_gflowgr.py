@@ -1175,7 +1175,7 @@ def test_a_sampler_is_checked_at_each_step(tiny, tmp_path, monkeypatch):
 # --- The oracle, metrics, gains -------------------------------------------------------------------
 @pytest.mark.parametrize("method", ["tb", "tb:exact=0"])                  # log Z: exact, learned
 def test_trajectory_balance_reaches_the_reward(method, tmp_path, monkeypatch):
-    TOY["write"](tmp_path, 30, 4, 3, 3)
+    TOY["write"](tmp_path, 30, 4, 3, 1)                         # P is .6 from R/Z at first
     drawn = []
     monkeypatch.setattr(figures, "plot_flows", lambda *arguments: drawn.append(arguments))
     flags = f"--codes=3 --width=32 --layers=1 --oracle={method}:trajectories=12".split()
@@ -1183,7 +1183,7 @@ def test_trajectory_balance_reaches_the_reward(method, tmp_path, monkeypatch):
     status, out, err = cli(f"--data={tmp_path}", *flags, f"--out={tmp_path / 'a/new'}")
     assert status == 0, err
     before, after = map(float, re.findall(r"\d\.\d{4}", out[out.index("mean L1"):]))
-    assert before > 0.3
+    assert before > 0.5
     assert after <= 0.02
     [[*_, panels]] = drawn
     np.testing.assert_allclose(*panels.values(), atol=0.02)
@@ -1332,6 +1332,7 @@ def test_a_killed_run_goes_on_and_nothing_finished_is_lost(finished, tmp_path, m
     assert left == {f"{name}-1".replace(":", ",") for name in METHODS} - {"sft-1"}
     assert results_in(tmp_path)["runs"] == runs
     gflowgr.load_model(tmp_path / "tb-1")
+    assert not (tmp_path / "sft-1/semantic_ids.json").exists()  # the old model went with its run
     assert "kept" in cli(*flags, "--resume", "--methods=pop", "--width=16")[1]  # pop has no width
     report.write(tmp_path / "pop-1/run.json", [])
     refused("pop-1/run.json cannot be read; delete this file", *flags, "--resume")
@@ -1505,7 +1506,7 @@ def test_the_figures_on_the_pages_were_made_with_these_defaults():
     for data in ("toy", "real"):                                # "real" is no made-up world
         settings = gflowgr.parse([f"--data={data}"])
         made += [settings, *[recipe_of(name, settings) for name in (*RECIPES, "sft+cm")]]
-    for function in (CollaborativeModel.fit, Policy, Reward, Teacher, TOY["write"],
+    for function in (CollaborativeModel, Policy, Reward, Teacher, TOY["write"],
                      tokenizer.item_vectors, tokenizer.item_features, tokenizer.kmeans,
                      Setup.policy):
         made.append(inspect.signature(function))

@@ -96,8 +96,8 @@ def unit(rows):
     return rows / np.where(length > 1e-6, length, np.inf)
 
 def item_features(kind, texts, histories, seed, dim=64):
-    """(n, d): "content" is an item's text (TIGER). The log can be added (LETTER): "mixed" has its
-    neighbours there, "svd" its vector in a matrix factorisation.
+    """(n, d): "content" is an item's text (TIGER); InputError if no item has any. The log can be
+    added (LETTER): "mixed" has its neighbours there, "svd" its vector in a matrix factorisation.
     Pass training histories only: validation or test items would leak into every result."""
     text = unit(leading_vectors(tf_idf(texts), dim, seed, power=0.5))
     if kind == "content":

@@ -39,12 +39,13 @@ def exposure(ranked, data):
     if not data.truth:
         return {}
     theme = data.truth["theme"]
+    themes = sorted({*theme})
     rows = []
     for items, liked, shown in zip(ranked.tolist(), data.truth["liked"], data.truth["shown"]):
         listed = {*items} - {-1}                                # −1 is an empty place
         hidden = liked - shown
         count = Counter(theme[item] for item in liked)
-        three = sorted(sorted({*theme}), key=lambda name: -count[name])[:3]
+        three = sorted(themes, key=lambda name: -count[name])[:3]
         rows.append((len(liked & listed) / max(1, len(listed)),
                      len(hidden & listed) / max(1, len(hidden)),
                      len({*three} & {theme[item] for item in listed})))
