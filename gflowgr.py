@@ -616,21 +616,20 @@ def drawn_search(tree, k, beams):
     known, when its children do is drawn. The first child arrives with its prefix, the others later:
     each draws a time; the least one is subtracted, the prefix's added. If a prefix arrives at 1,
     and its children draw .5 and .8, they arrive at 1 and 1.3. W beams, the first ones, go on.
-    Times are kept as logs, since P may be tiny. The scores of items are −log(time)."""
-    # Of the beams (B, W): the root may arrive at any time, here at 1
-    log_time = log_p = torch.zeros_like(tree.node, dtype=torch.float)
+    The scores of items are −log(time)."""
+    # P of the beams, and their times (B, W); the root may arrive at any time, here at 1
+    p = time = torch.ones_like(tree.node, dtype=torch.float)
     for _ in range(tree.ids.num_levels):
         child, log_probs = tree.children()
-        log_p = log_p[..., None] + log_probs                                        # (B, W, K)
-        drawn = torch.empty_like(log_p).exponential_().log() - log_p    # log of what children draw
+        p = (p[..., None] * log_probs.exp()).clamp(min=1e-30)                       # (B, W, K)
+        drawn = torch.empty_like(p).exponential_() / p          # exponential, with rate p
         # Time of a child = time of its prefix + (what it draws − the least that a sibling draws)
-        least = drawn.amin(-1, keepdim=True)
-        behind = drawn + torch.log1p(-torch.exp(least - drawn))     # log(e^drawn − e^least)
-        log_time = torch.logaddexp(log_time[..., None], behind).flatten(1)          # (B, W·K)
-        log_time, best = log_time.topk(min(beams, log_time.shape[1]), 1, largest=False)
-        log_p = log_p.flatten(1).gather(1, best)
+        time = time[..., None] + drawn - drawn.amin(-1, keepdim=True)
+        time = time.masked_fill(child < 0, 1e37).flatten(1)     # (B, W·K); illegal ones come last
+        time, best = time.topk(min(beams, time.shape[1]), 1, largest=False)
+        p = p.flatten(1).gather(1, best)
         tree.keep(child, best)
-    return tree.items(-log_time, k)
+    return tree.items(-time.log(), k)
 
 # --- Evaluation: leave one out, the whole catalogue, the same for every method --------------------
 def recall_at(ranked, target, k):
