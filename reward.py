@@ -223,10 +223,8 @@ class Reward:
 
     def __call__(self, scores, positives, liked, unseen):
         """R (B, n) of every item; r_ŷ: scores (B, n); unseen (B, n) bool; positives, liked (B,)."""
-        # R = ε/m + w_ŷ · r_ŷ + w_s · r_s + w_a · r_a, 0 at seen items. x.add(y, alpha=w): x + w·y
+        r_a, r_s = self.action(positives, liked), self.similarity(positives, unseen)
         w_a, w_y, w_s = self.weights
-        r = 1e-3 / unseen.sum(1, keepdim=True)                  # (B, 1) ε = .001
-        r = r.add(scores, alpha=w_y)                            # (B, n)
-        r.add_(self.similarity(positives, unseen), alpha=w_s)   # in place, as it is large
-        r.add_(self.action(positives, liked), alpha=w_a)
-        return r.mul_(unseen)
+        epsilon = 1e-3 / unseen.sum(1, keepdim=True)            # (B, 1) ε/m
+        # R = ε/m + w_ŷ · r_ŷ + w_s · r_s + w_a · r_a, 0 at seen items
+        return (epsilon + w_y * scores + w_s * r_s + w_a * r_a) * unseen
