@@ -136,7 +136,9 @@ def assign_with_capacity(cost, parent, capacity):
     one code, as there are no more IDs that begin so: together, they are a cell.
     1. Every item asks for the cheapest code that has not refused it.
     2. In each cell, the `capacity` items with the least cost stay; the others are refused for good.
-    3. Repeat until no item is refused."""
+    3. Repeat until no item is refused.
+    With one parent, capacity 1 and costs [[1, 3], [2, 9]], both items ask for code 0. It keeps
+    item 0, which costs less; item 1 has to take code 1."""
     items = np.arange(len(cost))
     while True:
         code = cost.argmin(1)
@@ -171,19 +173,19 @@ class SemanticIDs(torch.nn.Module):
         check(right, f"IDs: (n, L) integers from 0 to {num_codes - 1}, all rows different")
         super().__init__()
         self.num_codes = int(num_codes)
-        self.num_levels = codes.shape[1]
-        nodes = [np.zeros(len(codes), np.int64)]                # of all items, level by level: root
-        count = 1                                               # nodes so far
-        for level in range(1, self.num_levels):
-            # The different prefixes of `level` codes; which of them each item has (n,)
-            prefixes, which = np.unique(codes[:, :level], axis=0, return_inverse=True)
-            nodes.append(count + which)
-            count += len(prefixes)
-        self.num_prefixes = count                               # M
-        nodes = np.stack([*nodes, count + np.arange(len(codes))], 1)    # (n, L + 1), items last
-        check(count * num_codes < 2 ** 28, f"a tree of {count} prefixes · {num_codes} codes is too "
-              "large for the memory; use fewer codes")
-        next_node = np.full((count + 1, num_codes), -1, np.int64)
+        self.num_levels = L = codes.shape[1]
+        ids = list(map(tuple, codes.tolist()))
+        number = {}                                             # prefix → its node; () is 0
+        for level in range(L):
+            for prefix in sorted({path[:level] for path in ids}):
+                number[prefix] = len(number)
+        self.num_prefixes = M = len(number)
+        check(M * num_codes < 2 ** 28, f"a tree of {M} prefixes · {num_codes} codes is too large "
+              "for the memory; use fewer codes")
+        nodes = np.empty((len(ids), L + 1), np.int64)
+        for item, path in enumerate(ids):
+            nodes[item] = [number[path[:level]] for level in range(L)] + [M + item]
+        next_node = np.full((M + 1, num_codes), -1, np.int64)
         next_node[nodes[:, :-1], codes] = nodes[:, 1:]          # code c_l leads from s_{l-1} to s_l
         for name, table in {"codes": codes, "next_node": next_node, "nodes": nodes}.items():
             self.register_buffer(name, torch.tensor(table, dtype=torch.long), persistent=False)
