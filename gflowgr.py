@@ -31,7 +31,6 @@ import os
 import shutil
 import sys
 import time
-import traceback
 import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -267,7 +266,7 @@ class Policy(torch.nn.Module):
         self.user_token = semantic_ids.num_levels * semantic_ids.num_codes
         self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch, not pretrained
             vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
-            n_head=math.gcd(width, max(1, width // 32)),        # about width / 32; it divides width
+            n_head=1 if width % 32 else width // 32,            # heads of 32 dimensions
             n_positions=window + semantic_ids.num_levels,       # <user>, items, L−1 codes
             resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0,
             bos_token_id=self.user_token, eos_token_id=self.user_token,
@@ -491,12 +490,14 @@ def pack_histories(histories, policy):
 
 def batches(setup, policy, reward, rng):
     """One epoch of Batches, in random order."""
+    def length(row):                                            # items that GPT-2 reads of it
+        return min(row[1][-1], policy.window)
     rows = [setup.rows[r] for r in rng.permutation(len(setup.rows))]
-    # Of each 32 Batches' rows, those of like length share one: so there is less padding
-    lengths = [min(places[-1], policy.window) for _, places in rows]
-    order = sorted(range(len(rows)), key=lambda i: (i // (32 * setup.size), lengths[i]))
+    many = 32 * setup.size                  # rows of 32 Batches: those of like length share one,
+    for start in range(0, len(rows), many):                     # so there is less padding
+        rows[start:start + many] = sorted(rows[start:start + many], key=length)
     for start in rng.permutation(range(0, len(rows), setup.size)):
-        some = [rows[i] for i in order[start:start + setup.size]]
+        some = rows[start:start + setup.size]
         yield Batch(Packed(some, setup.data.train, policy), setup.data, reward)
 
 def tree_mask(ends, H, J, L):
@@ -771,18 +772,6 @@ def real_of(data):
     """REAL, or {} if the data are a made-up world, one with truth.csv."""
     return {} if data == "toy" or (Path(data) / "truth.csv").exists() else REAL
 
-def method_of(base):
-    """A method without its changes → what it changes in Recipe, and which fields have an effect."""
-    if base in TEACHERS:                                        # a teacher alone
-        return dict(teacher=base, debias=0.0, sharp=1.0), ["debias"]
-    policy = base.removesuffix("+cm")
-    known = f"{', '.join(TEACHERS | RECIPES)}, and NAME+cm"
-    check(policy in RECIPES, f"there is no method {base!r}; there are {known}")
-    if base != policy:                                          # a policy, guided by a teacher
-        return dict(sharp=9.0), ["teacher", "debias", "sharp"]
-    own = RECIPES[base]
-    return own, [*FIELDS] if "loss" in own else ["rate", "dropout", "epochs"]   # or SFT
-
 def recipe_of(name, settings):
     """The Recipe of a method like tb:epochs=4, or InputError. What stands lower wins:
         defaults        of Recipe; on real logs REAL["Recipe"] changes them
@@ -790,16 +779,28 @@ def recipe_of(name, settings):
         the flag        --recipe; but sft has --sft, and a teacher alone has none
         the name        :epochs=4"""
     base, *changes = name.split(":")
-    own, used = method_of(base)
+    known = TEACHERS | RECIPES
+    check(base in known or base.endswith("+cm") and base[:-3] in RECIPES,
+          f"there is no method {base!r}; there are {', '.join(known)}, and NAME+cm")
+    own = RECIPES.get(base, {})
+    used = [*FIELDS] if "loss" in own else ["rate", "dropout", "epochs"]    # what has an effect
+    flag = settings.recipe.split(":")                           # for many methods, unlike changes
+    if base == "sft":
+        flag = []
+        changes = settings.sft.split(":") + changes
+    elif base in TEACHERS:                                      # a teacher alone
+        own = dict(teacher=base, debias=0.0, sharp=1.0)
+        used = ["debias"]
+        flag = []
+    elif base.endswith("+cm"):                                  # a policy, guided by a teacher
+        own = dict(sharp=9.0)
+        used = ["teacher", "debias", "sharp"]
+    odd = [change for change in changes if change and change.partition("=")[0] not in used]
+    odd += RECIPES.get(base, {}).keys() - {"loss", *used}
+    check(not odd, f"{name}: of {base}, one can change {', '.join(used)}, not {odd}")
     real = real_of(settings.data)
     defaults = {what: value for what, value in real.get("Recipe", {}).items() if what in used}
     fields = defaults | own | real.get(base, {})
-    flag = (settings.sft if base == "sft" else settings.recipe).split(":")
-    flag = [] if base in TEACHERS else flag
-    # What is said of this method alone has to have an effect; --recipe is for many methods
-    named = changes + (flag if base == "sft" else []) + [*RECIPES.get(base, {}).keys() - {"loss"}]
-    odd = [change for change in named if change and change.partition("=")[0] not in used]
-    check(not odd, f"{name}: of {base}, one can change {', '.join(used)}, not {odd}")
     parser = HfArgumentParser(Recipe, allow_abbrev=False, add_help=False)  # it checks all values
     parser.set_defaults(loss=fields.pop("loss", None))
     parser.error = lambda message: check(False, f"{name}: {message}; fields are {[*FIELDS]}")
@@ -890,11 +891,13 @@ class Setup:
         """Where a method's run.json and model are; without ":", which some systems forbid."""
         return Path(self.settings.out) / f"{name.replace(':', ',')}-{self.seed}"
 
-    def policy(self, name="", dropout=0.0):
-        """A new policy, or the one that a method has saved."""
+    def saved(self, name, dropout=0.0):
+        """The policy that a method has saved."""
+        return load_model(self.folder(name), dropout).to(self.settings.device)
+
+    def policy(self, dropout=0.0):
+        """A new policy."""
         settings = self.settings
-        if name:
-            return load_model(self.folder(name), dropout).to(settings.device)
         torch.manual_seed(self.seed)
         catalogue = {"item_ids": self.data.item_ids, "titles": self.data.titles}
         return Policy(self.ids, settings.window, settings.width, settings.layers, dropout,
@@ -980,16 +983,17 @@ def model_of(name, recipe, setup):
     if base in TEACHERS:
         return setup.teacher(recipe), []
     if base.endswith("+cm"):
-        policy = setup.policy(base.removesuffix("+cm"))
+        policy = setup.saved(base.removesuffix("+cm"))
         policy.catalogue["guide"] = {"data": setup.data.sizes, "teacher": recipe.teacher,
                                      "debias": recipe.debias, "sharp": recipe.sharp}
         save_policy(policy, setup.folder(name))
         policy.teacher = setup.teacher(recipe)
         return policy, []
-    policy = setup.policy("" if base == "sft" else "sft", recipe.dropout)
+    start = setup.policy if base == "sft" else partial(setup.saved, "sft")
+    policy = start(dropout=recipe.dropout)
     curve = train(name, recipe, policy, setup)
     save_policy(policy, setup.folder(name))
-    return setup.policy(name), curve                            # tested as it was saved
+    return setup.saved(name), curve                             # tested as it was saved
 
 # --- The oracle: does P reach R/Z? ----------------------------------------------------------------
 @torch.no_grad()
@@ -1007,21 +1011,21 @@ def run_oracle(settings):
     settings = replace(settings, recipe=f"{changes}:{settings.recipe}")
     recipe = recipe_of(settings.oracle, settings)
     check(recipe.loss, f"--oracle {settings.oracle}: it needs a method with a loss of paths")
+    path = Path(settings.out) / "oracle.png"
+    path.parent.mkdir(parents=True, exist_ok=True)              # fails now, not after training
     data = load_data(settings.data, settings.quick)
     setup = Setup(seeds[0], data, settings)
     policy = setup.policy()
     rows = [(user, [len(items) - 1]) for user, items in enumerate(data.train[:4])]
     batch = Batch(Packed(rows, data.train, policy), data, setup.reward(recipe))
-    target = (batch.r / batch.r.sum(1, keepdim=True)).cpu()     # P* = R/Z
-    def distance(policy):                                       # mean L1 of P from R/Z
+    target = (batch.r / batch.r.sum(1, keepdim=True)).cpu()     # R/Z of the four (4, n)
+    def distance(policy):
         return (distribution(policy, batch.histories) - target).abs().sum(1).mean().item()
-    setup.rows = 100 * rows                                     # 100 steps an epoch
-    setup.size = 4
-    try_out([settings.oracle], setup)
-    path = Path(settings.out) / "oracle.png"
-    path.parent.mkdir(parents=True, exist_ok=True)              # fails now, not after training
     setup.measure = distance
     setup.measured = "L1 distance of P from R/Z"
+    setup.rows = 100 * rows                                     # an epoch is 100 steps,
+    setup.size = 4                                              # each on these four contexts
+    try_out([settings.oracle], setup)
     curve = train(settings.oracle, recipe, policy, setup)
     print("mean L1 distance of P from R/Z (2 at most): {:.4f} before, {:.4f} after; {}".format(
         curve[0]["score"], curve[-1]["score"], path))
@@ -1052,13 +1056,7 @@ def main(settings):
         print("stopped; --resume keeps the finished methods of a run", file=sys.stderr)
         return 130
     except Exception as error:
-        where = ""
-        if not isinstance(error, (InputError, OSError)):        # maybe in your own function: where?
-            for frame in traceback.extract_tb(error.__traceback__):
-                if "site-packages" not in frame.filename:       # the last one that is no library's
-                    where = f"{frame.filename}, line {frame.lineno}, in {frame.name}: "
-            where += type(error).__name__
-        print("error: " + " ".join(f"{where} {error}".split())[:600], file=sys.stderr)
+        print(report.one_line(error), file=sys.stderr)
         return 2
 
 if __name__ == "__main__":

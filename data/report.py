@@ -1,5 +1,6 @@
 """What a run leaves: results.json, the table, gains over SFT with intervals."""
 import json
+import traceback
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,17 @@ def write(path, value):
     part = Path(f"{path}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
+
+def one_line(error):
+    """What to print for an error. If the user cannot mend it, say where it is: the last line of
+    code that is not a library's, maybe in a function of their own."""
+    where = ""
+    if not isinstance(error, (InputError, OSError)):
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+                  if "site-packages" not in frame.filename]
+        where = "{0.filename}, line {0.lineno}, in {0.name}: ".format(frames[-1])
+        where += type(error).__name__
+    return "error: " + " ".join(f"{where} {error}".split())[:600]
 
 def earlier_run(path, made_with):
     """The finished run in a run.json; None if there is none. made_with: {name: a value as JSON has
