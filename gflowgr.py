@@ -722,7 +722,7 @@ class Settings:
     resume: bool = HfArg(default=False, help="keep the finished methods of a run that was killed")
     quick: bool = HfArg(default=False, help="a smoke run in seconds: 100 users, one epoch")
     device: str = HfArg(default="auto", help="where to train: auto, cuda, mps or cpu")
-    ids: str = HfArg(default="svd", help="content (text), mixed, svd (text and log), or FILE.csv")
+    ids: str = HfArg(default="mixed", help="content (text), mixed (text and log), or FILE.csv")
     codes: int = HfArg(default=0, help="K, codes a level (0: a power of 2, about n / 24)")
     levels: int = HfArg(default=3, help="L, levels of an ID: as in the paper's examples")
     window: int = HfArg(default=20, help="items of the history that are read: the last say most")
@@ -758,8 +758,7 @@ def parse(argv):
     return settings
 
 REAL = {    # what real logs have instead: in Settings, in Recipe, in some methods
-    "Settings": dict(methods="pop,cm,blend,sft,tb-huber,sft+cm", ids="mixed", width=128, layers=3,
-                     batch=64),
+    "Settings": dict(methods="pop,cm,blend,sft,tb-huber,sft+cm", width=128, layers=3, batch=64),
     "Recipe": dict(teacher="blend", debias=0.0, sharp=6.0, lam=3.0, rate=1.5e-3, epochs=5,
                    sampler="reward_draws", trajectories=2),
     "sft": dict(dropout=0.2, epochs=8),
@@ -874,14 +873,14 @@ class Setup:
         """The SemanticIDs that --ids asks for: k-means on features of items, or those of a file."""
         settings = self.settings
         n = len(self.data.titles)
-        if settings.ids in ("content", "mixed", "svd"):
+        if settings.ids in ("content", "mixed"):
             # K: a power of 2, from n / 24 or 512 on, such that K^L IDs are enough for n items
             least = max(2, min(n / 24, 512), n ** (1 / settings.levels))
             K = settings.codes or 2 ** math.ceil(math.log2(least))
             features = item_features(settings.ids, self.data.texts, self.data.train, self.seed)
             ids = SemanticIDs.fit(features, K, settings.levels, self.seed)
         else:
-            check("." in settings.ids, f"--ids {settings.ids} is not content, mixed, svd or a file")
+            check("." in settings.ids, f"--ids {settings.ids} is not content, mixed or a file")
             codes = read_ids(settings.ids, self.data.item_ids)
             ids = SemanticIDs(codes, max(map(max, codes)) + 1)
         print(f"seed {self.seed}: {n} semantic IDs of {ids.num_levels} codes")
@@ -1011,8 +1010,6 @@ def run_oracle(settings):
     settings = replace(settings, recipe=f"{changes}:{settings.recipe}")
     recipe = recipe_of(settings.oracle, settings)
     check(recipe.loss, f"--oracle {settings.oracle}: it needs a method with a loss of paths")
-    path = Path(settings.out) / "oracle.png"
-    path.parent.mkdir(parents=True, exist_ok=True)              # fails now, not after training
     data = load_data(settings.data, settings.quick)
     setup = Setup(seeds[0], data, settings)
     policy = setup.policy()
@@ -1026,6 +1023,8 @@ def run_oracle(settings):
     setup.rows = 100 * rows                                     # an epoch is 100 steps,
     setup.size = 4                                              # each on these four contexts
     try_out([settings.oracle], setup)
+    path = Path(settings.out) / "oracle.png"
+    path.parent.mkdir(parents=True, exist_ok=True)              # fails now, not after training
     curve = train(settings.oracle, recipe, policy, setup)
     print("mean L1 distance of P from R/Z (2 at most): {:.4f} before, {:.4f} after; {}".format(
         curve[0]["score"], curve[-1]["score"], path))

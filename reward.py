@@ -16,8 +16,7 @@ import torch
 from torch.nn import functional
 
 from data import InputError, check
-# entries: rows and columns of lists' items in a matrix; followers: which item soon follows which
-from tokenizer import entries, followers, item_features, item_vectors, sparse
+from tokenizer import entries, item_vectors, sparse     # entries: rows, columns of lists' items
 
 warnings.filterwarnings("ignore", message="Sparse CSR")         # torch calls its sparse CSR "beta"
 
@@ -46,6 +45,18 @@ def shares(scores, histories, popular, s=0.001):
     share = torch.where(scores.any(1, keepdim=True), s, 1.0)    # (B, 1): s, or 1 without a score
     return (1 - share) * scores + share * popular
 
+def followers(histories, num_items):
+    """Sparse (n, n): how often b soon follows a. If it is d places after a, d up to 5, this counts
+    .8^(d − 1). The log [[0, 1, 2]] has 1 at (0, 1) and (1, 2), .8 at (0, 2)."""
+    users, items = entries(histories)           # all histories in a row: whose it is, which item
+    pairs = []
+    weights = []
+    for distance in range(1, 6):
+        same = users[:-distance] == users[distance:]            # are both of one history?
+        pairs.append([items[:-distance][same], items[distance:][same]])
+        weights.append(np.full(same.sum(), 0.8 ** (distance - 1)))
+    return sparse(np.hstack(pairs), np.hstack(weights), (num_items, num_items))
+
 class CollaborativeModel:
     """Counts of which item follows which: CM(U, i) ∝ Σ_j .6^(age(j) − 1) · near[j, i] over the
     last ten items j (the newest has age 1), and a little popularity. If the log is 0 1 2, near[0]
@@ -53,8 +64,8 @@ class CollaborativeModel:
     def __init__(self, histories, num_items, popularity=0.05):
         # Constants: chosen on validation items of MovieLens and Beauty.
         # near[j, i] = (forward[j, i] + .25 · forward[i, j]) / √count(j); forward[j, i]: how often i
-        # soon follows j (.8^(d − 1) if d places after it, d up to 5)
-        forward = followers(histories, num_items, window=5, decay=0.8)  # sparse (n, n)
+        # soon follows j
+        forward = followers(histories, num_items)               # sparse (n, n)
         both = (forward + 0.25 * forward.T).coalesce()
         count = torch.tensor(np.bincount(entries(histories)[1], minlength=num_items)).double()
         self.near = (both * count.clamp(min=1)[:, None] ** -0.5).float()
@@ -96,33 +107,16 @@ class Squared(SVD):
         scores = weighted(self.near, histories, lambda age: 0.4 ** (age - 1) + 0.5)
         return shares(scores, histories, self.popular)
 
-@lru_cache(maxsize=1)
-def similar_items(data, most=200):
-    """Sparse (n, n): row i has max(0, cosine)³ of item i and its `most` nearest items, by `mixed`
-    features. These read all users' logs: so R knows a little of what a user logged later."""
-    features = item_features("mixed", data.texts, data.train, seed=0)
-    vectors = functional.normalize(torch.tensor(features).float())
-    n = len(vectors)
-    values, nearest = (vectors @ vectors.T).clamp(min=0).pow(3).topk(min(most, n))     # (n, most)
-    return sparse(entries(nearest.tolist()), values.flatten(), (n, n))
-
 class Blend:
-    """Ours, for real logs, a sum of two halves: √(counts · neighbours), of the CollaborativeModel
-    and of Σ_j similar[j, i] / age(j) over the last 20 items j; SVD / √(length of item i's vector).
-    Each is divided by its sum; similar: `similar_items`."""
-    def __init__(self, histories, num_items, similar):
+    """Ours, for real logs: a quarter CollaborativeModel, three quarters SVD. Each finds items that
+    the other misses."""
+    def __init__(self, histories, num_items):
         self.counts = CollaborativeModel(histories, num_items)
         self.svd = SVD(histories, num_items)
-        self.similar = similar                                  # sparse (n, n)
-        self.popular = self.counts.popular
 
     def scores(self, histories):
         """CM(U, ·) (B, n) of B histories."""
-        share = partial(shares, histories=histories, popular=self.popular)      # to sum 1
-        neighbours = share(weighted(self.similar, histories, lambda age: 1 / age, 20))
-        first = share((self.counts.scores(histories) * neighbours).sqrt())
-        second = share(self.svd.scores(histories) / self.svd.popular.sqrt())
-        return share(first + second)
+        return self.counts.scores(histories) / 4 + self.svd.scores(histories) * 3 / 4
 
 # A teacher's name: its fit(histories, num_items)
 TEACHERS = {"pop": partial(CollaborativeModel, popularity=1.0),     # popularity alone
@@ -140,8 +134,6 @@ def fitted(fit, data, fold):
     """What fit makes of all training histories but those in a fold, 0 to 19; −1: of all."""
     # Copies: the fit may be yours, and change them
     others = [[*data.train[user]] for user in np.flatnonzero(folds_of(data) != fold)]
-    if fit is Blend:                                            # it reads the items' texts, too
-        fit = partial(Blend, similar=similar_items(data))
     return fit(others, len(data.titles))
 
 class Teacher:
@@ -149,8 +141,8 @@ class Teacher:
     shown more is logged more. sharp: P learns few high scores more easily than many middling ones.
     An item's popularity is its count + 1; in `SVD` and `Squared`, the length of its vector.
     Users are in 20 folds. In training, a user's scores come from a recommender that was fitted on
-    the other 19 folds: so it does not know what this user logged next. (Popularity and
-    `similar_items` know it, a little.) Users to be served get one that was fitted on all."""
+    the other 19 folds: so it does not know what this user logged next. (Popularity knows it, a
+    little.) Users to be served get one that was fitted on all."""
     def __init__(self, name, data, debias=0.0, sharp=1.0):
         check(name in TEACHERS, f"there is no teacher {name!r}; there are {', '.join(TEACHERS)}")
         self.fit = TEACHERS[name]

@@ -57,30 +57,6 @@ def tf_idf(texts):
     idf = np.log(len(texts) / count).clip(0) * (count > 1)
     return sparse((rows, terms), idf[terms].astype(np.float32), (len(texts), len(count)))
 
-def followers(histories, num_items, window, decay):
-    """Sparse (n, n): how often b soon follows a. If it is d ≤ window places after a, this counts
-    decay^(d − 1). With decay .8, the log [[0, 1, 2]] has 1 at (0, 1) and (1, 2), .8 at (0, 2)."""
-    users, items = entries(histories)           # all histories in a row: whose it is, which item
-    pairs = []
-    weights = []
-    for distance in range(1, window + 1):
-        same = users[:-distance] == users[distance:]            # are both of one history?
-        pairs.append([items[:-distance][same], items[distance:][same]])
-        weights.append(np.full(same.sum(), decay ** (distance - 1)))
-    return sparse(np.hstack(pairs), np.hstack(weights), (num_items, num_items))
-
-def ppmi(histories, num_items):
-    """Sparse (n, n): positive pointwise mutual information, max(0, log(p(a, b) / (p(a) · p(b)))):
-    above 0 where b is near a more often than by chance."""
-    after = followers(histories, num_items, window=5, decay=0.8)
-    near = (after + after.T).coalesce()             # how often b is near a, before or after it
-    a, b = near.indices()
-    count = torch.sparse.sum(near, 1).to_dense()    # (n,) how often anything is near a
-    smooth = count ** 0.75                          # rare b get a larger p(b)
-    # p(a, b) = near[a, b] / Σ near, p(a) = count[a] / Σ near, p(b) = smooth[b] / Σ smooth
-    ratio = near.values() * smooth.sum() / (count[a] * smooth[b])
-    return sparse((a, b), ratio.log().clamp(min=0), near.shape).float()
-
 def item_vectors(histories, num_items, rank=0):
     """Vectors of items (n, rank), alike if the same users took them: the first left singular
     vectors of items × users; at (i, u), there is 1 / count(i)^.25 if user u took item i, else 0.
@@ -96,17 +72,14 @@ def unit(rows):
     return rows / np.where(length > 1e-6, length, np.inf)
 
 def item_features(kind, texts, histories, seed, dim=64):
-    """(n, d): "content" is an item's text (TIGER); InputError if no item has any. The log can be
-    added (LETTER): "mixed" has its neighbours there, "svd" its vector in a matrix factorisation.
+    """(n, d): "content" is an item's text (TIGER); InputError if no item has any. "mixed" is its
+    text and its vector by the log (in the spirit of LETTER).
     Pass training histories only: validation or test items would leak into every result."""
     text = unit(leading_vectors(tf_idf(texts), dim, seed, power=0.5))
     if kind == "content":
         check(text.any(), "--ids content needs text in items.csv")
         return text
-    if kind == "mixed":
-        log = unit(leading_vectors(ppmi(histories, len(texts)), dim, seed, power=0.5))
-    else:
-        log = unit(item_vectors(histories, len(texts)).astype(np.float64))
+    log = unit(item_vectors(histories, len(texts)).astype(np.float64))
     return np.hstack([text, 2 * log])                           # 2: it says more than a few words
 
 # --- Residual k-means -----------------------------------------------------------------------------
