@@ -713,7 +713,7 @@ Policy.from_pretrained = staticmethod(load_model)
 class Settings:
     """All settings, each a command-line flag. REAL changes some of the defaults."""
     data: str = HfArg(default="toy", help="toy, ml-100k, beauty, or a folder of two CSV files")
-    methods: str = HfArg(default="pop,cm,svd,svd:debias=.5,squared,sft,tb,sft+cm",
+    methods: str = HfArg(default="pop,cm,svd,svd:debias=.5,sft,tb,sft+cm",
                          help="comma-separated; with changes: tb:epochs=4:sampler=policy_beam")
     sft: str = HfArg(default="", help="changes in the recipe of sft, like epochs=12:rate=.003")
     recipe: str = HfArg(default="", help="changes in all other recipes, like epochs=6:w_s=0")

@@ -31,17 +31,18 @@ def weighted(table, histories, weight, length=10 ** 9):
     return (sparse(places, weights, (len(lists), len(table))) @ table).to_dense()
 
 def shares(scores, histories, popular, s=0.001):
-    """Scores (B, n), overwritten, and a little popularity (n,) → (B, n), rows of sum 1.
+    """Scores (B, n), and a little popularity (n,) → (B, n), rows of sum 1.
     1. Both are made 0 at items of the history, then divided by their sums.
     2. (1 − s) · scores + s · popular; s is 1 for a user without any score.
     A user took item 0, s is .1, scores [6, 3, 1, 0], popular [5, 2, 1, 1]:
     .9 · [0, .75, .25, 0] + .1 · [0, .5, .25, .25] = [0, .725, .25, .025]"""
-    functional.threshold_(scores, 1e-6, 0.0)                    # what is below 1e-6 is rounding: 0
+    seen = entries(histories, len(popular))
+    scores = functional.threshold(scores, 1e-6, 0.0)            # what is below 1e-6 is rounding: 0
     popular = popular.repeat(len(histories), 1)                 # (B, n)
-    seen = entries(histories, popular.shape[1])
-    for table in (scores, popular):                             # in place, as they are large
-        table[seen] = 0
-        table /= table.sum(1, keepdim=True).clamp(min=1e-12)    # a user who saw all items: all 0
+    scores[seen] = 0
+    popular[seen] = 0
+    scores /= scores.sum(1, keepdim=True).clamp(min=1e-12)      # a user who saw all items: all 0
+    popular /= popular.sum(1, keepdim=True).clamp(min=1e-12)
     share = torch.where(scores.any(1, keepdim=True), s, 1.0)    # (B, 1): s, or 1 without a score
     return (1 - share) * scores + share * popular
 
@@ -95,18 +96,6 @@ class SVD:
         users = weighted(self.vectors, histories, lambda age: age ** -0.75)         # (B, rank)
         return shares(users @ self.vectors.T, histories, self.popular)      # below 0 becomes 0
 
-class Squared(SVD):
-    """Ours, chosen from 150 formulas on made-up data: similarities of items are squared.
-    CM(U, i) ∝ Σ_j (.4^(age(j) − 1) + .5) · max(0, ⟨x_j, x_i⟩)² / √(length(x_j) · length(x_i)³)."""
-    def __init__(self, histories, num_items, rank=0):
-        super().__init__(histories, num_items, rank)
-        self.near = (self.vectors @ self.vectors.T).clamp(min=0) ** 2               # (n, n)
-        self.near /= (self.popular[:, None] * self.popular ** 3) ** 0.5
-
-    def scores(self, histories):
-        scores = weighted(self.near, histories, lambda age: 0.4 ** (age - 1) + 0.5)
-        return shares(scores, histories, self.popular)
-
 class Blend:
     """Ours, for real logs: a quarter CollaborativeModel, three quarters SVD. Each finds items that
     the other misses."""
@@ -120,7 +109,7 @@ class Blend:
 
 # A teacher's name: its fit(histories, num_items)
 TEACHERS = {"pop": partial(CollaborativeModel, popularity=1.0),     # popularity alone
-            "cm": CollaborativeModel, "svd": SVD, "squared": Squared, "blend": Blend}
+            "cm": CollaborativeModel, "svd": SVD, "blend": Blend}
 
 # --- The teacher: a recommender as R reads it -----------------------------------------------------
 @lru_cache(maxsize=8)
@@ -139,7 +128,7 @@ def fitted(fit, data, fold):
 class Teacher:
     """A recommender of TEACHERS whose scores are (score / popularity^δ)^sharp, ours. δ: what is
     shown more is logged more. sharp: P learns few high scores more easily than many middling ones.
-    An item's popularity is its count + 1; in `SVD` and `Squared`, the length of its vector.
+    An item's popularity is its count + 1; in `SVD`, the length of its vector.
     Users are in 20 folds. In training, a user's scores come from a recommender that was fitted on
     the other 19 folds: so it does not know what this user logged next. (Popularity knows it, a
     little.) Users to be served get one that was fitted on all."""

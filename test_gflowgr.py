@@ -52,7 +52,7 @@ import reward
 import tokenizer
 from data import InputError, check_numbers, figures, load_data, report
 from gflowgr import NEVER, Policy, RECIPES, Recipe, SAMPLERS, Setup, policy_draws, recipe_of
-from reward import SVD, TEACHERS, CollaborativeModel, Reward, Squared, Teacher
+from reward import SVD, TEACHERS, CollaborativeModel, Reward, Teacher
 from tokenizer import SemanticIDs
 
 ROOT = Path(gflowgr.__file__).parent
@@ -745,19 +745,15 @@ def vectors():                                # of LOG's items (25, 8), signs of
     x /= np.maximum(x.sum(0), 1) ** 0.25
     return torch.tensor(np.linalg.svd(x)[2][:8].T)
 
-def test_svd_squared_and_blend_against_loops(vectors):
+def test_svd_and_blend_against_loops(vectors):
     long = vectors.norm(dim=1).clamp(min=1e-4)
     users = [*USERS, list(range(23))]
     of_8 = SVD(LOG, 25, rank=8).scores(users)
-    squared = Squared(LOG, 25, rank=8).scores(users)
     for user, history in enumerate(users):
-        score, square = torch.zeros(2, 25)
+        score = torch.zeros(25)
         for age, j in enumerate(reversed(history), 1):
             score += vectors @ vectors[j] / age ** 0.75
-            cosine = (vectors @ vectors[j] / long / long[j]).clamp(min=0)
-            square += (0.4 ** (age - 1) + 0.5) * cosine ** 2 * (long[j] ** 3 * long).sqrt()
         close(of_8[user], shares_loops(score, long, history), atol=1e-3)    # it is approximate
-        close(squared[user], shares_loops(square, long, history), atol=1e-3)
     counts, svd, blend = [TEACHERS[name](LOG, 25).scores(users) for name in ("cm", "svd", "blend")]
     close(blend, 0.25 * counts + 0.75 * svd)
     assert SVD(LOG, 25).vectors.shape == (25, 24)
@@ -1493,7 +1489,7 @@ def test_the_figures_on_the_pages_were_made_with_these_defaults():
         made.append(inspect.signature(function))
     text = re.sub(" at 0x[0-9a-f]+", "", repr(made))
     checksum = zlib.crc32(text.encode())
-    assert checksum == 2456703058, "run the commands of the pages anew, then change this number"
+    assert checksum == 3100348080, "run the commands of the pages anew, then change this number"
 
 @pytest.mark.parametrize("page, pictures", [
     ("course", ["loop"]), ("results", ["diverse", "measures"])])
