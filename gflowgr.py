@@ -134,7 +134,8 @@ class Paths:
             items = torch.cat([positives, items], 1)
         if recipe.chosen == "reward":
             items = torch.cat([draw(batch.r, 1), items], 1)
-        # One forward pass for all paths: that of v, for L_GR, and the J of L_GFN
+        # One forward pass for all paths: that of v, for L_GR, and the J of L_GFN. If v is 7 and
+        # 3 and 9 are drawn, all_items is [[7, 3, 9]], and J = 2
         all_items = torch.cat([positives, items], 1)            # (C, 1 + J)
         log_steps, log_probs, learned_log_flow = policy(batch.packed, all_items)
         self.recipe = recipe
@@ -410,8 +411,8 @@ def sdpo(log_pf, log_ref, beta):
 
 def grpo(log_pf, log_ref, log_r, beta):
     """GRPO (Shao et al. 2024), reinforcement learning: log P, log P_ref, log R of paths (C, J) →
-    scalar. Paths with R above their mean become likelier, but P stays near P_ref. (Its ratio of P
-    and of the policy that drew the paths is 1 here: P drew them at this step; ours: none twice.)
+    scalar. Paths with R above their mean become likelier, but P stays near P_ref. (Ours: paths are
+    drawn anew for each step, no item twice. So GRPO's ratio of P to P when drawn is 1.)
     A = (R − mean R) / std R over a context's J paths; std with J − 1, at least 1e-8.
     Mean over paths of β · (x − log x − 1) − A · log P, x = P_ref / P."""
     r = log_r.exp()
@@ -425,10 +426,10 @@ def log_ref_of(p):
         return p.reference(p.batch.packed, p.items)[0].sum(-1)
 
 def sdpo_of(p):
-    """S-DPO of a Paths p. Path 0 is chosen; if a sampler drew its item, too, that is not rejected:
-    with log P = NEVER, it adds nothing to the sum."""
-    again = p.items == p.items[:, :1]                           # (C, J) the chosen item,
-    again[:, 0] = False                                         # but not as path 0
+    """S-DPO of a Paths p. Path 0 is chosen. If its item was drawn once more, the sum of rejected
+    ones shall not have it: there, log P becomes NEVER."""
+    again = p.items == p.items[:, :1]                           # (C, J)
+    again[:, 0] = False
     return sdpo(p.log_pf.masked_fill(again, NEVER), log_ref_of(p), p.recipe.beta)
 
 # Ours: seven rejected items, in the paper three; drawn from P on real logs, too
@@ -614,9 +615,9 @@ def drawn_search(tree, k, beams):
     Think of a race: each item arrives after a random time, exponential with rate P. The first k
     are drawn: the likelier, the sooner. A prefix arrives with the first item below it. This time is
     exponential, too, its rate is P of the prefix. So we go down the tree: when a prefix arrives is
-    known, when its children do is drawn. The first child arrives with its prefix, the others later:
-    each draws a time; the least one is subtracted, the prefix's added. If a prefix arrives at 1,
-    and its children draw .5 and .8, they arrive at 1 and 1.3. W beams, the first ones, go on.
+    known, when its children do is drawn. Each draws a time. The first arrives with its prefix, the
+    others as much later as they drew more: exponential times have no memory. If a prefix arrives
+    at 1, and its children draw .5 and .8, they arrive at 1 and 1.3. The first W beams go on.
     The scores of items are −log(time)."""
     # P of the beams, and their times (B, W); the root may arrive at any time, here at 1
     p = time = torch.ones_like(tree.node, dtype=torch.float)
@@ -759,7 +760,7 @@ def parse(argv):
 
 REAL = {    # what real logs have instead: in Settings, in Recipe, in some methods
     "Settings": dict(methods="pop,cm,blend,sft,tb-huber,sft+cm", width=128, layers=3, batch=64),
-    "Recipe": dict(teacher="blend", debias=0.0, sharp=6.0, lam=3.0, rate=1.5e-3, epochs=5,
+    "Recipe": dict(teacher="blend", debias=0.0, sharp=4.0, lam=3.0, rate=1.5e-3, epochs=5,
                    sampler="reward_draws", trajectories=2),
     "sft": dict(dropout=0.2, epochs=8),
     "sft-continued": dict(dropout=0.2, rate=4.5e-4),
@@ -833,14 +834,17 @@ def run(settings):
 
 def check_settings(settings):
     """Check the settings and set the device → (names of methods, what they need first; seeds)."""
-    there = {"cuda": torch.cuda, "mps": torch.backends.mps}
-    devices = [device for device in there if there[device].is_available()] + ["cpu"]
-    settings.device = devices[0] if settings.device == "auto" else settings.device
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    devices = [device for device, found in there.items() if found]
+    if settings.device == "auto":
+        settings.device = devices[0]
     check(settings.device in devices, f"--device {settings.device}: there is only {devices}")
     check_numbers("--", settings)
     seeds = [seed.strip() for seed in settings.seeds.split(",")]
     whole = all(seed.isdecimal() and len(seed) < 19 for seed in seeds)
     check(whole, f"--seeds {settings.seeds} are not numbers like 42,43")
+    # Methods may be your own
     odd = [name for name, own in RECIPES.items() if name in TEACHERS or not isinstance(own, dict)]
     check(not odd, f"RECIPES: {odd}: it has to be a dict, and not the name of a teacher")
     names = []

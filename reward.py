@@ -75,7 +75,7 @@ class CollaborativeModel:
 
     @classmethod
     def fit(cls, histories, num_items, **options):
-        """What the class itself makes of them."""
+        """CollaborativeModel(histories, num_items), by the name that other libraries have."""
         return cls(histories, num_items, **options)
 
     def scores(self, histories):
