@@ -59,7 +59,7 @@ def trajectory_balance(log_z, log_pf, log_r):
     (C, J) → scalar.
     P_F is the policy's probability of the next code: log P of a path is Σ_l log P_F(s_{l+1} | s_l).
     Z, the paper's Z(U), is the sum of R over all items (ours: unseen ones; P of others is 0).
-    Where several ways lead to an item, TB also has log P_B, of the one that was taken; in a tree,
+    If several paths led to an item, TB would also need P_B, how likely each of them is. In a tree
     there is one, so P_B is 1.
     Mean over all paths of (log Z + log P − log R)²:
     >>> log_pf, log_r = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
@@ -187,10 +187,13 @@ def loss_of(recipe, policy, reference, batch, progress):
 def train(name, recipe, policy, setup):
     """The one training loop → the curve, a list of {"epoch", "loss", "score"}, epoch 0: before.
     policy: new for SFT, for the others as SFT left it. The rate rises to its peak and falls to 0.
-    setup: what all methods share; `batches` makes Batches of it, of setup.size of the log's
-    setup.rows each (what a row is, comes after the lecture). setup.measure: policy → the score of
-    an epoch, called setup.measured."""
-    reward = setup.reward(recipe) if recipe.loss else None      # a Reward, to compute R
+    setup: a Setup, what all methods of one seed share. Of it, the loop asks for
+        setup.seed
+        batches(setup, …)       Batches, each of setup.size of the log's setup.rows; a row is some
+                                contexts of one user, as shown after the lecture
+        setup.reward(recipe)    a Reward, to compute R
+        setup.measure(policy)   the score of an epoch, called setup.measured"""
+    reward = setup.reward(recipe) if recipe.loss else None
     reference = copy.deepcopy(policy).eval()                    # frozen
     per_epoch = math.ceil(len(setup.rows) / setup.size)
     steps = recipe.epochs * per_epoch

@@ -706,6 +706,11 @@ def test_ids_have_to_be_different_rows_of_small_integers(codes):
     with pytest.raises(InputError, match="all rows different"):
         SemanticIDs(codes, 2)
 
+def test_the_tree_of_the_example():
+    ids = SemanticIDs([[0, 0], [0, 1], [1, 1]], 2)
+    assert ids.nodes.tolist() == [[0, 1, 3], [0, 1, 4], [0, 2, 5]]
+    assert ids.next_node.tolist() == [[1, 2], [3, 4], [-1, 5], [-1, -1]]
+
 def test_centroids_begin_far_apart():
     points = np.repeat(np.eye(8), 5, axis=0)                    # seeds at random would miss some
     centroids = tokenizer.kmeans(points, 8, np.random.default_rng(0))
@@ -851,7 +856,10 @@ def test_a_list_ends_where_no_item_is_left(monkeypatch):
     seen = list(range(24))
     monkeypatch.setitem(TEACHERS, "bare", partial(CollaborativeModel.fit, popularity=0.0))
     cm = Teacher("bare", log_data(24), 1.0)
-    for recommend in (made().recommend, partial(made().recommend, sample=1.0), cm.recommend):
+    sharp = made()
+    sharp.lm.transformer.wte.weight.data *= 1e3                 # nearly all P are below 1e-30
+    drawn = [partial(policy.recommend, sample=1.0) for policy in (made(), sharp)]
+    for recommend in (made().recommend, *drawn, cm.recommend):
         items, scores = recommend([seen, seen[1:], [0, 0, 3]], 24)
         assert (items >= 0).sum(1).tolist() == [0, 1, 22]
         assert scores.isfinite().equal(items >= 0)
@@ -1068,7 +1076,7 @@ def test_changes_come_in_the_order_real_recipe_name(monkeypatch):
             ("mine", RECIPES["mine"], dict(common, dropout=0.3)),   # its lam, though that of Recipe
             ("tb+cm:debias=.5", dict(w_a=6, beta=6), dict(sharp=9, debias=0.5, teacher="blend")),
             ("cm:debias=1", dict(teacher="cm", sharp=1.0), dict(debias=1)),
-            ("sft:epochs=8", RECIPES["sft"], dict(epochs=8, rate=0.5, dropout=0.5))):
+            ("sft:epochs=8:rate=.1", RECIPES["sft"], dict(epochs=8, rate=0.1, dropout=0.5))):
         assert recipe_of(name, settings) == Recipe(**{**own, **changes}), name
     assert gflowgr.parse(["--quick", "--recipe=epochs=3"]).recipe == "epochs=1:epochs=3"
 
@@ -1372,7 +1380,7 @@ def folder_of(path, items=ITEMS, events=EVENTS):
     (path / "interactions.csv").write_text(events)
     return path
 
-def test_ids_from_a_file_and_devices(tmp_path, capsys):
+def test_ids_from_a_file_and_devices(tmp_path, capsys, monkeypatch):
     folder = folder_of(tmp_path)
     for a, b, c in (("70000,5", "9,0", "70001,0"), ("1,1", "0,0", "2,0")):      # no gaps
         (folder / "ids.csv").write_text(f"item_id,x,y\na,{a}\nb,{b}\nc,{c}\nd,{b}\nz,7,7\n")
@@ -1385,6 +1393,10 @@ def test_ids_from_a_file_and_devices(tmp_path, capsys):
     assert setup.ids.num_codes == 32                            # 720 / 24 = 30; a power of 2
     setup.settings.device = "meta"
     assert all(x.is_meta for x in setup.policy().state_dict().values())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    settings = gflowgr.parse([])
+    gflowgr.check_settings(settings)
+    assert settings.device == "cuda"
 
 def test_two_users_and_nine_items_without_text_or_truth_work_as_they_are(tmp_path):
     events = EVENTS.replace("b,1", "b,2") + "u,a,9\nw,a,1\nw,b,1\n"
