@@ -1027,8 +1027,8 @@ def run_oracle(settings):
         return (distribution(policy, batch.histories) - target).abs().sum(1).mean().item()
     setup.measure = distance
     setup.measured = "L1 distance of P from R/Z"
-    setup.rows = 100 * rows                                     # an epoch is 100 steps,
-    setup.size = 4                                              # each on these four contexts
+    setup.rows = 100 * rows                                     # an epoch has each context 100
+    setup.size = 4                                              # times, in 100 steps of four
     try_out([settings.oracle], setup)
     path = Path(settings.out) / "oracle.png"
     path.parent.mkdir(parents=True, exist_ok=True)              # fails now, not after training

@@ -105,8 +105,8 @@ def kmeans(points, k, rng, steps=20):
 
 def assign_with_capacity(cost, parent, capacity):
     """Give each item its next code → (n,). cost (n, K) of each code, overwritten. parent (n,): a
-    number for the codes that an item has so far. At most `capacity` items with one parent may get
-    one code, as there are no more IDs that begin so: together, they are a cell.
+    number for the codes that an item has so far. Items with one parent that get one code are a
+    cell: at most `capacity`, as there are no more IDs that begin so.
     1. Every item asks for the cheapest code that has not refused it.
     2. In each cell, the `capacity` items with the least cost stay; the others are refused for good.
     3. Repeat until no item is refused.
