@@ -1040,6 +1040,12 @@ def test_same_seed_same_curve_and_no_leak_from_test_or_validation_items(tiny):
     assert one[0] == again[0] != other[0]                       # other validation items
     close(one[1], other[1], atol=0, rtol=0)
 
+def test_a_run_depends_on_the_content_of_its_data_not_on_their_folder(tiny):
+    setup = prepared(*tiny)
+    made = gflowgr.made_with("tb", setup)["data"]
+    assert made["checksum"] == setup.data.sizes["checksum"] and "name" not in made
+    assert setup.size == math.ceil(len(setup.rows) / 20) < setup.settings.batch
+
 def test_rates_clipping_and_progress(tiny, monkeypatch):
     rates = []
     progress = []
