@@ -782,9 +782,8 @@ def recipe_of(name, settings):
         the flag        --recipe; but sft has --sft, and a teacher alone has none
         the name        :epochs=4"""
     base, *changes = name.split(":")
-    known = TEACHERS | RECIPES
-    check(base in known or base.endswith("+cm") and base[:-3] in RECIPES,
-          f"there is no method {base!r}; there are {', '.join(known)}, and NAME+cm")
+    check(base in TEACHERS or base.removesuffix("+cm") in RECIPES,
+          f"there is no method {base!r}; there are {', '.join(TEACHERS | RECIPES)}, and NAME+cm")
     own = RECIPES.get(base, {})
     used = [*FIELDS] if "loss" in own else ["rate", "dropout", "epochs"]    # what has an effect
     flag = settings.recipe.split(":")                           # for many methods, unlike changes
@@ -995,8 +994,10 @@ def model_of(name, recipe, setup):
         save_policy(policy, setup.folder(name))
         policy.teacher = setup.teacher(recipe)
         return policy, []
-    start = setup.policy if base == "sft" else partial(setup.saved, "sft")
-    policy = start(dropout=recipe.dropout)
+    if base == "sft":
+        policy = setup.policy(recipe.dropout)
+    else:
+        policy = setup.saved("sft", recipe.dropout)
     curve = train(name, recipe, policy, setup)
     save_policy(policy, setup.folder(name))
     return setup.saved(name), curve                             # tested as it was saved

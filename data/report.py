@@ -21,9 +21,9 @@ def one_line(error):
     code that is not a library's, maybe in a function of their own."""
     where = ""
     if not isinstance(error, (InputError, OSError)):
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__)
-                  if "site-packages" not in frame.filename]
-        where = "{0.filename}, line {0.lineno}, in {0.name}: ".format(frames[-1])
+        for frame in traceback.extract_tb(error.__traceback__):
+            if "site-packages" not in frame.filename:
+                where = f"{frame.filename}, line {frame.lineno}, in {frame.name}: "
         where += type(error).__name__
     return "error: " + " ".join(f"{where} {error}".split())[:600]
 
