@@ -152,19 +152,20 @@ class Paths:
         learned_log_z = self.learned_log_flow[:, 0, 0]          # log F(s_0): all J paths have it
         self.log_z = batch.r.sum(1).log() if recipe.exact else learned_log_z        # (C,)
 
-# What each method changes in Recipe; p: a Paths. Numbers were chosen by trials, in data/log.md.
-# In `paper`, as we read it, L_GFN reads v, too. R of v is high, so L_GFN, too, teaches the log
-#             L_GFN reads                                         Z         δ    sharp   λ
-# paper       v, and 3 items (low scores first, high ones later)  learned   0    1       1
-# tb-paper    3 items, in the same way (`curriculum`)             learned   .5   3       .3
-# tb          8 items drawn from P                                exact     .5   3       10
-TB = dict(loss=lambda p: trajectory_balance(p.log_z, p.log_pf, p.log_r))
-CURRICULUM = dict(TB, sampler="curriculum", trajectories=3, exact=False, dropout=0.4)
+def tb_of(p):
+    """TB of a Paths p."""
+    return trajectory_balance(p.log_z, p.log_pf, p.log_r)
+
+# What each method changes in Recipe. Numbers were chosen by trials, in data/log.md
 RECIPES = {
     "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
-    "paper": dict(CURRICULUM, chosen="logged", debias=0.0, sharp=1.0, lam=1.0),
-    "tb-paper": dict(CURRICULUM, lam=0.3),
-    "tb": TB}                                                   # all else: as Recipe says
+    # As we read it, L_GFN reads v, too. R of v is high, so L_GFN, too, teaches the log
+    "paper": dict(loss=tb_of, chosen="logged", sampler="curriculum", trajectories=3, exact=False,
+                  lam=1.0, debias=0.0, sharp=1.0, dropout=0.4),
+    # Ours: v is in L_GR alone, and R is that of `tb`
+    "tb-paper": dict(loss=tb_of, sampler="curriculum", trajectories=3, exact=False, lam=0.3,
+                     dropout=0.4),
+    "tb": dict(loss=tb_of)}                                     # all else: as Recipe says
 
 # --- One step of training, and the loop -----------------------------------------------------------
 def loss_of(recipe, policy, reference, batch, progress):
@@ -237,6 +238,7 @@ def unlogged(batch, weight):
 def curriculum(batch, count, policy, progress):
     """The paper's third and default: items with low scores early in training, with high ones late.
     1. Draw a pool of 2N − 1 items, none of the user's log: half by score, half at random (ours).
+       An item may be drawn twice.
     2. Sort it from low to high score.
     3. Keep N in a row: at first those with the lowest scores, in the end those with the highest."""
     weight = unlogged(batch, 0.5 * batch.scores + 0.5 / batch.scores.shape[1])
@@ -435,8 +437,6 @@ def sdpo_of(p):
     again[:, 0] = False
     return sdpo(p.log_pf.masked_fill(again, NEVER), log_ref_of(p), p.recipe.beta)
 
-# Ours: seven rejected items, in the paper three; drawn from P on real logs, too
-SDPO = dict(loss=sdpo_of, trajectories=7, sampler="policy_draws")
 RECIPES |= {
     "db": dict(loss=lambda p: detailed_balance(path_flows(p), p.log_steps), dropout=0.1),
     "vargrad": dict(loss=lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1),
@@ -444,8 +444,11 @@ RECIPES |= {
     # h(log Z + log P − log R); h(x) = x²/2 if |x| ≤ 1, else |x| − 1/2
     "tb-huber": dict(loss=lambda p: functional.huber_loss(p.log_z[:, None] + p.log_pf, p.log_r)),
     "sft-continued": dict(rate=9e-4, dropout=0.4),              # SFT, for longer
-    "sdpo": dict(SDPO, chosen="logged", beta=1.0, rate=9e-4, dropout=0.2),
-    "sdpo-reward": dict(SDPO, chosen="reward", lam=100.0, rate=1e-3),
+    # Ours: seven rejected items, in the paper three; drawn from P on real logs, too
+    "sdpo": dict(loss=sdpo_of, chosen="logged", sampler="policy_draws", trajectories=7, beta=1.0,
+                 rate=9e-4, dropout=0.2),
+    "sdpo-reward": dict(loss=sdpo_of, chosen="reward", sampler="policy_draws", trajectories=7,
+                        lam=100.0, rate=1e-3),
     "grpo": dict(loss=lambda p: grpo(p.log_pf, log_ref_of(p), p.log_r, p.recipe.beta), beta=0.01,
                  trajectories=16),
     "distill": dict(loss=lambda p: distillation(code_flows(p), p.log_probs), lam=30.0, dropout=0.2)}
@@ -615,12 +618,13 @@ class GuidedBeams(Beams):
 # --- A search that draws at random ----------------------------------------------------------------
 def drawn_search(tree, k, beams):
     """Draw k items by the P_F of `tree`, no item twice (Kool et al. 2019, stochastic beams).
-    Think of a race: each item arrives after a random time, exponential with rate P. The first k
-    are drawn: the likelier, the sooner. A prefix arrives with the first item below it. This time is
-    exponential, too, its rate is P of the prefix. So we go down the tree: when a prefix arrives is
-    known, when its children do is drawn. Each draws a time. The first arrives with its prefix, the
-    others as much later as they drew more: exponential times have no memory. If a prefix arrives
-    at 1, and its children draw .5 and .8, they arrive at 1 and 1.3. The first W beams go on.
+    Think of a race. An item arrives after a random time, exponential with rate P: the likelier, the
+    sooner. The first k are drawn. A prefix arrives with the first item below it; this time is
+    exponential, too, with P of the prefix as its rate. So the race can be run down the tree:
+    1. A prefix has arrived at time t. Each of its children draws a time, with its own rate.
+    2. The child that drew least arrives at t, the others as much later as they drew more. If t is
+       1, and they draw .5 and .8, they arrive at 1 and 1.3: exponential times have no memory.
+    3. Of all children, the W that arrive first are the next beams.
     The scores of items are −log(time)."""
     # P of the beams, and their times (B, W); the root may arrive at any time, here at 1
     p = time = torch.ones_like(tree.node, dtype=torch.float)
@@ -628,7 +632,7 @@ def drawn_search(tree, k, beams):
         child, log_probs = tree.children()
         p = (p[..., None] * log_probs.exp()).clamp(min=1e-30)                       # (B, W, K)
         drawn = torch.empty_like(p).exponential_() / p          # exponential, with rate p
-        # Time of a child = time of its prefix + (what it draws − the least that a sibling draws)
+        # Time of a child = time of its prefix + (what it draws − the least that is drawn there)
         time = time[..., None] + drawn - drawn.amin(-1, keepdim=True)
         time = time.masked_fill(child < 0, 1e37).flatten(1)     # (B, W·K); illegal ones come last
         time, best = time.topk(min(beams, time.shape[1]), 1, largest=False)
@@ -883,13 +887,15 @@ class Setup:
             # K: a power of 2, from n / 24 or 512 on, such that K^L IDs are enough for n items
             least = max(2, min(n / 24, 512), n ** (1 / settings.levels))
             K = settings.codes or 2 ** math.ceil(math.log2(least))
+            check(settings.codes <= n, f"--codes {K}: more than the {n} items")
+            print(f"seed {self.seed}: {n} items get semantic IDs: {settings.levels} codes, "
+                  f"0 to {K - 1}")
             features = item_features(settings.ids, self.data.texts, self.data.train, self.seed)
             ids = SemanticIDs.fit(features, K, settings.levels, self.seed)
         else:
             check("." in settings.ids, f"--ids {settings.ids} is not content, mixed or a file")
             codes = read_ids(settings.ids, self.data.item_ids)
             ids = SemanticIDs(codes, max(map(max, codes)) + 1)
-        print(f"seed {self.seed}: {n} semantic IDs of {ids.num_levels} codes")
         return ids.to(settings.device)
 
     def folder(self, name):
@@ -921,7 +927,7 @@ def made_with(name, setup):
     made = {"data": {what: size for what, size in setup.data.sizes.items() if what != "name"}}
     parts = [name]
     if name.partition(":")[0] not in TEACHERS:                  # all others start from SFT
-        made["IDs"] = zlib.crc32(setup.ids.codes.cpu().numpy())
+        made["IDs (--ids, --codes, --levels)"] = zlib.crc32(setup.ids.codes.cpu().numpy())
         for what in "window width layers batch beams".split():
             made[f"--{what}"] = getattr(setup.settings, what)
         parts = ["sft", name.partition("+cm")[0], name]         # NAME of NAME+cm, and itself
@@ -943,8 +949,9 @@ def check_drawn(items, recipe, batch):
 def check_loss(loss, recipe):
     """InputError unless a loss, maybe your own, is one number with a gradient."""
     if not (torch.is_tensor(loss) and loss.shape == () and loss.requires_grad):
-        raise InputError(f"{recipe.loss}: a loss has to return a tensor of one number that depends "
-                         f"on P, not {loss!r}")
+        name = getattr(recipe.loss, "__name__", recipe.loss)
+        raise InputError(f"loss {name}: it has to return a tensor of one number that depends on P, "
+                         f"not {loss!r}")
 
 def try_out(names, setup):
     """One step of each recipe with an untrained policy: a mistake in your own teacher, sampler or

@@ -49,19 +49,20 @@ def shares(scores, histories, popular, s=0.001):
 def followers(histories, num_items):
     """Sparse (n, n): how often b soon follows a. If it is d places after a, d up to 5, this counts
     .8^(d − 1). The log [[0, 1, 2]] has 1 at (0, 1) and (1, 2), .8 at (0, 2)."""
-    users, items = entries(histories)           # all histories in a row: whose it is, which item
-    pairs = []
+    pairs = [[], []]                                            # all a, all b
     weights = []
-    for distance in range(1, 6):
-        same = users[:-distance] == users[distance:]            # are both of one history?
-        pairs.append([items[:-distance][same], items[distance:][same]])
-        weights.append(np.full(same.sum(), 0.8 ** (distance - 1)))
-    return sparse(np.hstack(pairs), np.hstack(weights), (num_items, num_items))
+    for history in histories:
+        for distance in range(1, 6):
+            later = history[distance:]
+            pairs[0] += history[:len(later)]
+            pairs[1] += later
+            weights += [0.8 ** (distance - 1)] * len(later)
+    return sparse(np.array(pairs, np.int64), np.array(weights), (num_items, num_items))
 
 class CollaborativeModel:
     """Counts of which item follows which: CM(U, i) ∝ Σ_j .6^(age(j) − 1) · near[j, i] over the
     last ten items j (the newest has age 1), and a little popularity. If the log is 0 1 2, near[0]
-    is 0, 1, .8: after 0, the scores of 1 and 2 are as 1 to .8."""
+    is 0, 1, .8: so, after 0, these sums are 1 for item 1, .8 for item 2."""
     def __init__(self, histories, num_items, popularity=0.05):
         # Constants: chosen on validation items of MovieLens and Beauty.
         # near[j, i] = (forward[j, i] + .25 · forward[i, j]) / √count(j); forward[j, i]: how often i
@@ -148,12 +149,16 @@ class Teacher:
         scores = cm.scores([[*history] for history in histories])   # copies, as in `fitted`
         shape = (len(histories), len(self.popular))
         total = torch.tensor([len(history) < shape[1] for history in histories]).float()
+        asked = (f"{type(cm).__name__}.scores has to return a tensor of floats {shape}, ≥ 0, 0 at "
+                 "items of the history, each row of sum 1")
+        found = (scores.dtype, *scores.shape) if torch.is_tensor(scores) else type(scores).__name__
         right = torch.is_tensor(scores) and scores.shape == shape and scores.is_floating_point()
-        right = right and scores.min() >= 0 and not scores[entries(histories)].any()
-        if not right or (scores.sum(1) - total).abs().max() > 1e-3:     # 1, or 0 if all are seen
-            found = " ".join(str(scores).split())[:100]
-            raise InputError(f"{type(cm).__name__}.scores has to return a tensor of floats {shape},"
-                             f" ≥ 0, 0 at items of the history, each row of sum 1, not {found} …")
+        check(right, f"{asked}, not {found}")
+        sums = scores.sum(1)
+        right = scores.min() >= 0 and not scores[entries(histories)].any()
+        right = right and (sums - total).abs().max() < 1e-3             # 1, or 0 if all are seen
+        check(right, f"{asked}; here they are {scores.min():.3g} to {scores.max():.3g}, sums "
+              f"{sums.min():.3g} to {sums.max():.3g}, or not 0 at an item of the history")
         return scores.float()
 
     def scores(self, histories, users=None):
@@ -199,7 +204,7 @@ class Reward:
         # r_s(v') = c(v') / Σ c over unseen items; c(v'): in how many levels v' has the code of v.
         # codes: of all items in one level (n,); those of the positives (B, 1) are compared with all
         c = sum((codes[positives, None] == codes).byte() for codes in self.ids.codes.T)
-        c = c * unseen
+        c = c * unseen                                          # v is unseen, so Σ c is L at least
         return c / c.sum(1, keepdim=True)
 
     def __call__(self, scores, positives, liked, unseen):

@@ -55,8 +55,9 @@ def _rows(path, *columns):
             for row in reader:     # key None: a field too many; value None: a field too few
                 place = f"{path}, line {reader.line_num}"
                 check(None not in (*row, *row.values()), f"{place} needs as many fields as line 1")
-                for name in ("user_id", "item_id"):
-                    check(row.get(name, name).strip(), f"{place}: {name} is blank; write an id")
+                for name in {"user_id", "item_id"} & row.keys():
+                    row[name] = row[name].strip()
+                    check(row[name], f"{place}: {name} is blank; write an id")
                 yield place, row
     except (OSError, UnicodeError, csv.Error) as error:
         raise InputError(f"{path}: {error}; it has to be a CSV file, saved as UTF-8") from None

@@ -83,9 +83,11 @@ def make_world(rng, items_per_theme=60, num_themes=12, quality=0.5):
     return theme, by_style.ravel() % 2, 1 / ranks.ravel() ** 2.5, lift
 
 def write_csv(path, header, rows):
-    """Write one CSV file; its lines end in a line feed on every system."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    """Write one CSV file, whole or not at all; lines end in a line feed on every system."""
+    part = path.with_suffix(".part")
+    with open(part, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    part.replace(path)
 
 def write(folder, num_users=700, items_per_theme=60, num_themes=12, seed=8, quality=0.5):
     """Write the three CSV files of a world (at most of this size) into `folder`."""
@@ -114,6 +116,8 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.seed < 0 or not 4 <= args.items <= 120 or not 0 <= args.quality <= 1:
         parser.exit(2, "error: --seed ≥ 0, --items from 4 to 120, --quality from 0 to 1\n")
+    if Path(args.out, "items.csv").exists() and not Path(args.out, "truth.csv").exists():
+        parser.exit(2, f"error: {args.out} holds other data; write to a new folder\n")
     try:
         write(args.out, items_per_theme=args.items, seed=args.seed, quality=args.quality)
     except OSError as problem:
