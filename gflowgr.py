@@ -379,6 +379,14 @@ def vargrad(log_pf, log_r):
     Mean over contexts of the variance (with 1/J) of log P − log R."""
     return (log_pf - log_r).var(1, correction=0).mean()
 
+def listnet(log_pf, log_r):
+    """ListNet (Cao et al. 2007) → scalar: among J items, P shall have R's shares. It needs R of
+    these alone, and no Z: log P, log R of paths (C, J).
+    Mean over contexts of KL(q ‖ p), q = R / Σ R and p = P / Σ P over the J paths."""
+    log_p = log_pf.log_softmax(1)
+    log_q = log_r.log_softmax(1)
+    return functional.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
 def detailed_balance(log_flow, log_steps):
     """Detailed balance (DB, Bengio et al. 2023) → scalar: each step is in balance. log_flow
     (C, J, L+1): log F of s_0 … s_L, for each path; log_steps (C, J, L): log P_F of its steps.
@@ -440,6 +448,7 @@ def sdpo_of(p):
 RECIPES |= {
     "db": dict(loss=lambda p: detailed_balance(path_flows(p), p.log_steps), dropout=0.1),
     "vargrad": dict(loss=lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1),
+    "listnet": dict(loss=lambda p: listnet(p.log_pf, p.log_r), lam=300.0),
     # Ours: TB in which a few paths with large errors count less. Mean over all paths of
     # h(log Z + log P − log R); h(x) = x²/2 if |x| ≤ 1, else |x| − 1/2
     "tb-huber": dict(loss=lambda p: functional.huber_loss(p.log_z[:, None] + p.log_pf, p.log_r)),
@@ -773,6 +782,7 @@ REAL = {    # what real logs have instead: in Settings, in Recipe, in some metho
     "sft-continued": dict(dropout=0.2, rate=4.5e-4),
     "vargrad": dict(sampler="policy_draws", trajectories=8),
     "grpo": dict(sampler="policy_draws", trajectories=8),
+    "listnet": dict(sampler="policy_draws", trajectories=8),
     "distill": dict(lam=3.0)}
 
 def real_of(data):
@@ -815,7 +825,7 @@ def recipe_of(name, settings):
     check_numbers(f"{name}: ", recipe)
     for what, there in {"sampler": SAMPLERS, "teacher": TEACHERS}.items():
         check(getattr(recipe, what) in there, f"{name}: {what} has to be one of {[*there]}")
-    compares = base in ("grpo", "vargrad")
+    compares = base in ("grpo", "vargrad", "listnet")
     check(recipe.trajectories > 1 or not compares, f"{name}: it compares paths: trajectories > 1")
     return recipe
 

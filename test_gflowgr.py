@@ -992,7 +992,11 @@ def losses_by_hand(p):                        # {recipe: its loss}, of a Paths
     q = p.child_flow
     q = q / q.sum(-1, keepdim=True)
     kl = torch.nn.functional.kl_div(p.log_probs, q, reduction="sum") / p.log_pf.numel()
-    return {"sdpo": rejected, "sdpo-reward": rejected, "paper": balance, "tb-paper": balance,
+    shares = 0
+    for log_pf, log_r in zip(p.log_pf, p.log_r):                # of the paths of a context
+        q = log_r.exp() / log_r.exp().sum()
+        shares += (q * (q / log_pf.exp() * log_pf.exp().sum()).log()).sum() / len(p.items)
+    return {"listnet": shares, "sdpo": rejected, "sdpo-reward": rejected, "paper": balance, "tb-paper": balance,
             "tb": balance, "grpo": grpo_loops(p.log_pf, p.log_ref, p.log_r, p.recipe.beta),
             "db": detailed_loops(p.log_flow, p.log_steps), "tb-huber": huber,
             "vargrad": vargrad_loops(p.log_pf, p.log_r), "distill": kl}
@@ -1581,7 +1585,7 @@ def test_the_largest_numbers(name, largest):
     ("there is no method 'cm+cm'", "--methods=cm+cm"),
     ("sharp, not ['lam=9']", "--methods=tb+cm:lam=9"),
     ("nowhere.csv", "--ids=nowhere.csv"),
-    ("it compares paths: trajectories > 1", "--methods=vargrad:trajectories=1")])
+    ("it compares paths: trajectories > 1", "--methods=listnet:trajectories=1")])
 def test_a_wrong_flag_is_one_line_and_status_2(said, flag, told, tmp_path):
     folder = folder_of(tmp_path / "d", "\n".join(["item_id", *"abcd", *map(str, range(1997))]))
     told(said, f"--data={folder}", *flag.split())
