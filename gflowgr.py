@@ -559,8 +559,13 @@ def read_packed(policy, packed, items):
 
 class Beams:
     """W beams of each of B users: the prefixes that are left, of equal length. GPT-2 reads a code
-    once. Keys and values stay in a cache, those of dropped beams, too. `seen` says which of them a
-    beam sees: those of the history, and of its own codes."""
+    once: its keys and values stay in a cache, those of dropped beams, too. `seen` says which keys a
+    beam sees: of the history, and of its own codes. After <user> a, the beams 1 and 2 went on as
+    1 3 and 2 4:
+          u a 1 2 3 4
+        3 x x x . x .
+        4 x x . x . x
+    """
     def __init__(self, policy, histories, temperature=1.0):
         packed = pack_histories(histories, policy)
         tokens, ends, self.unseen = packed.tokens, packed.ends, packed.unseen
@@ -610,8 +615,8 @@ class Beams:
 
 class GuidedBeams(Beams):
     """Ours: with these, beam_search finds items with the highest P · guide; guide (B, n) ≥ 0. A
-    beam's score is log P + log G; G is the sum of the guide over the items below it. So an item's
-    is log P + log guide, and that of a prefix says what may still come."""
+    beam's score is log P + log G: G, the sum of the guide over the items below it, says what may
+    still come. At an item, G is its guide."""
     def __init__(self, policy, histories, guide):
         super().__init__(policy, histories)
         guide = guide.to(self.unseen.device) * self.unseen[:, self.ids.num_prefixes:]
@@ -619,7 +624,7 @@ class GuidedBeams(Beams):
         self.log_guide[:, 0] = 0                                # the search begins with a score 0
 
     def children(self):
-        """As above, but log P_F + log G of the child − log G of the beam: so scores add up."""
+        """As above, with log P_F + log G(child) − log G(beam): along a path, log G adds up."""
         child, log_probs = super().children()
         beam = at(self.log_guide, self.node)[..., None]                             # (B, W, 1)
         return child, log_probs + (at(self.log_guide, child) - beam)

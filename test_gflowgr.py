@@ -1454,9 +1454,11 @@ def test_the_toy_world_is_as_committed_and_popularity_can_be_earned(tmp_path, mo
         together.append(np.corrcoef(*counts)[0, 1])
     assert -0.2 < together[0] < 0.1
     assert together[0] + 0.2 < together[1] < together[2] - 0.2
-    for flag in ("--items=121", "--quality=1.1", "--seed=-1"):
+    (tmp_path / "truth.csv").unlink()                           # so it may be somebody's own log
+    for flag in ("--items=121", "--quality=1.1", "--seed=-1", "--seed=4"):
         with pytest.raises(SystemExit, match="2"):
             prepare(flag)
+    assert load_data(str(tmp_path)).histories == data.histories
 
 SOURCES = {
     "beauty": {"index": json.dumps({v: [f"<a_{v}>", "<b_7>", "<c_2>", "<d_6>"] for v in "0123"}),
