@@ -638,7 +638,8 @@ def drawn_search(tree, k, beams):
     1. A prefix has arrived at time t. Each of its children draws a time, with its own rate.
     2. The child that drew least arrives at t, the others as much later as they drew more. If t is
        1, and they draw .5 and .8, they arrive at 1 and 1.3: exponential times have no memory.
-    3. Of all children, the W that arrive first are the next beams.
+    3. Of all children, the W that arrive first are the next beams. As W is k at least, the first k
+       items are below them: each arrives no sooner than its prefix.
     The scores of items are −log(time)."""
     # P of the beams, and their times (B, W); the root may arrive at any time, here at 1
     p = time = torch.ones_like(tree.node, dtype=torch.float)
