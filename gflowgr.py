@@ -904,8 +904,7 @@ class Setup:
             least = max(2, min(n / 24, 512), n ** (1 / settings.levels))
             K = settings.codes or 2 ** math.ceil(math.log2(least))
             check(settings.codes <= n, f"--codes {K}: more than the {n} items")
-            print(f"seed {self.seed}: {n} items get semantic IDs: {settings.levels} codes, "
-                  f"0 to {K - 1}")
+            print(f"seed {self.seed}: {n} semantic IDs of {settings.levels} codes, 0 to {K - 1}")
             features = item_features(settings.ids, self.data.texts, self.data.train, self.seed)
             ids = SemanticIDs.fit(features, K, settings.levels, self.seed)
         else:
