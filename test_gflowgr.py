@@ -1425,7 +1425,7 @@ def test_ids_from_a_file_and_devices(tmp_path, capsys, monkeypatch):
     assert settings.device == "cuda"
 
 def test_two_users_and_nine_items_without_text_or_truth_work_as_they_are(tmp_path):
-    events = EVENTS.replace("b,1", "b,2") + "u,a,9\nw,a,1\nw,b,1\n"
+    events = EVENTS.replace("b,1", "b,2") + "u ,a ,9\nw,a,1\nw,b,1\n"
     folder = folder_of(tmp_path / "d", "\n".join(["item_id", *"abcdefghi"]), events)
     status, out, err = cli("--data", folder, "--out", tmp_path / "out", "--quick")
     assert status == 0, err
@@ -1574,6 +1574,7 @@ def test_the_largest_numbers(name, largest):
     ("--width 100000 is out of range: above 0, below 1025", "--width=100000"),
     ("--ids content needs", "--ids=content"),
     ("--codes 65537 is out of range", "--codes=65537"),
+    ("--codes 2002: more than the 2001 items", "--codes=2002"),
     ("--oracle sft", "--oracle=sft"), ("there is no method 'x'", "--oracle=x"),
     ("there is no method ''; there are pop, ", "--methods=tb,"),
     ("tb:sampler=x: sampler has to be one of ['session', ",
