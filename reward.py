@@ -157,8 +157,9 @@ class Teacher:
         sums = scores.sum(1)
         right = scores.min() >= 0 and not scores[entries(histories)].any()
         right = right and (sums - total).abs().max() < 1e-3             # 1, or 0 if all are seen
-        check(right, f"{asked}; here they are {scores.min():.3g} to {scores.max():.3g}, sums "
-              f"{sums.min():.3g} to {sums.max():.3g}, or not 0 at an item of the history")
+        if not right:                                           # the numbers are only then needed
+            raise InputError(f"{asked}; here they are {scores.min():.3g} to {scores.max():.3g}, "
+                             f"sums {sums.min():.3g} to {sums.max():.3g}, or one is not 0 there")
         return scores.float()
 
     def scores(self, histories, users=None):

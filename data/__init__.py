@@ -52,10 +52,11 @@ def _rows(path, *columns):
             for name in columns:
                 check({*name.split(" or ")} & {*there}, f"{path}, line 1: there is no column {name}"
                       f", only {there}; add it, with commas and no spaces between")
+            ids = [name for name in ("user_id", "item_id") if name in there]
             for row in reader:     # key None: a field too many; value None: a field too few
                 place = f"{path}, line {reader.line_num}"
                 check(None not in (*row, *row.values()), f"{place} needs as many fields as line 1")
-                for name in {"user_id", "item_id"} & row.keys():
+                for name in ids:
                     row[name] = row[name].strip()
                     check(row[name], f"{place}: {name} is blank; write an id")
                 yield place, row
