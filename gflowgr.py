@@ -57,7 +57,8 @@ NEVER = -1e9            # log P of an illegal code; −inf would make losses nan
 def trajectory_balance(log_z, log_pf, log_r):
     """TB (Malkin et al. 2022): log Z of C contexts (C,), log P and log R of J whole paths in each
     (C, J) → scalar.
-    P_F is the policy's probability of the next code: log P of a path is Σ_l log P_F(s_{l+1} | s_l).
+    A path has the nodes s_0 … s_L. P_F is the policy's probability of the next code; so log P of a
+    path is Σ_l log P_F(s_{l+1} | s_l).
     Z, the paper's Z(U), is the sum of R over all items (ours: unseen ones; P of others is 0).
     If several paths led to an item, TB would also need P_B, how likely each of them is. In a tree
     there is one, so P_B is 1.
@@ -86,7 +87,8 @@ class Recipe:
     w_y: float = 0.75               # r_ŷ: scores of the teacher, of sum 1
     w_s: float = 0.05               # r_s ∝ number of levels with the same code as v, of sum 1
     teacher: str = "svd"            # one of TEACHERS, the recommenders of reward.py
-    debias: float = 0.5             # δ, ours: r_ŷ ∝ (score / popularity^δ)^sharp
+    debias: float = 0.5             # δ, ours: r_ŷ ∝ (score / popularity^δ)^sharp; popularity of an
+                                    # item: for `svd`, about √(number of users who took it)
     sharp: float = 3.0              # ours: the larger, the fewer items have a high r_ŷ
     rate: float = 3e-3              # peak learning rate: small models like it high
     dropout: float = 0.0            # SFT needs some; `tb`, which learns from many items, none
@@ -101,7 +103,7 @@ class Batch:
             contexts     C pairs (user, place of v in the user's history)
             histories    C lists, the U
             tokens       what GPT-2 reads
-            unseen       (C, M + n) bool: does a node lead to an item that is not in U?
+            unseen       (C, M + n) bool, of all nodes: does it lead to an item that is not in U?
         data: a Dataset, of all users. reward: a Reward; SFT has none."""
         self.packed = packed
         self.histories = packed.histories                       # C lists U
@@ -115,7 +117,7 @@ class Batch:
         if reward:
             # r_ŷ (C, n), rows of sum 1: the scores of a teacher that was fitted without these users
             self.scores = reward.teacher.scores(self.histories, self.users).to(device)
-            # (C, n) bool: is an item not in U? Of the M + n nodes of the tree, items are the last
+            # (C, n) bool: the same of the last n nodes, the items
             unseen = packed.unseen[:, -self.scores.shape[1]:]
             self.r = reward(self.scores, self.positives, self.liked, unseen)    # R (C, n), 0 in U
 
@@ -206,7 +208,7 @@ def train(name, recipe, policy, setup):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = [setup.seed, epoch]              # numpy orders batches, torch draws items, dropout
+        seed = [setup.seed, epoch]      # of numpy, which orders batches, and torch, which draws
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         epoch_batches = batches(setup, policy, reward, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
@@ -229,8 +231,8 @@ def train(name, recipe, policy, setup):
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
 # Functions (batch, N, policy, progress) → unseen items (C, N). Two are here, four after the lecture
 def unlogged(batch, weight):
-    """weight (C, n), but 0 at all items of the user's log, and nearly 0 at v: it is drawn if no
-    other item is left."""
+    """weight (C, n), made 0 at all items of the user's log, as these shall not be drawn. But v
+    keeps a very small weight: it is drawn if no other item is left."""
     weight[entries(batch.histories)] = 0                        # entries: their rows and columns
     weight[entries(batch.following)] = 0
     return weight.scatter_(1, batch.positives[:, None], 1e-12)
@@ -249,8 +251,7 @@ def curriculum(batch, count, policy, progress):
     return ranked[:, start:start + count]
 
 def policy_draws(batch, count, policy, progress):
-    """Ours: N items drawn from P, none twice. Two users with one U may have other v, so other R;
-    P cannot be R/Z of both, and the sampler decides where it ends (data/course.md, session 3)."""
+    """Ours: N items drawn from P, none twice."""
     items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)
     return items.where(items >= 0, batch.positives[:, None])    # −1 if fewer are unseen: v instead
 
@@ -279,7 +280,7 @@ class Policy(torch.nn.Module):
             activation_function="gelu_pytorch_tanh"))           # GPT-2's own, computed faster
         self.flow_head = torch.nn.Linear(self.lm.config.n_embd, 1)   # log F(s); log Z at s_0
         for parameter in self.flow_head.parameters():
-            torch.nn.init.zeros_(parameter)                     # log Z ≈ 0: R's weights sum to 1
+            torch.nn.init.zeros_(parameter)     # learning begins at log Z = 0, as Z is about 1
 
     def forward(self, packed, items):
         """P on the paths of items (C, J), J of each of the C histories U that are `packed`. Returns
@@ -290,7 +291,8 @@ class Policy(torch.nn.Module):
         # GPT-2's hidden states at s_0 … s_{L-1}, as if it read <user>, the items of U and all codes
         # but the last, path by path (how all are read at once comes after the lecture)
         hidden = read_packed(self, packed, items)                                   # (C, J, L, d)
-        # As in GPT-2, a token's logit is hidden · its embedding. Level l needs those of its K codes
+        # As in GPT-2, a token's logit is hidden · its embedding. At level l, only its K codes have
+        # one: tokens l·K to l·K + K − 1
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("cjld,lkd->cjlk", hidden, heads).float()              # (C, J, L, K)
         nodes = ids.nodes[items][..., :-1]                      # s_0 … s_{L-1} (C, J, L)
@@ -310,9 +312,8 @@ class Policy(torch.nn.Module):
         """The k items of highest P after B histories: items (B, k), best first; log P (B, k).
         Never an item of the history, never a duplicate; −1 and −inf where fewer than k are unseen.
         beams (self.beams by default, at least k): the more, the surer the best are found.
-        Two other lists come after the lecture. With guide (B, n) ≥ 0 (of self.teacher): items of
-        highest P · guide, and its log. With sample > 0: items drawn from P at this temperature,
-        and when each was drawn, as a score.
+        guide (B, n) ≥ 0, or scores of self.teacher: items of highest P · guide, and log of this.
+        sample > 0: items drawn from P at this temperature, in their order; scores that fall.
         Raises InputError for an item that is not in the catalogue, or if nothing is asked for."""
         check(len(histories) and k > 0, "recommend needs a history, and k from 1")
         if self.teacher and guide is None:
@@ -346,9 +347,9 @@ def beam_search(tree, k, beams):
 
 # --- More samplers --------------------------------------------------------------------------------
 def session(batch, count, policy, progress):
-    """The paper's first: other items of the user's log. Ours: only those after v, since those
-    before it are in U, with R = 0; v itself if it is the last."""
-    later = [items[1:] or items for items in batch.following]
+    """The paper's first: other items of the user's log. Ours: those after v (R of those before it,
+    in U, is 0). If v is the last, v."""
+    later = [items[1:] or items for items in batch.following]   # following: v, and those after it
     weight = torch.zeros_like(batch.r)
     weight[entries(later)] = 1
     return draw(weight, count)
@@ -361,8 +362,8 @@ def policy_beam(batch, count, policy, progress):
     """The paper's fourth: the N best items by P itself, without v (the paper: N−1)."""
     items, _ = policy.recommend(batch.histories, count + 1, beams=count + 1)
     v = batch.positives[:, None]
-    order = (items == v).int().argsort(dim=1, stable=True)      # v, if it is there, becomes last
-    items = items.gather(1, order)[:, :count]
+    order = (items == v).int().argsort(dim=1, stable=True)      # if v is among them, it comes last
+    items = items.gather(1, order)[:, :count]                   # and is cut off here
     return items.where(items >= 0, v)                           # −1 if fewer are unseen: v instead
 
 def reward_draws(batch, count, policy, progress):
@@ -401,8 +402,8 @@ def path_flows(p):
     return at(flows, p.ids.nodes[p.items]).log()                # at those of the paths
 
 def distillation(child_flow, log_probs):
-    """Ours → scalar: at each step, a code c has a share of the flow, q(c) = F(after c) / F(before).
-    P_F of all codes shall be q. (TB and DB see only the code that a path takes.)
+    """Ours → scalar: where a path goes down the tree, the flow F divides among the next codes. q(c)
+    is the share of code c. P_F shall be q, for all codes. (TB and DB see those of the path alone.)
     child_flow (C, J, L, K): F after each code; log_probs (C, J, L, K): log P_F of each code.
     Mean over paths of Σ_l KL(q ‖ P_F) = Σ_l Σ_c q(c) · (log q(c) − log P_F(c | s_l))."""
     target = child_flow / child_flow.sum(-1, keepdim=True)      # q; 0 for an illegal code
@@ -415,8 +416,8 @@ def code_flows(p):
 
 # --- Rivals that do not make P = R/Z --------------------------------------------------------------
 def sdpo(log_pf, log_ref, beta):
-    """S-DPO (Chen et al. 2024) → scalar: the chosen item, path 0, shall be above the rejected items
-    d, the other paths. log P (C, J) by the policy, log P_ref (C, J) by a frozen reference.
+    """S-DPO (Chen et al. 2024) → scalar: P of the chosen item, path 0, shall rise above that of the
+    rejected items d, the other paths. log P (C, J) is the policy's, log P_ref (C, J) that of SFT.
     Mean over contexts of −log σ(−log Σ_d exp(β[Δ_d − Δ_0])), Δ = log P − log P_ref."""
     delta = log_pf - log_ref
     margin = beta * (delta[:, 1:] - delta[:, :1])
@@ -424,25 +425,25 @@ def sdpo(log_pf, log_ref, beta):
 
 def grpo(log_pf, log_ref, log_r, beta):
     """GRPO (Shao et al. 2024), reinforcement learning: log P, log P_ref, log R of paths (C, J) →
-    scalar. Paths with R above their mean become likelier, but P stays near P_ref. (Ours: paths are
-    drawn anew for each step, no item twice. So GRPO's ratio of P to P when drawn is 1.)
+    scalar. Paths with R above the mean become likelier, but P stays near P_ref, that of SFT.
     A = (R − mean R) / std R over a context's J paths; std with J − 1, at least 1e-8.
     Mean over paths of β · (x − log x − 1) − A · log P, x = P_ref / P."""
     r = log_r.exp()
     advantage = (r - r.mean(1, keepdim=True)) / r.std(1, keepdim=True).clamp(min=1e-8)
     log_x = log_ref - log_pf
+    # Ours: a step learns from new draws. So GRPO's ratio, P to P when drawn, is 1
     return (beta * (log_x.exp() - log_x - 1) - advantage * log_pf).mean()
 
 def log_ref_of(p):
-    """Of a Paths p: (C, J) log P by the frozen policy."""
+    """Of a Paths p: (C, J) log P by the policy after SFT."""
     with torch.no_grad():
         return p.reference(p.batch.packed, p.items)[0].sum(-1)
 
 def sdpo_of(p):
-    """S-DPO of a Paths p. Path 0 is chosen. If its item was drawn once more, the sum of rejected
-    ones shall not have it: there, log P becomes NEVER."""
+    """S-DPO of a Paths p. If the chosen item was drawn once more, as another path, it is no
+    rejected item: log P of that path becomes NEVER, which adds 0 to the sum."""
     again = p.items == p.items[:, :1]                           # (C, J)
-    again[:, 0] = False
+    again[:, 0] = False                                         # path 0 itself
     return sdpo(p.log_pf.masked_fill(again, NEVER), log_ref_of(p), p.recipe.beta)
 
 RECIPES |= {
@@ -487,13 +488,13 @@ class Packed:
         tokens = []                             # of each row: <user>, the items that are read
         row_of = []                             # the row of each context: 0 0 0 0 0 1 1 2
         ends = []                               # v comes after so many items: 0 1 2 3 4 3 4 4
-        for number, (user, places) in enumerate(rows):
-            start = max(0, places[-1] - policy.window)
-            read = histories[user][start:places[-1]]
+        for number, (user, places) in enumerate(rows):          # for instance 1, (user, [5, 6])
+            start = max(0, places[-1] - policy.window)          # 2
+            read = histories[user][start:places[-1]]            # c d e f
             tokens.append(torch.tensor([first, *[first + 1 + item for item in read]]))
             self.contexts += [(user, place) for place in places]
-            row_of += [number] * len(places)
-            ends += [place - start for place in places]
+            row_of += [number] * len(places)                    # 1 1
+            ends += [place - start for place in places]         # 3 4
         self.histories = [histories[user][:place] for user, place in self.contexts]     # U
         self.tokens = torch.nn.utils.rnn.pad_sequence(                                  # (B, H)
             tokens, batch_first=True, padding_value=first).to(policy.semantic_ids.codes.device)
@@ -505,22 +506,22 @@ def pack_histories(histories, policy):
     return Packed([(b, [len(past)]) for b, past in enumerate(histories)], histories, policy)
 
 def batches(setup, policy, reward, rng):
-    """One epoch of Batches, in random order."""
+    """One epoch of Batches, in random order. Rows of a Batch have like lengths: less padding."""
     def length(row):                                            # items that GPT-2 reads of it
         return min(row[1][-1], policy.window)
     rows = [setup.rows[r] for r in rng.permutation(len(setup.rows))]
-    many = 32 * setup.size                  # rows of 32 Batches: those of like length share one,
-    for start in range(0, len(rows), many):                     # so there is less padding
+    many = 32 * setup.size                                      # the rows of 32 Batches are sorted
+    for start in range(0, len(rows), many):
         rows[start:start + many] = sorted(rows[start:start + many], key=length)
     for start in rng.permutation(range(0, len(rows), setup.size)):
         some = rows[start:start + setup.size]
         yield Batch(Packed(some, setup.data.train, policy), setup.data, reward)
 
 def tree_mask(ends, H, J, L):
-    """After H tokens of a history come J branches: the first L−1 codes of each path, as the last
-    one is not read. Does a code see a token? Bools (C, J·(L−1), H + J·(L−1)): in context c, it
-    sees the history up to token ends[c], and its own branch up to itself. <user> a b, with the
-    branches 1 2 and 3 4 after a:
+    """Which tokens does a code see? Bools (C, J·(L−1), H + J·(L−1)). GPT-2 reads H tokens of a
+    history, then J branches: of each path, all codes but the last. In context c, a code sees the
+    history up to token ends[c], and its own branch up to itself. After <user> a b, the branches
+    1 2 and 3 4 belong to a context that ends at a:
     >>> print(" ", *"uab1234")
       u a b 1 2 3 4
     >>> for code, row in zip("1234", tree_mask(torch.tensor([1]), H=3, J=2, L=3)[0]):
@@ -553,7 +554,7 @@ def read_packed(policy, packed, items):
     mask = tree_mask(ends, tokens.shape[1], J, ids.num_levels)
     later = policy.lm.transformer(
         codes[..., :-1].flatten(1), cache, attention_mask=mask[:, None],
-        # A code's position is the number of places that it sees, less 1
+        # A code's position is the number of tokens before it that it sees
         position_ids=mask.sum(-1) - 1).last_hidden_state                 # (C, J·(L-1), d)
     return torch.cat([root, later.unflatten(1, (J, -1))], 2)
 
@@ -614,9 +615,9 @@ class Beams:
         return items, scores.masked_fill(items < 0, -math.inf)
 
 class GuidedBeams(Beams):
-    """Ours: with these, beam_search finds items with the highest P · guide; guide (B, n) ≥ 0. A
-    beam's score is log P + log G: G, the sum of the guide over the items below it, says what may
-    still come. At an item, G is its guide."""
+    """Ours: with these, beam_search finds items with the highest P · guide; guide (B, n) ≥ 0. The
+    score of a beam is log P + log G. G is the sum of the guide over all unseen items below it; for
+    an item, its guide."""
     def __init__(self, policy, histories, guide):
         super().__init__(policy, histories)
         guide = guide.to(self.unseen.device) * self.unseen[:, self.ids.num_prefixes:]
@@ -624,7 +625,7 @@ class GuidedBeams(Beams):
         self.log_guide[:, 0] = 0                                # the search begins with a score 0
 
     def children(self):
-        """As above, with log P_F + log G(child) − log G(beam): along a path, log G adds up."""
+        """As above, with log P_F + log G(child) − log G(beam): the sum over a path is its score."""
         child, log_probs = super().children()
         beam = at(self.log_guide, self.node)[..., None]                             # (B, W, 1)
         return child, log_probs + (at(self.log_guide, child) - beam)
@@ -638,8 +639,8 @@ def drawn_search(tree, k, beams):
     1. A prefix has arrived at time t. Each of its children draws a time, with its own rate.
     2. The child that drew least arrives at t, the others as much later as they drew more. If t is
        1, and they draw .5 and .8, they arrive at 1 and 1.3: exponential times have no memory.
-    3. Of all children, the W that arrive first are the next beams. As W is k at least, the first k
-       items are below them: each arrives no sooner than its prefix.
+    3. Of all children, the W that arrive first are the next beams, W ≥ k. An item below another
+       child comes after W items at least: it would not be drawn.
     The scores of items are −log(time)."""
     # P of the beams, and their times (B, W); the root may arrive at any time, here at 1
     p = time = torch.ones_like(tree.node, dtype=torch.float)
@@ -788,7 +789,7 @@ REAL = {    # what real logs have instead: in Settings, in Recipe, in some metho
     "sft-continued": dict(dropout=0.2, rate=4.5e-4),
     "vargrad": dict(sampler="policy_draws", trajectories=8),
     "grpo": dict(sampler="policy_draws", trajectories=8),
-    "listnet": dict(sampler="policy_draws", trajectories=8),
+    "listnet": dict(sampler="policy_draws", trajectories=8, lam=30.0),
     "distill": dict(lam=3.0)}
 
 def real_of(data):
@@ -801,33 +802,36 @@ def recipe_of(name, settings):
         the method      RECIPES["tb"]; on real logs, REAL["tb"] as well
         the flag        --recipe; but sft has --sft, and a teacher alone has none
         the name        :epochs=4"""
-    base, *changes = name.split(":")
-    check(base in TEACHERS or base.removesuffix("+cm") in RECIPES,
-          f"there is no method {base!r}; there are {', '.join(TEACHERS | RECIPES)}, and NAME+cm")
-    own = RECIPES.get(base, {})
-    used = [*FIELDS] if "loss" in own else ["rate", "dropout", "epochs"]    # what has an effect
-    flag = settings.recipe.split(":")                           # for many methods, unlike changes
+    base, *changes = name.split(":")                            # "tb", ["epochs=4"]
+    flag = settings.recipe.split(":")
+    if base in TEACHERS:                                        # a teacher alone
+        method = dict(teacher=base, debias=0.0, sharp=1.0)
+        used = ["debias"]                                       # fields that change what it does
+        flag = []
+    elif base.endswith("+cm") and base.removesuffix("+cm") in RECIPES:
+        method = dict(sharp=9.0)
+        used = ["teacher", "debias", "sharp"]
+    else:
+        check(base in RECIPES, f"there is no method {base!r}; there are "
+              f"{', '.join(TEACHERS | RECIPES)}, and NAME+cm")
+        method = RECIPES[base]
+        used = [*FIELDS] if "loss" in method else ["rate", "dropout", "epochs"]
     if base == "sft":
         flag = []
         changes = settings.sft.split(":") + changes
-    elif base in TEACHERS:                                      # a teacher alone
-        own = dict(teacher=base, debias=0.0, sharp=1.0)
-        used = ["debias"]
-        flag = []
-    elif base.endswith("+cm"):                                  # a policy, guided by a teacher
-        own = dict(sharp=9.0)
-        used = ["teacher", "debias", "sharp"]
-    odd = [change for change in changes if change and change.partition("=")[0] not in used]
-    odd += RECIPES.get(base, {}).keys() - {"loss", *used}
+    odd = [change for change in changes if change.partition("=")[0] not in ("", *used)]
+    odd += RECIPES.get(base, {}).keys() - {"loss", *used}       # a method may be your own
     check(not odd, f"{name}: of {base}, one can change {', '.join(used)}, not {odd}")
     real = real_of(settings.data)
     defaults = {what: value for what, value in real.get("Recipe", {}).items() if what in used}
-    fields = defaults | own | real.get(base, {})
-    parser = HfArgumentParser(Recipe, allow_abbrev=False, add_help=False)  # it checks all values
-    parser.set_defaults(loss=fields.pop("loss", None))
+    fields = defaults | method | real.get(base, {})             # of two values, the later one
+    loss = fields.pop("loss", None)
+    texts = [f"{what}={value}" for what, value in fields.items()] + flag + changes
+    # A parser checks fields and values. Of --epochs=8 --epochs=4, the last wins
+    parser = HfArgumentParser(Recipe, allow_abbrev=False, add_help=False)
     parser.error = lambda message: check(False, f"{name}: {message}; fields are {[*FIELDS]}")
-    changes = [f"{what}={value}" for what, value in fields.items()] + flag + changes
-    recipe = Recipe(**vars(parser.parse_args([f"--{change}" for change in changes if change])))
+    parser.set_defaults(loss=loss)
+    recipe = Recipe(**vars(parser.parse_args([f"--{text}" for text in texts if text])))
     check_numbers(f"{name}: ", recipe)
     for what, there in {"sampler": SAMPLERS, "teacher": TEACHERS}.items():
         check(getattr(recipe, what) in there, f"{name}: {what} has to be one of {[*there]}")
@@ -874,7 +878,9 @@ def check_settings(settings):
         base = name.partition(":")[0]
         if base not in TEACHERS:
             names.append("sft")                                 # all others start from it
-        names += [base.removesuffix("+cm"), name] if base.endswith("+cm") else [name]
+        if base.endswith("+cm"):
+            names.append(base.removesuffix("+cm"))              # the policy to be guided
+        names.append(name)
     names = list(dict.fromkeys(names))
     for name in names:                          # a mistake is told before the data are read
         recipe_of(name, settings)
@@ -900,7 +906,7 @@ class Setup:
         settings = self.settings
         n = len(self.data.titles)
         if settings.ids in ("content", "mixed"):
-            # K: a power of 2, from n / 24 or 512 on, such that K^L IDs are enough for n items
+            # K: a power of 2, at least n / 24 or 512, and enough for n items: K^L ≥ n
             least = max(2, min(n / 24, 512), n ** (1 / settings.levels))
             K = settings.codes or 2 ** math.ceil(math.log2(least))
             check(settings.codes <= n, f"--codes {K}: more than the {n} items")
@@ -1011,6 +1017,7 @@ def model_of(name, recipe, setup):
         return setup.teacher(recipe), []
     if base.endswith("+cm"):
         policy = setup.saved(base.removesuffix("+cm"))
+        # What load_model needs to fit the teacher again
         policy.catalogue["guide"] = {"data": setup.data.sizes, "teacher": recipe.teacher,
                                      "debias": recipe.debias, "sharp": recipe.sharp}
         save_policy(policy, setup.folder(name))
@@ -1027,7 +1034,7 @@ def model_of(name, recipe, setup):
 # --- The oracle: does P reach R/Z? ----------------------------------------------------------------
 @torch.no_grad()
 def distribution(policy, histories):
-    """P(v | U) of every item (B, n), 256 at a time: attention is quadratic in the paths."""
+    """P(v | U) of every item (B, n); 256 paths at a time, or tree_mask would be too large."""
     policy.eval()
     parts = torch.arange(len(policy.semantic_ids.codes)).expand(len(histories), -1).split(256, 1)
     steps = [policy.path_log_probs(histories, items) for items in parts]            # (B, 256, L)
@@ -1037,7 +1044,7 @@ def run_oracle(settings):
     """Train from random weights on four users' last training items: does P reach R/Z?"""
     _, seeds = check_settings(settings)
     changes = "gr=0:lam=1:sampler=policy_draws:trajectories=64:rate=.002:epochs=15"
-    settings = replace(settings, recipe=f"{changes}:{settings.recipe}")
+    settings = replace(settings, recipe=f"{changes}:{settings.recipe}")     # one's own come later
     recipe = recipe_of(settings.oracle, settings)
     check(recipe.loss, f"--oracle {settings.oracle}: it needs a method with a loss of paths")
     data = load_data(settings.data, settings.quick)

@@ -22,8 +22,8 @@ warnings.filterwarnings("ignore", message="Sparse CSR")         # torch calls it
 
 # --- Recommenders ---------------------------------------------------------------------------------
 def weighted(table, histories, weight, length=10 ** 9):
-    """Of each history, Σ_j weight(age of j) · table[j] over its last `length` items j; the newest
-    has age 1. Of [5, 2], with weight 1/age: table[2] + table[5] / 2. table (n, m) → (B, m)."""
+    """Of each history, Σ_j weight(age of j) · table[j], j its last `length` items: table (n, m) →
+    (B, m). The newest has age 1: if weight is 1/age, [5, 2] becomes table[2] + table[5] / 2."""
     lists = [history[-length:] for history in histories]
     places = entries(lists, len(table))                         # row b, column j of each item
     ages = np.concatenate([np.arange(len(items), 0, -1) for items in lists])
@@ -31,7 +31,7 @@ def weighted(table, histories, weight, length=10 ** 9):
     return (sparse(places, weights, (len(lists), len(table))) @ table).to_dense()
 
 def shares(scores, histories, popular, s=0.001):
-    """Scores (B, n), and a little popularity (n,) → (B, n), rows of sum 1.
+    """Scores (B, n), and a share s of popularity (n,) → (B, n), rows of sum 1.
     1. Both are made 0 at items of the history, then divided by their sums.
     2. (1 − s) · scores + s · popular; s is 1 for a user without any score.
     A user took item 0, s is .1, scores [6, 3, 1, 0], popular [5, 2, 1, 1]:
@@ -60,13 +60,12 @@ def followers(histories, num_items):
     return sparse(np.array(pairs, np.int64), np.array(weights), (num_items, num_items))
 
 class CollaborativeModel:
-    """Counts of which item follows which: CM(U, i) ∝ Σ_j .6^(age(j) − 1) · near[j, i] over the
-    last ten items j (the newest has age 1), and a little popularity. If the log is 0 1 2, near[0]
-    is 0, 1, .8: so, after 0, these sums are 1 for item 1, .8 for item 2."""
+    """Counts of which item follows which. forward[j, i] says how often i soon follows j;
+    near[j, i] = (forward[j, i] + .25 · forward[i, j]) / √count(j);
+    CM(U, i) ∝ Σ_j .6^(age(j) − 1) · near[j, i], j the last ten items of U, and some popularity.
+    If the log is 0 1 2, near[0] is 0, 1, .8: so, after 0, the sums are 1 for item 1, .8 for 2.
+    Constants were chosen on validation items of MovieLens and Beauty."""
     def __init__(self, histories, num_items, popularity=0.05):
-        # Constants: chosen on validation items of MovieLens and Beauty.
-        # near[j, i] = (forward[j, i] + .25 · forward[i, j]) / √count(j); forward[j, i]: how often i
-        # soon follows j
         forward = followers(histories, num_items)               # sparse (n, n)
         both = (forward + 0.25 * forward.T).coalesce()
         count = torch.tensor(np.bincount(entries(histories)[1], minlength=num_items)).double()
@@ -89,7 +88,7 @@ class SVD:
     similar vectors x. CM(U, i) ∝ max(0, Σ_j ⟨x_j, x_i⟩ / age(j)^.75) over all items j of U."""
     def __init__(self, histories, num_items, rank=0):
         self.vectors = torch.tensor(item_vectors(histories, num_items, rank))       # (n, rank)
-        # (n,) the length of a vector: it grows with how many users took the item
+        # (n,) the length of a vector: about √(number of users who took the item)
         self.popular = self.vectors.norm(dim=1).clamp(min=1e-4)
 
     def scores(self, histories):
@@ -129,7 +128,7 @@ def fitted(fit, data, fold):
 class Teacher:
     """A recommender of TEACHERS whose scores are (score / popularity^δ)^sharp, ours. δ: what is
     shown more is logged more. sharp: P learns few high scores more easily than many middling ones.
-    An item's popularity is its count + 1; in `SVD`, the length of its vector.
+    An item's popularity is its count + 1; for `SVD`, the length of its vector, about √count.
     Users are in 20 folds. In training, a user's scores come from a recommender that was fitted on
     the other 19 folds: so it does not know what this user logged next. (Popularity knows it, a
     little.) Users to be served get one that was fitted on all."""
@@ -172,7 +171,7 @@ class Teacher:
             scores[rows] = self.checked([histories[row] for row in rows], fold)
         powers = (scores / self.popular ** self.debias) ** self.sharp
         total = powers.sum(1, keepdim=True)
-        # A sum may be 0 only for a user who took all items: then all scores are 0
+        # All scores are 0 for a user who took all items; else, powers may be too small or large
         right = ((total > 0) & (total < torch.inf)) | ~scores.any(1, keepdim=True)
         check(right.all(), "the scores of a teacher vanish: debias or sharp is too large")
         return powers / total.clamp(min=1e-30)
@@ -203,7 +202,7 @@ class Reward:
     def similarity(self, positives, unseen):
         """r_s (B, n), rows sum to 1: codes that unseen IDs share with that of v, positive (B,)."""
         # r_s(v') = c(v') / Σ c over unseen items; c(v'): in how many levels v' has the code of v.
-        # codes: of all items in one level (n,); those of the positives (B, 1) are compared with all
+        # In one level, codes of the positives (B, 1) are compared with codes of all items (n,)
         c = sum((codes[positives, None] == codes).byte() for codes in self.ids.codes.T)
         c = c * unseen                                          # v is unseen, so Σ c is L at least
         return c / c.sum(1, keepdim=True)

@@ -2,9 +2,9 @@
 
     features of an item  →  residual k-means  →  (c_1, …, c_L), each code from 0 to K − 1
 By hand, K = 2 and L = 2. Of three items with one feature each:
-    features                      0      1     10       centroids: 0.5 (code 0) and 10 (code 1)
+    features                      0      1     10       first centroids: 0.5 and 10
     code of the nearest one       0      0      1
-    features − its centroid    −0.5    0.5      0       centroids: −0.5 (code 0) and 0.25 (code 1)
+    features − its centroid    −0.5    0.5      0       new centroids of these: −0.5 and 0.25
     code of the nearest one       0      1      1
 So the IDs are (0, 0), (0, 1), (1, 1): all differ, similar items begin alike. The paper's (TIGER,
 LETTER) come from a trained network. Letters: n items, L levels, K codes, M prefixes, C contexts.
@@ -19,8 +19,8 @@ from tqdm import tqdm
 from data import check
 
 def entries(lists, num_items=np.inf):
-    """Where the items of B histories stand in a (B, n) matrix, rows and columns: [[5, 2], [7]] →
-    arrays [0, 0, 1], [5, 2, 7]. InputError for an item that is not in the catalogue."""
+    """Places of the items of B histories in a (B, n) matrix: arrays of rows and of columns. [[5, 2],
+    [7]] → [0, 0, 1], [5, 2, 7]. InputError for an item that is not in the catalogue."""
     rows = np.repeat(np.arange(len(lists)), list(map(len, lists)))
     items = np.fromiter(chain.from_iterable(lists), np.int64, len(rows))
     known = (0 <= items) & (items < num_items)
@@ -44,7 +44,8 @@ def leading_vectors(matrix, rank, seed, power=0.0):
 
 def tf_idf(texts):
     """Sparse (n, terms): how often a term is in a text, times idf = log(n / count in all texts), as
-    rare terms say more. Terms are words and pairs of words; one that stands once counts 0."""
+    rare terms say more. Terms are words and pairs of words. One that is in no other text counts 0.
+    """
     column_of = {}                                              # term → its column
     columns = []                                                # n lists, of the terms of a text
     for text in texts:
@@ -75,7 +76,7 @@ def item_features(kind, texts, histories, seed, dim=64):
     """(n, d): "content" is an item's text (TIGER); InputError if no item has any. "mixed" is its
     text and its vector by the log (in the spirit of LETTER).
     Pass training histories only: validation or test items would leak into every result."""
-    text = unit(leading_vectors(tf_idf(texts), dim, seed, power=0.5))
+    text = unit(leading_vectors(tf_idf(texts), dim, seed, power=0.5))       # times √singular value
     if kind == "content":
         check(text.any(), "--ids content needs text in items.csv")
         return text
@@ -93,8 +94,8 @@ def kmeans(points, k, rng, steps=20):
     centroids = np.empty((k, points.shape[1]))
     cost = np.full(len(points), np.inf)                         # squared distance to the nearest
     for j in tqdm(range(k), "k-means++ seeds", disable=None, leave=False):
-        p = cost / cost.sum() if j and cost.sum() > 0 else None     # likely a far one; None: any
-        centroids[j] = points[rng.choice(len(points), p=p)]
+        p = cost / cost.sum() if j and cost.sum() > 0 else None     # None: all are equally likely
+        centroids[j] = points[rng.choice(len(points), p=p)]         # likely far from all others
         cost = np.minimum(cost, ((points - centroids[j]) ** 2).sum(1))
     for _ in tqdm(range(steps), "k-means steps", disable=None, leave=False):
         nearest = squared_distances(points, centroids).argmin(1)                        # (n,)
@@ -175,7 +176,8 @@ class SemanticIDs(torch.nn.Module):
             code = assign_with_capacity(squared_distances(residual, centroids), parent, capacity)
             residual = residual - centroids[code]
             codes.append(code)
-            _, parent = np.unique(parent * num_codes + code, return_inverse=True)   # 0, 1, …
+            # Items with the same codes so far get the same number: 0, 1, …
+            _, parent = np.unique(parent * num_codes + code, return_inverse=True)
         return cls(np.stack(codes, 1), num_codes)
 
     def flows(self, values):
