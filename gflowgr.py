@@ -97,7 +97,9 @@ class Recipe:
 
 # --- What a loss learns from: contexts and paths --------------------------------------------------
 class Batch:
-    """C contexts (U, v). In an epoch, each item of a training history is v in one Batch."""
+    """C contexts (U, v). In an epoch, each item of a training history is v in one Batch. If user 7
+    took 5 2 9 4, a Batch of C = 2 contexts of this user may have
+        histories  [5], [5, 2]      positives  2, 9      following  [2, 9, 4], [9, 4]"""
     def __init__(self, packed, data, reward=None):
         """packed: a Packed, see below the lecture; it has
             contexts     C pairs (user, place of v in the user's history)
@@ -117,14 +119,13 @@ class Batch:
         if reward:
             # r_ŷ (C, n), rows of sum 1: the scores of a teacher that was fitted without these users
             self.scores = reward.teacher.scores(self.histories, self.users).to(device)
-            # (C, n) bool: the same of the last n nodes, the items
+            # (C, n) bool: is an item not in U? Items are the last n nodes
             unseen = packed.unseen[:, -self.scores.shape[1]:]
             self.r = reward(self.scores, self.positives, self.liked, unseen)    # R (C, n), 0 in U
 
 def draw(weight, count):
     """count items per context (C, count), with replacement, ∝ weight (C, n)."""
-    # At least two are drawn: torch is slower where it draws one
-    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
+    return torch.multinomial(weight, count, replacement=True)
 
 class Paths:
     """What a loss can read: J unseen items of each of C contexts, and their paths."""
@@ -135,7 +136,8 @@ class Paths:
         if recipe.chosen == "logged":
             items = torch.cat([positives, items], 1)
         if recipe.chosen == "reward":
-            items = torch.cat([draw(batch.r, 1), items], 1)
+            first = draw(batch.r, 2)[:, :1]                     # to draw one, torch takes longer
+            items = torch.cat([first, items], 1)
         # One forward pass for all paths: that of v, for L_GR, and the J of L_GFN. If v is 7 and
         # 3 and 9 are drawn, all_items is [[7, 3, 9]], and J = 2
         all_items = torch.cat([positives, items], 1)            # (C, 1 + J)
@@ -318,7 +320,8 @@ class Policy(torch.nn.Module):
         check(len(histories) and k > 0, "recommend needs a history, and k from 1")
         if self.teacher and guide is None:
             guide = self.teacher.scores(histories)
-        check(sample >= 0 and (sample == 0 or guide is None), "recommend: a guide, or sample > 0")
+        check(sample == 0 or sample > 0 and guide is None, "recommend: sample > 0 has no guide or "
+              "teacher")
         beams = max(beams or self.beams, k)
         if sample:
             return drawn_search(Beams(self, histories, temperature=sample), k, beams)
@@ -639,8 +642,8 @@ def drawn_search(tree, k, beams):
     1. A prefix has arrived at time t. Each of its children draws a time, with its own rate.
     2. The child that drew least arrives at t, the others as much later as they drew more. If t is
        1, and they draw .5 and .8, they arrive at 1 and 1.3: exponential times have no memory.
-    3. Of all children, the W that arrive first are the next beams, W ≥ k. An item below another
-       child comes after W items at least: it would not be drawn.
+    3. Of all children, the W that arrive first are the next beams. With each comes one item: so
+       there are W ≥ k items before those below other children, which need not be searched.
     The scores of items are −log(time)."""
     # P of the beams, and their times (B, W); the root may arrive at any time, here at 1
     p = time = torch.ones_like(tree.node, dtype=torch.float)

@@ -44,8 +44,7 @@ def leading_vectors(matrix, rank, seed, power=0.0):
 
 def tf_idf(texts):
     """Sparse (n, terms): how often a term is in a text, times idf = log(n / count in all texts), as
-    rare terms say more. Terms are words and pairs of words. One that is in no other text counts 0.
-    """
+    rare terms say more. Terms are words and pairs of words; one that stands once counts 0."""
     column_of = {}                                              # term → its column
     columns = []                                                # n lists, of the terms of a text
     for text in texts:
@@ -132,6 +131,7 @@ class SemanticIDs(torch.nn.Module):
         0 = () ─┬─ code 0 ─ 1 = (0) ─┬─ code 0 ─ 3 = item 0
                 │                    └─ code 1 ─ 4 = item 1
                 └─ code 1 ─ 2 = (1) ─── code 1 ─ 5 = item 2
+    codes (n, L)            the IDs
     nodes (n, L + 1)        [[0, 1, 3], [0, 1, 4], [0, 2, 5]]: from the root to each item
     next_node (M + 1, K)    [[1, 2], [3, 4], [−1, 5], [−1, −1]]: where codes lead from 0, 1, 2, −1.
     −1 is no node. As an index, −1 is the last row: from no node, all codes lead to no node."""
