@@ -147,7 +147,7 @@ class Teacher:
         cm = fitted(self.fit, self.data, fold)
         scores = cm.scores([[*history] for history in histories])   # copies, as in `fitted`
         shape = (len(histories), len(self.popular))
-        total = torch.tensor([len(history) < shape[1] for history in histories]).float()
+        total = torch.tensor([len({*history}) < shape[1] for history in histories]).float()
         asked = (f"{type(cm).__name__}.scores has to return a tensor of floats {shape}, ≥ 0, 0 at "
                  "items of the history, each row of sum 1")
         found = (scores.dtype, *scores.shape) if torch.is_tensor(scores) else type(scores).__name__

@@ -814,6 +814,7 @@ def test_scores_are_divided_by_popularity_or_length_and_guide_beams(name):
     users = USERS[:3]
     wanted = (cm.scores(users) / popular ** 0.7) ** 3
     close(Teacher(name, data, 0.7, 3.0).scores(users), wanted / wanted.sum(1, keepdim=True))
+    close(cm.scores([[5, 6] * 13]).sum(1), torch.ones(1))       # as long as the catalogue
     policy = made(25)
     policy.teacher = cm
     close(policy.recommend(users, 4), recommend_loops(policy, users, 4, None, cm.scores(users)))

@@ -62,7 +62,7 @@ def make_user(theme, style, exposure, lift, rng):
     mood = favourites[0]
     shown = []
     for _ in range(rng.integers(12, 30)):
-        if rng.random() < 0.2:                                 # a mood lasts about five items
+        if rng.random() < 0.2:                                 # drawn anew every five items or so
             mood = favourites[rng.integers(len(favourites))]
         # Nine in ten items come from the theme of the mood, the others from anywhere.
         weight = left * (theme == mood) if rng.random() < 0.9 else left
