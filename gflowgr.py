@@ -426,13 +426,14 @@ def sdpo(log_pf, log_ref, beta):
     margin = beta * (delta[:, 1:] - delta[:, :1])
     return -functional.logsigmoid(-margin.logsumexp(1)).mean()
 
-def grpo(log_pf, log_ref, log_r, beta):
-    """GRPO (Shao et al. 2024), reinforcement learning: log P, log P_ref, log R of paths (C, J) →
-    scalar. Paths with R above the mean become likelier, but P stays near P_ref, that of SFT.
-    A = (R − mean R) / std R over a context's J paths; std with J − 1, at least 1e-8.
+def grpo(log_pf, log_ref, reward, beta):
+    """GRPO (Shao et al. 2024), reinforcement learning: log P, log P_ref, a reward, such as R or log
+    R, of paths (C, J) → scalar. Paths with a reward above the mean become likelier, but P stays
+    near P_ref, that of SFT.
+    A = (reward − mean) / std, over a context's J paths; std with J − 1, at least 1e-8.
     Mean over paths of β · (x − log x − 1) − A · log P, x = P_ref / P."""
-    r = log_r.exp()
-    advantage = (r - r.mean(1, keepdim=True)) / r.std(1, keepdim=True).clamp(min=1e-8)
+    std = reward.std(1, keepdim=True).clamp(min=1e-8)
+    advantage = (reward - reward.mean(1, keepdim=True)) / std
     log_x = log_ref - log_pf
     # Ours: a step learns from new draws. So GRPO's ratio, P to P when drawn, is 1
     return (beta * (log_x.exp() - log_x - 1) - advantage * log_pf).mean()
@@ -462,8 +463,10 @@ RECIPES |= {
                  rate=9e-4, dropout=0.2),
     "sdpo-reward": dict(loss=sdpo_of, chosen="reward", sampler="policy_draws", trajectories=7,
                         lam=100.0, rate=1e-3),
-    "grpo": dict(loss=lambda p: grpo(p.log_pf, log_ref_of(p), p.log_r, p.recipe.beta), beta=0.01,
-                 trajectories=16),
+    "grpo": dict(loss=lambda p: grpo(p.log_pf, log_ref_of(p), p.log_r.exp(), p.recipe.beta),
+                 beta=0.01, trajectories=16),
+    "grpo-log": dict(loss=lambda p: grpo(p.log_pf, log_ref_of(p), p.log_r, p.recipe.beta),
+                     beta=0.01, trajectories=16),               # ours: its reward is log R
     "distill": dict(loss=lambda p: distillation(code_flows(p), p.log_probs), lam=30.0, dropout=0.2)}
 
 # --- Fast: GPT-2 reads a history once, for all contexts of a row and their paths ------------------
@@ -792,6 +795,7 @@ REAL = {    # what real logs have instead: in Settings, in Recipe, in some metho
     "sft-continued": dict(dropout=0.2, rate=4.5e-4),
     "vargrad": dict(sampler="policy_draws", trajectories=8),
     "grpo": dict(sampler="policy_draws", trajectories=8),
+    "grpo-log": dict(sampler="policy_draws", trajectories=8),
     "listnet": dict(sampler="policy_draws", trajectories=8, lam=30.0),
     "distill": dict(lam=3.0)}
 
@@ -838,7 +842,7 @@ def recipe_of(name, settings):
     check_numbers(f"{name}: ", recipe)
     for what, there in {"sampler": SAMPLERS, "teacher": TEACHERS}.items():
         check(getattr(recipe, what) in there, f"{name}: {what} has to be one of {[*there]}")
-    compares = base in ("grpo", "vargrad", "listnet")
+    compares = base in ("grpo", "grpo-log", "vargrad", "listnet")
     check(recipe.trajectories > 1 or not compares, f"{name}: it compares paths: trajectories > 1")
     return recipe
 
