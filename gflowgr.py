@@ -99,7 +99,7 @@ class Recipe:
 class Batch:
     """C contexts (U, v). In an epoch, each item of a training history is v in one Batch. If user 7
     took 5 2 9 4, a Batch of C = 2 contexts of this user may have
-        histories  [5], [5, 2]      positives  2, 9      following  [2, 9, 4], [9, 4]"""
+        histories  [], [5]      positives  5, 2      following  [5, 2, 9, 4], [2, 9, 4]"""
     def __init__(self, packed, data, reward=None):
         """packed: a Packed, see below the lecture; it has
             contexts     C pairs (user, place of v in the user's history)
@@ -645,8 +645,8 @@ def drawn_search(tree, k, beams):
     1. A prefix has arrived at time t. Each of its children draws a time, with its own rate.
     2. The child that drew least arrives at t, the others as much later as they drew more. If t is
        1, and they draw .5 and .8, they arrive at 1 and 1.3: exponential times have no memory.
-    3. Of all children, the W that arrive first are the next beams. With each comes one item: so
-       there are W ≥ k items before those below other children, which need not be searched.
+    3. The W children that arrive first are the next beams. Each arrives with an item. So the first
+       k items are below the first k children, and W ≥ k beams are enough.
     The scores of items are −log(time)."""
     # P of the beams, and their times (B, W); the root may arrive at any time, here at 1
     p = time = torch.ones_like(tree.node, dtype=torch.float)
@@ -913,7 +913,7 @@ class Setup:
         settings = self.settings
         n = len(self.data.titles)
         if settings.ids in ("content", "mixed"):
-            # K: a power of 2, at least n / 24 or 512, and enough for n items: K^L ≥ n
+            # K: the next power of 2 from the smaller of n / 24 and 512 on, so large that K^L ≥ n
             least = max(2, min(n / 24, 512), n ** (1 / settings.levels))
             K = settings.codes or 2 ** math.ceil(math.log2(least))
             check(settings.codes <= n, f"--codes {K}: more than the {n} items")
@@ -1064,8 +1064,8 @@ def run_oracle(settings):
         return (distribution(policy, batch.histories) - target).abs().sum(1).mean().item()
     setup.measure = distance
     setup.measured = "L1 distance of P from R/Z"
-    setup.rows = 100 * rows                                     # an epoch has each context 100
-    setup.size = 4                                              # times, in 100 steps of four
+    setup.rows = 100 * rows                                     # an epoch: each context 100 times
+    setup.size = 4
     try_out([settings.oracle], setup)
     path = Path(settings.out) / "oracle.png"
     path.parent.mkdir(parents=True, exist_ok=True)              # fails now, not after training
