@@ -419,7 +419,8 @@ Exercise(4, 20, gflowgr.sdpo, sdpo_loops, sdpo_cases,
 # --- Session 4: grpo (20 minutes) -----------------------------------------------------------------
 def grpo_cases():
     # mean 2, std √2: A = −0.7071, 0.7071; the gradient is −A / 2
-    yield "rewards 1, 3; beta = 0", (logs([0.5, 0.2]), logs([0.3, 0.3]), torch.tensor([[1., 3]]), 0.0)
+    rewards = torch.tensor([[1.0, 3.0]])
+    yield "rewards 1, 3; beta = 0", (logs([0.5, 0.2]), logs([0.3, 0.3]), rewards, 0.0)
     yield ("all rewards are the same, A = 0: the KL alone",
            (logs([0.5, 0.5]), logs([0.25, 0.25]), torch.ones(1, 2), 0.1))
     yield "3 users, 4 paths", (torch.randn(3, 4), torch.randn(3, 4), torch.randn(3, 4), 0.3)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data import check
 
 def entries(lists, num_items=np.inf):
-    """Places of the items of B histories in a (B, n) matrix: arrays of rows and of columns. [[5, 2],
+    """Places of the items of B histories in a (B, n) matrix, arrays of rows and columns: [[5, 2],
     [7]] → [0, 0, 1], [5, 2, 7]. InputError for an item that is not in the catalogue."""
     rows = np.repeat(np.arange(len(lists)), list(map(len, lists)))
     items = np.fromiter(chain.from_iterable(lists), np.int64, len(rows))
