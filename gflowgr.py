@@ -322,12 +322,9 @@ class Policy(torch.nn.Module):
             guide = self.teacher.scores(histories)
         check(sample == 0 or sample > 0 and guide is None, "recommend: sample > 0 has no guide or "
               "teacher")
-        beams = max(beams or self.beams, k)
-        if sample:
-            return drawn_search(Beams(self, histories, temperature=sample), k, beams)
-        if guide is not None:
-            return beam_search(GuidedBeams(self, histories, guide), k, beams)
-        return beam_search(Beams(self, histories), k, beams)
+        search = drawn_search if sample else beam_search
+        tree = Beams(self, histories, guide, temperature=sample or 1.0)
+        return search(tree, k, beams=max(beams or self.beams, k))
 
 # --- Recommending: beam search down the tree ------------------------------------------------------
 def beam_search(tree, k, beams):
@@ -572,8 +569,9 @@ class Beams:
           u a 1 2 3 4
         3 x x x . x .
         4 x x . x . x
-    """
-    def __init__(self, policy, histories, temperature=1.0):
+    With a guide (B, n) ≥ 0, ours, beam_search finds items of highest P · guide: a beam's score is
+    log P + log G, G the sum of the guide over the unseen items below it."""
+    def __init__(self, policy, histories, guide=None, temperature=1.0):
         packed = pack_histories(histories, policy)
         tokens, ends, self.unseen = packed.tokens, packed.ends, packed.unseen
         self.ids = policy.semantic_ids
@@ -586,14 +584,23 @@ class Beams:
         self.hidden = hidden.take_along_dim(ends[:, None, None], 1)                 # (B, W, d)
         place = torch.arange(tokens.shape[1], device=tokens.device)
         self.seen = place <= ends[:, None, None]                # (B, W, keys) bool: all but padding
+        self.log_guide = None                                   # log G (B, M + n)
+        if guide is not None:
+            guide = guide.to(tokens.device) * self.unseen[:, self.ids.num_prefixes:]
+            self.log_guide = self.ids.flows(guide).clamp(min=1e-30).log()
+            self.log_guide[:, 0] = 0                            # the search begins with a score 0
 
     def children(self):
-        """Of all beams: the nodes of all next codes, −1 if illegal; log P_F of them (B, W, K)."""
+        """Of all beams: the nodes of all next codes, −1 if illegal; log P_F of them (B, W, K). With
+        a guide, + log G(child) − log G(beam): the sum over a path is its score."""
         K = self.ids.num_codes                  # code c of level l is token l·K + c
         head = self.lm.wte.weight[self.level * K:(self.level + 1) * K]              # (K, d)
         child = self.ids.legal_children(self.node, self.unseen)                     # (B, W, K)
         logits = (self.hidden @ head.T).masked_fill_(child < 0, NEVER)
-        return child, (logits / self.temperature).log_softmax(-1)
+        log_probs = (logits / self.temperature).log_softmax(-1)
+        if self.log_guide is not None:
+            log_probs += at(self.log_guide, child) - at(self.log_guide, self.node)[..., None]
+        return child, log_probs
 
     def keep(self, child, best):
         """Go on with W of the children; best (B, W): w·K + c is code c of the old beam w. If fewer
@@ -619,22 +626,6 @@ class Beams:
         items = functional.pad(items, (0, k), value=-1)[:, :k]
         scores = functional.pad(scores, (0, k))[:, :k]
         return items, scores.masked_fill(items < 0, -math.inf)
-
-class GuidedBeams(Beams):
-    """Ours: with these, beam_search finds items with the highest P · guide; guide (B, n) ≥ 0. The
-    score of a beam is log P + log G. G is the sum of the guide over all unseen items below it; for
-    an item, its guide."""
-    def __init__(self, policy, histories, guide):
-        super().__init__(policy, histories)
-        guide = guide.to(self.unseen.device) * self.unseen[:, self.ids.num_prefixes:]
-        self.log_guide = self.ids.flows(guide).clamp(min=1e-30).log()       # log G (B, M + n)
-        self.log_guide[:, 0] = 0                                # the search begins with a score 0
-
-    def children(self):
-        """As above, with log P_F + log G(child) − log G(beam): the sum over a path is its score."""
-        child, log_probs = super().children()
-        beam = at(self.log_guide, self.node)[..., None]                             # (B, W, 1)
-        return child, log_probs + (at(self.log_guide, child) - beam)
 
 # --- A search that draws at random ----------------------------------------------------------------
 def drawn_search(tree, k, beams):
@@ -849,24 +840,28 @@ def recipe_of(name, settings):
 # --- The experiment: data → IDs, teacher → SFT → fine-tuned policies → table ----------------------
 def run(settings):
     """The whole job → results."""
-    names, seeds = check_settings(settings)
+    recipes, seeds = check_settings(settings)
     data = load_data(settings.data, settings.quick)             # a Dataset
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
     setups = [Setup(seed, data, settings) for seed in seeds]
-    jobs = [(name, setup) for setup in setups for name in names]
+    jobs = [(name, setup) for setup in setups for name in recipes]
     kept = {}                                   # {job: its finished run}
     for name, setup in jobs:                    # InputError if --out has it with other settings
-        found = report.earlier_run(setup.folder(name) / "run.json", made_with(name, setup))
+        made = made_with(name, recipes[name], setup)
+        found = report.earlier_run(setup.folder(name) / "run.json", made)
         if found and settings.resume:
             kept[name, setup] = found
             print(f"{name}, seed {setup.seed}: kept, as it was finished")
-    try_out([name for name in names if (name, setups[0]) not in kept], setups[0])
-    runs = [kept.get(job) or run_method(*job) for job in jobs]
+    for name, recipe in recipes.items():
+        if (name, setups[0]) not in kept:
+            try_out(name, recipe, setups[0])
+    runs = [kept.get((name, setup)) or run_method(name, recipes[name], setup)
+            for name, setup in jobs]
     return report.finish(settings.out, runs, about, data)
 
 def check_settings(settings):
-    """Check the settings and set the device → (names of methods, what they need first; seeds)."""
+    """Check the settings, set the device → {method: Recipe}, what they need first; seeds."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
     devices = [device for device, found in there.items() if found]
@@ -888,12 +883,10 @@ def check_settings(settings):
         if base.endswith("+cm"):
             names.append(base.removesuffix("+cm"))              # the policy to be guided
         names.append(name)
-    names = list(dict.fromkeys(names))
-    for name in names:                          # a mistake is told before the data are read
-        recipe_of(name, settings)
+    recipes = {name: recipe_of(name, settings) for name in names}   # before the data are read
     if settings.quick:
         print("--quick: the figures below mean nothing; they only show that everything works")
-    return names, list(dict.fromkeys(map(int, seeds)))
+    return recipes, list(dict.fromkeys(map(int, seeds)))
 
 class Setup:
     """What all methods of one seed share, made from training items alone."""
@@ -950,19 +943,14 @@ class Setup:
         """The comprehensive reward of a recipe."""
         return Reward(self.ids, self.teacher(recipe), (recipe.w_a, recipe.w_y, recipe.w_s))
 
-def made_with(name, setup):
+def made_with(name, recipe, setup):
     """All that a run depends on, except code: --resume compares it."""
     made = {"data": {what: size for what, size in setup.data.sizes.items() if what != "name"}}
-    parts = [name]
     if name.partition(":")[0] not in TEACHERS:                  # all others start from SFT
         made["IDs (--ids, --codes, --levels)"] = zlib.crc32(setup.ids.codes.cpu().numpy())
-        for what in "window width layers batch beams".split():
+        for what in "window width layers batch beams sft".split():
             made[f"--{what}"] = getattr(setup.settings, what)
-        parts = ["sft", name.partition("+cm")[0], name]         # NAME of NAME+cm, and itself
-    for part in parts:
-        recipe = recipe_of(part, setup.settings)
-        made |= {f"{part}: {what}": getattr(recipe, what) for what in FIELDS}
-    return made
+    return made | {f"{name}: {what}": getattr(recipe, what) for what in FIELDS}
 
 def check_drawn(items, recipe, batch):
     """InputError unless a sampler, maybe your own, drew N items of each context, all unseen."""
@@ -981,24 +969,21 @@ def check_loss(loss, recipe):
         raise InputError(f"loss {name}: it has to return a tensor of one number that depends on P, "
                          f"not {loss!r}")
 
-def try_out(names, setup):
-    """One step of each recipe with an untrained policy: a mistake in your own teacher, sampler or
-    loss shows now, not after hours."""
-    for name in names:
-        recipe = recipe_of(name, setup.settings)
-        if recipe.loss:
-            policy = setup.policy()
-            batch = next(batches(setup, policy, setup.reward(recipe), np.random.default_rng(0)))
-            loss = loss_of(recipe, policy, policy, batch, 0.0)
-            check(torch.isfinite(loss), f"{name}: with an untrained policy, the loss is {loss}")
-            loss.backward()
-        elif "+cm" in name or name.partition(":")[0] in TEACHERS:
-            setup.teacher(recipe).scores(setup.data.train[:2])
+def try_out(name, recipe, setup):
+    """One step with an untrained policy: a mistake in your own teacher, sampler or loss shows now,
+    not after hours."""
+    if recipe.loss:
+        policy = setup.policy()
+        batch = next(batches(setup, policy, setup.reward(recipe), np.random.default_rng(0)))
+        loss = loss_of(recipe, policy, policy, batch, 0.0)
+        check(torch.isfinite(loss), f"{name}: with an untrained policy, the loss is {loss}")
+        loss.backward()
+    elif "+cm" in name or name.partition(":")[0] in TEACHERS:
+        setup.teacher(recipe).scores(setup.data.train[:2])
 
-def run_method(name, setup):
+def run_method(name, recipe, setup):
     """Train and test one method with one seed → its entry of results.json["runs"]."""
     data = setup.data
-    recipe = recipe_of(name, setup.settings)
     fields = {what: getattr(recipe, what) for what in FIELDS}
     changes = [f"{what}={value}" for what, value in fields.items() if value != FIELDS[what]]
     print(f"{name}, seed {setup.seed}: {':'.join(changes) or 'as Recipe says'}")
@@ -1014,7 +999,7 @@ def run_method(name, setup):
              "metrics": metrics, "curve": curve, "by_user": by_user,
              "lists": ranked.tolist() if data.truth else [],
              "seconds": {"train": middle - started, "eval": time.time() - middle}}
-    report.write(finished, {"made_with": made_with(name, setup), **entry})
+    report.write(finished, {"made_with": made_with(name, recipe, setup), **entry})
     return entry
 
 def model_of(name, recipe, setup):
@@ -1066,7 +1051,7 @@ def run_oracle(settings):
     setup.measured = "L1 distance of P from R/Z"
     setup.rows = 100 * rows                                     # an epoch: each context 100 times
     setup.size = 4
-    try_out([settings.oracle], setup)
+    try_out(settings.oracle, recipe, setup)
     path = Path(settings.out) / "oracle.png"
     path.parent.mkdir(parents=True, exist_ok=True)              # fails now, not after training
     curve = train(settings.oracle, recipe, policy, setup)

@@ -1065,7 +1065,7 @@ def test_same_seed_same_curve_and_no_leak_from_test_or_validation_items(tiny):
 
 def test_a_run_depends_on_the_content_of_its_data_not_on_their_folder(tiny):
     setup = prepared(*tiny)
-    made = gflowgr.made_with("tb", setup)["data"]
+    made = gflowgr.made_with("tb", Recipe(), setup)["data"]
     assert made["checksum"] == setup.data.sizes["checksum"] and "name" not in made
     assert setup.size == math.ceil(len(setup.rows) / 20) < setup.settings.batch
 
@@ -1112,7 +1112,8 @@ def test_changes_come_in_the_order_real_recipe_name(monkeypatch):
 def test_guided_methods_need_their_policy_and_sft():
     settings = gflowgr.parse(["--methods=tb+cm:debias=1,sft+cm,cm"])
     names = ["sft", "tb", "tb+cm:debias=1", "sft+cm", "cm"]
-    assert gflowgr.check_settings(settings) == (names, [42])
+    recipes, seeds = gflowgr.check_settings(settings)
+    assert ([*recipes], seeds) == (names, [42])
 
 # --- Own code: a mistake is one line, status 2, nothing trained, nothing written ------------------
 def own(returned):                            # fit of a CM; returned: right scores → its scores
@@ -1354,7 +1355,7 @@ def test_a_killed_run_goes_on_and_nothing_finished_is_lost(finished, tmp_path, m
 @pytest.mark.parametrize("flag, said", [
     ("--window=9", "--window = 8, now it is 9; choose another --out"), ("--width=16", "--width = "),
     ("--data=toy --codes=16", "data = "), ("--ids=content", "IDs ("), ("--batch=8", "--batch = "),
-    ("--layers=2", "--layers = "), ("--sft=epochs=3:rate=.005", "sft: epochs = "),
+    ("--layers=2", "--layers = "), ("--sft=epochs=3:rate=.005", "--sft = "),
     ("--recipe=epochs=2:rate=.005:w_s=.5", "w_s = 0.05, now it is 0.5")])
 def test_resume_refuses_what_was_made_otherwise(flag, said, finished):
     for resume in (["--resume"], []):                           # nothing finished is overwritten
