@@ -320,8 +320,7 @@ class Policy(torch.nn.Module):
         check(len(histories) and k > 0, "recommend needs a history, and k from 1")
         if self.teacher and guide is None:
             guide = self.teacher.scores(histories)
-        check(sample == 0 or sample > 0 and guide is None, "recommend: sample > 0 has no guide or "
-              "teacher")
+        check(sample == 0 or sample > 0 and guide is None, "recommend: with a guide, sample is 0")
         search = drawn_search if sample else beam_search
         tree = Beams(self, histories, guide, temperature=sample or 1.0)
         return search(tree, k, beams=max(beams or self.beams, k))
