@@ -163,7 +163,7 @@ def tb_of(p):
 # What each method changes in Recipe. Numbers were chosen by trials, in data/log.md
 RECIPES = {
     "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
-    # As we read it, L_GFN reads v, too. R of v is high, so L_GFN, too, teaches the log
+    # As we read it (w_a, w_ŷ, w_s are ours): L_GFN reads v, too. R of v is high: it teaches the log
     "paper": dict(loss=tb_of, chosen="logged", sampler="curriculum", trajectories=3, exact=False,
                   lam=1.0, debias=0.0, sharp=1.0, dropout=0.4),
     # Ours: v is in L_GR alone, and R is that of `tb`
@@ -178,7 +178,7 @@ def loss_of(recipe, policy, reference, batch, progress):
     if not recipe.loss:                                         # SFT
         log_steps, *_ = policy(batch.packed, batch.positives[:, None])             # (C, 1, L)
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
-    # N items of each context (C, N). Any items will do: if P = R/Z, TB is 0 on all
+    # N items of each context (C, N), by a function below. Any will do: if P = R/Z, TB is 0 on all
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
@@ -253,7 +253,7 @@ def curriculum(batch, count, policy, progress):
     return ranked[:, start:start + count]
 
 def policy_draws(batch, count, policy, progress):
-    """Ours: N items drawn from P, none twice."""
+    """Ours: N items drawn from P, none twice (by drawn_search, after the lecture)."""
     items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)
     return items.where(items >= 0, batch.positives[:, None])    # −1 if fewer are unseen: v instead
 

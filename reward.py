@@ -88,7 +88,7 @@ class SVD:
     similar vectors x. CM(U, i) ∝ max(0, Σ_j ⟨x_j, x_i⟩ / age(j)^.75) over all items j of U."""
     def __init__(self, histories, num_items, rank=0):
         self.vectors = torch.tensor(item_vectors(histories, num_items, rank))       # (n, rank)
-        # (n,) the length of a vector: in our data, about √(number of users who took the item)
+        # (n,) the length of a vector: as measured, about √(number of users who took the item)
         self.popular = self.vectors.norm(dim=1).clamp(min=1e-4)
 
     def scores(self, histories):
