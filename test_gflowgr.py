@@ -768,7 +768,7 @@ def vectors():                                # of LOG's items (25, 8), signs of
 
 def test_svd_and_blend_against_loops(vectors):
     long = vectors.norm(dim=1).clamp(min=1e-4)
-    users = [*USERS, list(range(23))]
+    users = [*USERS, list(range(23)), [3] * 200 + [7] * 90]
     of_8 = SVD(LOG, 25, rank=8).scores(users)
     for user, history in enumerate(users):
         score = torch.zeros(25)
