@@ -125,7 +125,8 @@ class Batch:
 
 def draw(weight, count):
     """count items per context (C, count), with replacement, ∝ weight (C, n)."""
-    return torch.multinomial(weight, count, replacement=True)
+    # At least two are drawn: where it draws one, torch takes 20 times as long
+    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
 
 class Paths:
     """What a loss can read: J unseen items of each of C contexts, and their paths."""
@@ -136,8 +137,7 @@ class Paths:
         if recipe.chosen == "logged":
             items = torch.cat([positives, items], 1)
         if recipe.chosen == "reward":
-            first = draw(batch.r, 2)[:, :1]                     # to draw one, torch takes longer
-            items = torch.cat([first, items], 1)
+            items = torch.cat([draw(batch.r, 1), items], 1)
         # One forward pass for all paths: that of v, for L_GR, and the J of L_GFN. If v is 7 and
         # 3 and 9 are drawn, all_items is [[7, 3, 9]], and J = 2
         all_items = torch.cat([positives, items], 1)            # (C, 1 + J)
@@ -845,18 +845,19 @@ def run(settings):
     about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
     setups = [Setup(seed, data, settings) for seed in seeds]
     jobs = [(name, setup) for setup in setups for name in recipes]
+    made = {}                                   # {job: what its run depends on}
     kept = {}                                   # {job: its finished run}
-    for name, setup in jobs:                    # InputError if --out has it with other settings
-        made = made_with(name, recipes[name], setup)
-        found = report.earlier_run(setup.folder(name) / "run.json", made)
+    for job in jobs:                            # InputError if --out has it with other settings
+        name, setup = job
+        made[job] = made_with(name, setup, recipes)
+        found = report.earlier_run(setup.folder(name) / "run.json", made[job])
         if found and settings.resume:
-            kept[name, setup] = found
+            kept[job] = found
             print(f"{name}, seed {setup.seed}: kept, as it was finished")
     for name, recipe in recipes.items():
         if (name, setups[0]) not in kept:
             try_out(name, recipe, setups[0])
-    runs = [kept.get((name, setup)) or run_method(name, recipes[name], setup)
-            for name, setup in jobs]
+    runs = [kept.get(job) or run_method(*job, recipes[job[0]], made[job]) for job in jobs]
     return report.finish(settings.out, runs, about, data)
 
 def check_settings(settings):
@@ -882,7 +883,8 @@ def check_settings(settings):
         if base.endswith("+cm"):
             names.append(base.removesuffix("+cm"))              # the policy to be guided
         names.append(name)
-    recipes = {name: recipe_of(name, settings) for name in names}   # before the data are read
+    # A mistake in a name is told before the data are read
+    recipes = {name: recipe_of(name, settings) for name in dict.fromkeys(names)}
     if settings.quick:
         print("--quick: the figures below mean nothing; they only show that everything works")
     return recipes, list(dict.fromkeys(map(int, seeds)))
@@ -942,14 +944,18 @@ class Setup:
         """The comprehensive reward of a recipe."""
         return Reward(self.ids, self.teacher(recipe), (recipe.w_a, recipe.w_y, recipe.w_s))
 
-def made_with(name, recipe, setup):
+def made_with(name, setup, recipes):
     """All that a run depends on, except code: --resume compares it."""
     made = {"data": {what: size for what, size in setup.data.sizes.items() if what != "name"}}
+    parts = [name]
     if name.partition(":")[0] not in TEACHERS:                  # all others start from SFT
         made["IDs (--ids, --codes, --levels)"] = zlib.crc32(setup.ids.codes.cpu().numpy())
-        for what in "window width layers batch beams sft".split():
+        for what in "window width layers batch beams".split():
             made[f"--{what}"] = getattr(setup.settings, what)
-    return made | {f"{name}: {what}": getattr(recipe, what) for what in FIELDS}
+        parts = ["sft", name.partition("+cm")[0], name]         # NAME of NAME+cm, and itself
+    for part in parts:
+        made |= {f"{part}: {what}": getattr(recipes[part], what) for what in FIELDS}
+    return made
 
 def check_drawn(items, recipe, batch):
     """InputError unless a sampler, maybe your own, drew N items of each context, all unseen."""
@@ -980,8 +986,9 @@ def try_out(name, recipe, setup):
     elif "+cm" in name or name.partition(":")[0] in TEACHERS:
         setup.teacher(recipe).scores(setup.data.train[:2])
 
-def run_method(name, recipe, setup):
-    """Train and test one method with one seed → its entry of results.json["runs"]."""
+def run_method(name, setup, recipe, made):
+    """Train and test one method with one seed → its entry of results.json["runs"]. made: what
+    made_with says of it."""
     data = setup.data
     fields = {what: getattr(recipe, what) for what in FIELDS}
     changes = [f"{what}={value}" for what, value in fields.items() if value != FIELDS[what]]
@@ -998,7 +1005,7 @@ def run_method(name, recipe, setup):
              "metrics": metrics, "curve": curve, "by_user": by_user,
              "lists": ranked.tolist() if data.truth else [],
              "seconds": {"train": middle - started, "eval": time.time() - middle}}
-    report.write(finished, {"made_with": made_with(name, recipe, setup), **entry})
+    report.write(finished, {"made_with": made, **entry})
     return entry
 
 def model_of(name, recipe, setup):

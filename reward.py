@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from data import check
+from data import InputError, check
 from tokenizer import entries, item_vectors, sparse     # entries: rows, columns of lists' items
 
 warnings.filterwarnings("ignore", message="Sparse CSR")         # torch calls its sparse CSR "beta"
@@ -156,8 +156,9 @@ class Teacher:
         sums = scores.sum(1)
         right = scores.min() >= 0 and not scores[entries(histories)].any()
         right = right and (sums - total).abs().max() < 1e-3             # 1, or 0 if all are seen
-        check(right, f"{asked}; here they are {scores.min():.3g} to {scores.max():.3g}, sums "
-              f"{sums.min():.3g} to {sums.max():.3g}, or one is not 0 there")
+        if not right:                                           # the numbers are only then needed
+            raise InputError(f"{asked}; here they are {scores.min():.3g} to {scores.max():.3g}, "
+                             f"sums {sums.min():.3g} to {sums.max():.3g}, or one is not 0 there")
         return scores.float()
 
     def scores(self, histories, users=None):

@@ -1065,7 +1065,7 @@ def test_same_seed_same_curve_and_no_leak_from_test_or_validation_items(tiny):
 
 def test_a_run_depends_on_the_content_of_its_data_not_on_their_folder(tiny):
     setup = prepared(*tiny)
-    made = gflowgr.made_with("tb", Recipe(), setup)["data"]
+    made = gflowgr.made_with("tb", setup, {"sft": Recipe(), "tb": Recipe()})["data"]
     assert made["checksum"] == setup.data.sizes["checksum"] and "name" not in made
     assert setup.size == math.ceil(len(setup.rows) / 20) < setup.settings.batch
 
@@ -1355,7 +1355,7 @@ def test_a_killed_run_goes_on_and_nothing_finished_is_lost(finished, tmp_path, m
 @pytest.mark.parametrize("flag, said", [
     ("--window=9", "--window = 8, now it is 9; choose another --out"), ("--width=16", "--width = "),
     ("--data=toy --codes=16", "data = "), ("--ids=content", "IDs ("), ("--batch=8", "--batch = "),
-    ("--layers=2", "--layers = "), ("--sft=epochs=3:rate=.005", "--sft = "),
+    ("--layers=2", "--layers = "), ("--sft=epochs=3:rate=.005", "sft: epochs = "),
     ("--recipe=epochs=2:rate=.005:w_s=.5", "w_s = 0.05, now it is 0.5")])
 def test_resume_refuses_what_was_made_otherwise(flag, said, finished):
     for resume in (["--resume"], []):                           # nothing finished is overwritten

@@ -176,8 +176,7 @@ class SemanticIDs(torch.nn.Module):
             code = assign_with_capacity(squared_distances(residual, centroids), parent, capacity)
             residual = residual - centroids[code]
             codes.append(code)
-            # Items with the same codes so far get the same number: 0, 1, …
-            _, parent = np.unique(parent * num_codes + code, return_inverse=True)
+            _, parent = np.unique(parent * num_codes + code, return_inverse=True)   # 0, 1, …
         return cls(np.stack(codes, 1), num_codes)
 
     def flows(self, values):
