@@ -87,8 +87,8 @@ class Recipe:
     w_y: float = 0.75               # r_ŷ: scores of the teacher, of sum 1
     w_s: float = 0.05               # r_s ∝ number of levels with the same code as v, of sum 1
     teacher: str = "svd"            # one of TEACHERS, the recommenders of reward.py
-    debias: float = 0.5             # δ, ours: r_ŷ ∝ (score / popularity^δ)^sharp; popularity of an
-                                    # item: for `svd`, about √(number of users who took it)
+    debias: float = 0.5             # δ, ours: r_ŷ ∝ (score / popularity^δ)^sharp. Popularity: how
+                                    # many users took the item; for `svd`, about √ of this number
     sharp: float = 3.0              # ours: the larger, the fewer items have a high r_ŷ
     rate: float = 3e-3              # peak learning rate: small models like it high
     dropout: float = 0.0            # SFT needs some; `tb`, which learns from many items, none
@@ -97,13 +97,12 @@ class Recipe:
 
 # --- What a loss learns from: contexts and paths --------------------------------------------------
 class Batch:
-    """C contexts (U, v). In an epoch, each item of a training history is v in one Batch. If user 7
-    took 5 2 9 4, a Batch of C = 2 contexts of this user may have
-        histories  [], [5]      positives  5, 2      following  [5, 2, 9, 4], [2, 9, 4]"""
+    """C contexts (U, v). In an epoch, each item of a training history is v in one Batch. If a user
+    took 5 2 9, three of its contexts are this user's:
+        histories  [], [5], [5, 2]    positives  5, 2, 9    following  [5, 2, 9], [2, 9], [9]"""
     def __init__(self, packed, data, reward=None):
         """packed: a Packed, see below the lecture; it has
             contexts     C pairs (user, place of v in the user's history)
-            histories    C lists, the U
             tokens       what GPT-2 reads
             unseen       (C, M + n) bool, of all nodes: does it lead to an item that is not in U?
         data: a Dataset, of all users. reward: a Reward; SFT has none."""
@@ -153,7 +152,7 @@ class Paths:
         self.log_pf = self.log_steps.sum(-1)                    # (C, J) log P of whole paths
         self.log_r = batch.r.gather(1, items).log()             # (C, J) log R
         self.learned_log_flow = learned_log_flow[:, 1:]         # (C, J, L) log F of s_0 … s_{L-1}
-        learned_log_z = self.learned_log_flow[:, 0, 0]          # log F(s_0): all J paths have it
+        learned_log_z = self.learned_log_flow[:, 0, 0]          # log F(s_0), equal on all J paths
         self.log_z = batch.r.sum(1).log() if recipe.exact else learned_log_z        # (C,)
 
 def tb_of(p):
@@ -163,7 +162,7 @@ def tb_of(p):
 # What each method changes in Recipe. Numbers were chosen by trials, in data/log.md
 RECIPES = {
     "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
-    # As we read it (w_a, w_ŷ, w_s are ours): L_GFN reads v, too. R of v is high: it teaches the log
+    # As we read it: L_GFN reads v, too. As R of v is high, P stays near the log. (w_… are ours)
     "paper": dict(loss=tb_of, chosen="logged", sampler="curriculum", trajectories=3, exact=False,
                   lam=1.0, debias=0.0, sharp=1.0, dropout=0.4),
     # Ours: v is in L_GR alone, and R is that of `tb`
@@ -192,10 +191,8 @@ def loss_of(recipe, policy, reference, batch, progress):
 def train(name, recipe, policy, setup):
     """The one training loop → the curve, a list of {"epoch", "loss", "score"}, epoch 0: before.
     policy: new for SFT, for the others as SFT left it. The rate rises to its peak and falls to 0.
-    setup: a Setup, what all methods of one seed share. Of it, the loop asks for
-        setup.seed
-        batches(setup, …)       Batches, each of setup.size of the log's setup.rows; a row is some
-                                contexts of one user, as shown after the lecture
+    setup: a Setup, what all methods of one seed share. Of it, the loop asks for its seed, and
+        batches(setup, …)       Batches of setup.size rows; a row is some contexts of one user
         setup.reward(recipe)    a Reward, to compute R
         setup.measure(policy)   the score of an epoch, called setup.measured"""
     reward = setup.reward(recipe) if recipe.loss else None
@@ -315,12 +312,12 @@ class Policy(torch.nn.Module):
         Never an item of the history, never a duplicate; −1 and −inf where fewer than k are unseen.
         beams (self.beams by default, at least k): the more, the surer the best are found.
         guide (B, n) ≥ 0, or scores of self.teacher: items of highest P · guide, and log of this.
-        sample > 0: items drawn from P at this temperature, in their order; scores that fall.
+        sample > 0: items drawn at random from P at this temperature, none twice; scores that fall.
         Raises InputError for an item that is not in the catalogue, or if nothing is asked for."""
         check(len(histories) and k > 0, "recommend needs a history, and k from 1")
         if self.teacher and guide is None:
             guide = self.teacher.scores(histories)
-        check(sample == 0 or sample > 0 and guide is None, "recommend: with a guide, sample is 0")
+        check(sample == 0 or guide is None and sample > 0, "recommend: with a guide, sample is 0")
         search = drawn_search if sample else beam_search
         tree = Beams(self, histories, guide, temperature=sample or 1.0)
         return search(tree, k, beams=max(beams or self.beams, k))
@@ -329,7 +326,6 @@ class Policy(torch.nn.Module):
 def beam_search(tree, k, beams):
     """The best prefixes go on to the next level → items (B, k) and log P. A beam is a prefix that
     is left. `tree` has W of them for each user; it asks GPT-2, as Policy.forward does:
-        tree.ids                    the SemanticIDs
         tree.node (B, W)            the nodes of the beams; at first W = 1: the root, s_0
         tree.children()             where all next codes lead, log P_F of these codes (B, W, K)
         tree.keep(child, best)      go on with the children at the places `best`, as new beams
@@ -338,7 +334,7 @@ def beam_search(tree, k, beams):
     for _ in range(tree.ids.num_levels):
         child, log_probs = tree.children()
         log_p = (log_p[..., None] + log_probs).flatten(1)       # (B, W·K) of all children
-        log_p, best = log_p.topk(min(beams, log_p.shape[1]), 1)     # (B, new W); their places
+        log_p, best = log_p.topk(min(beams, log_p.shape[1]), 1)     # (B, new W), their places
         tree.keep(child, best)
     return tree.items(log_p, k)
 
@@ -423,9 +419,9 @@ def sdpo(log_pf, log_ref, beta):
     return -functional.logsigmoid(-margin.logsumexp(1)).mean()
 
 def grpo(log_pf, log_ref, reward, beta):
-    """GRPO (Shao et al. 2024), reinforcement learning: log P, log P_ref, a reward, such as R or log
-    R, of paths (C, J) → scalar. Paths with a reward above the mean become likelier, but P stays
-    near P_ref, that of SFT.
+    """GRPO (Shao et al. 2024), reinforcement learning: log P, log P_ref, a reward (ours: log R) of
+    paths (C, J) → scalar. Paths with a reward above the mean become likelier, but P stays near
+    P_ref, that of SFT.
     A = (reward − mean) / std, over a context's J paths; std with J − 1, at least 1e-8.
     Mean over paths of β · (x − log x − 1) − A · log P, x = P_ref / P."""
     std = reward.std(1, keepdim=True).clamp(min=1e-8)
@@ -459,10 +455,8 @@ RECIPES |= {
                  rate=9e-4, dropout=0.2),
     "sdpo-reward": dict(loss=sdpo_of, chosen="reward", sampler="policy_draws", trajectories=7,
                         lam=100.0, rate=1e-3),
-    "grpo": dict(loss=lambda p: grpo(p.log_pf, log_ref_of(p), p.log_r.exp(), p.recipe.beta),
-                 beta=0.01, trajectories=16),
-    "grpo-log": dict(loss=lambda p: grpo(p.log_pf, log_ref_of(p), p.log_r, p.recipe.beta),
-                     beta=0.01, trajectories=16),               # ours: its reward is log R
+    "grpo": dict(loss=lambda p: grpo(p.log_pf, log_ref_of(p), p.log_r, p.recipe.beta),
+                 beta=0.01, trajectories=16),                   # R as reward: fewer liked items
     "distill": dict(loss=lambda p: distillation(code_flows(p), p.log_probs), lam=30.0, dropout=0.2)}
 
 # --- Fast: GPT-2 reads a history once, for all contexts of a row and their paths ------------------
@@ -628,15 +622,15 @@ class Beams:
 
 # --- A search that draws at random ----------------------------------------------------------------
 def drawn_search(tree, k, beams):
-    """Draw k items by the P_F of `tree`, no item twice (Kool et al. 2019, stochastic beams).
-    Think of a race. An item arrives after a random time, exponential with rate P: the likelier, the
-    sooner. The first k are drawn. A prefix arrives with the first item below it; this time is
-    exponential, too, with P of the prefix as its rate. So the race can be run down the tree:
+    """Draw k items by the P_F of `tree`, none twice (Kool et al. 2019, stochastic beams): a race.
+    Each item arrives at a random time, exponential with rate P: the likelier, the sooner. The first
+    k are drawn. To run it down the tree, let a prefix arrive when the first item below it does:
+    this time is exponential, too, and its rate is P of the prefix.
     1. A prefix has arrived at time t. Each of its children draws a time, with its own rate.
-    2. The child that drew least arrives at t, the others as much later as they drew more. If t is
-       1, and they draw .5 and .8, they arrive at 1 and 1.3: exponential times have no memory.
-    3. The W children that arrive first are the next beams. Each arrives with an item. So the first
-       k items are below the first k children, and W ≥ k beams are enough.
+    2. The first child has to arrive at t. So the least time is subtracted from all, and t added: if
+       t is 1, and .5 and .8 are drawn, 1 and 1.3. (Exponential times have no memory.)
+    3. The W children that arrive first are the next beams. One item below each arrives with it; so
+       the first k items are below the first k children, and W ≥ k beams are enough.
     The scores of items are −log(time)."""
     # P of the beams, and their times (B, W); the root may arrive at any time, here at 1
     p = time = torch.ones_like(tree.node, dtype=torch.float)
@@ -785,7 +779,6 @@ REAL = {    # what real logs have instead: in Settings, in Recipe, in some metho
     "sft-continued": dict(dropout=0.2, rate=4.5e-4),
     "vargrad": dict(sampler="policy_draws", trajectories=8),
     "grpo": dict(sampler="policy_draws", trajectories=8),
-    "grpo-log": dict(sampler="policy_draws", trajectories=8),
     "listnet": dict(sampler="policy_draws", trajectories=8, lam=30.0),
     "distill": dict(lam=3.0)}
 
@@ -832,7 +825,7 @@ def recipe_of(name, settings):
     check_numbers(f"{name}: ", recipe)
     for what, there in {"sampler": SAMPLERS, "teacher": TEACHERS}.items():
         check(getattr(recipe, what) in there, f"{name}: {what} has to be one of {[*there]}")
-    compares = base in ("grpo", "grpo-log", "vargrad", "listnet")
+    compares = base in ("grpo", "vargrad", "listnet")
     check(recipe.trajectories > 1 or not compares, f"{name}: it compares paths: trajectories > 1")
     return recipe
 

@@ -9,13 +9,13 @@ LINES = "#0072B2 #D55E00 #009E73 #CC79A7 0.5 #E69F00 #56B4E9".split()
 STYLE = {"font.size": 9, "text.parse_math": False}             # a $ in a title stays a $
 
 @contextlib.contextmanager
-def picture(path, rows, columns, figsize, **options):
+def picture(path, columns, figsize):
     """`with picture(…) as axes`: what is drawn on the list of axes is written to path."""
     from matplotlib import style                               # here, since it takes a second
     from matplotlib.figure import Figure
     with style.context(["tableau-colorblind10", STYLE]):
         figure = Figure(figsize)
-        yield list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+        yield list(figure.subplots(1, columns, squeeze=False).flat)
         figure.savefig(f"{path}.part", format="png", dpi=120, bbox_inches="tight")
         os.replace(f"{path}.part", path)                       # renamed when it is whole
 
@@ -33,7 +33,7 @@ def plot_flows(path, codes, titles, panels):
         prefixes.append(prefix)
         keys += [-np.bincount(prefix, target)[prefix], prefix]
     order = np.lexsort(keys[::-1])
-    with picture(path, 1, 2, (5.6 + 1.6 * max(3, levels), 4.8)) as axes:
+    with picture(path, 2, (5.6 + 1.6 * max(3, levels), 4.8)) as axes:
         for axis, (title, shares) in zip(axes, panels.items()):
             for level, prefix in enumerate(prefixes):
                 first = np.flatnonzero(np.diff(prefix[order], prepend=-1))
@@ -57,7 +57,7 @@ def plot_flows(path, codes, titles, panels):
 
 def plot_lines(path, lines, xlabel, ylabel):
     """Draw {name: [(x, y), …]}: a line of points, named in a legend, or a point beside its name."""
-    with picture(path, 1, 1, (7.5, 5.5)) as [axis]:
+    with picture(path, 1, (7.5, 5.5)) as [axis]:
         axis.set_prop_cycle(color=LINES)
         for name, points in lines.items():
             if len(points) > 1:
