@@ -10,7 +10,7 @@ The lecture comes first; it ends with the beam search. A step of training (`loss
 
     for each logged item v and the history U before it:
         R     = .2 r_a + .75 r_ŷ + .05 r_s + .001/m, of each of the m items that are not in U
-                r_a is 1 at v, else 0; r_ŷ: the teacher's scores after U; r_s: codes shared with v
+                r_a is 1 at v, else 0; r_ŷ: by the teacher's scores; r_s: by codes shared with v
         Z     = the sum of R, about 1
         items = 8 different draws from P(· | U)
         L_GR  = −log P(v | U), the loss of SFT
@@ -162,7 +162,7 @@ def tb_of(p):
 # What each method changes in Recipe. Numbers were chosen by trials, in data/log.md
 RECIPES = {
     "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
-    # As we read it: L_GFN reads v, too. As R of v is high, P stays near the log. (w_… are ours)
+    # As we read it, with our w_…: L_GFN reads v, too. R of v is high, so P stays near the log
     "paper": dict(loss=tb_of, chosen="logged", sampler="curriculum", trajectories=3, exact=False,
                   lam=1.0, debias=0.0, sharp=1.0, dropout=0.4),
     # Ours: v is in L_GR alone, and R is that of `tb`
@@ -214,7 +214,7 @@ def train(name, recipe, policy, setup):
             loss = loss_of(recipe, policy, reference, batch, len(losses) / steps)
             if not torch.isfinite(loss):
                 raise InputError(f"{name}: loss {loss} at step {len(losses)}; is the rate too "
-                                 f"high? Users (rows) {sorted({*batch.users})}")
+                                 f"high? Users, from 0: {sorted({*batch.users})}")
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -238,7 +238,7 @@ def unlogged(batch, weight):
 
 def curriculum(batch, count, policy, progress):
     """The paper's third and default: items with low scores early in training, with high ones late.
-    1. Draw a pool of 2N − 1 items, none of the user's log: half by score, half at random (ours).
+    1. Draw a pool of 2N − 1 items, none of the user's log (ours: half by score, half at random).
        An item may be drawn twice.
     2. Sort it from low to high score.
     3. Keep N in a row: at first those with the lowest scores, in the end those with the highest."""
@@ -295,7 +295,7 @@ class Policy(torch.nn.Module):
         heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
         logits = torch.einsum("cjld,lkd->cjlk", hidden, heads).float()              # (C, J, L, K)
         nodes = ids.nodes[items][..., :-1]                      # s_0 … s_{L-1} (C, J, L)
-        # To which node does each code lead from there? −1: to none with an unseen item below
+        # The nodes that all codes lead to from there; −1: none, or none with an unseen item below
         child = ids.legal_children(nodes, packed.unseen)                            # (C, J, L, K)
         log_probs = logits.masked_fill(child < 0, NEVER).log_softmax(-1)
         log_steps = log_probs.gather(-1, ids.codes[items][..., None])[..., 0]       # (C, J, L)
@@ -456,7 +456,7 @@ RECIPES |= {
     "sdpo-reward": dict(loss=sdpo_of, chosen="reward", sampler="policy_draws", trajectories=7,
                         lam=100.0, rate=1e-3),
     "grpo": dict(loss=lambda p: grpo(p.log_pf, log_ref_of(p), p.log_r, p.recipe.beta),
-                 beta=0.01, trajectories=16),                   # R as reward: fewer liked items
+                 beta=0.01, trajectories=16),       # with R instead of log R: fewer liked items
     "distill": dict(loss=lambda p: distillation(code_flows(p), p.log_probs), lam=30.0, dropout=0.2)}
 
 # --- Fast: GPT-2 reads a history once, for all contexts of a row and their paths ------------------
@@ -482,9 +482,9 @@ class Packed:
         first = policy.user_token               # <user>; the tokens of items come after it
         self.contexts = []                      # pairs (user, place of v)
         tokens = []                             # of each row: <user>, the items that are read
-        row_of = []                             # the row of each context: 0 0 0 0 0 1 1 2
-        ends = []                               # v comes after so many items: 0 1 2 3 4 3 4 4
-        for number, (user, places) in enumerate(rows):          # for instance 1, (user, [5, 6])
+        row_of = []                             # the row of each context; above, 0 0 0 0 0 1 1 2
+        ends = []                               # v is after so many items; above, 0 1 2 3 4 3 4 4
+        for number, (user, places) in enumerate(rows):          # the second row: 1, (user, [5, 6])
             start = max(0, places[-1] - policy.window)          # 2
             read = histories[user][start:places[-1]]            # c d e f
             tokens.append(torch.tensor([first, *[first + 1 + item for item in read]]))
@@ -653,7 +653,7 @@ def recall_at(ranked, target, k):
     return (ranked[:, :k] == target[:, None]).any(1).float()
 
 def ndcg_at(ranked, target, k):
-    """NDCG@k of users, floats (B,): one target (B,) each, in ranked (B, ≥ k); −1 has a rank, too.
+    """NDCG@k of users, floats (B,): one target (B,) each, in ranked (B, ≥ k); −1 counts as a place.
     1 / log2(r + 1) if the target is ranked_r, r from 1 to k; else 0. NDCG divides this by the best
     possible, which is 1 for one target."""
     hits = ranked[:, :k] == target[:, None]

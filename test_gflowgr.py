@@ -1085,7 +1085,7 @@ def test_rates_clipping_and_progress(tiny, monkeypatch):
 
 def test_a_loss_that_is_nan_stops_its_run(tiny, monkeypatch):
     monkeypatch.setitem(RECIPES, "mine", dict(loss=lambda p: p.log_pf.mean() * math.nan))
-    with pytest.raises(InputError, match=r"mine: loss nan at step 0; .* Users .*\[\d+, "):
+    with pytest.raises(InputError, match=r"mine: loss nan at step 0; .* Users, from 0: \[\d+, "):
         trained(tiny, "mine")
 
 def test_changes_come_in_the_order_real_recipe_name(monkeypatch):

@@ -124,6 +124,11 @@ def assign_with_capacity(cost, parent, capacity):
         cost[refused, code[refused]] = np.inf                   # never the cheapest again
 
 # --- The table of IDs, and the tree of their prefixes ---------------------------------------------
+def at(table, nodes):
+    """What a table (B, M + n) has at nodes (B, …); 0 (or False) at −1, which is no node."""
+    found = table.gather(1, nodes.clamp(min=0).flatten(1)).view_as(nodes)
+    return found.masked_fill(nodes < 0, 0)
+
 class SemanticIDs(torch.nn.Module):
     """The table item ↔ semantic ID, and the tree of its prefixes. A Module, so that .to() moves it.
     A node of the tree is a number: 0 is the root, 1 … M−1 are the other prefixes, level by level,
@@ -201,8 +206,3 @@ class SemanticIDs(torch.nn.Module):
         which is (0), to −1 and 4: code 1 alone is legal, and leads to item 1."""
         child = self.next_node[nodes]                           # (B, …, K); some are −1, and stay
         return child.where(at(unseen, child), -1)
-
-def at(table, nodes):
-    """What a table (B, M + n) has at nodes (B, …); 0 (or False) at −1, which is no node."""
-    found = table.gather(1, nodes.clamp(min=0).flatten(1)).view_as(nodes)
-    return found.masked_fill(nodes < 0, 0)
