@@ -1,10 +1,10 @@
-"""Traditional recommenders, and the comprehensive reward, which reads one of them.
+"""The comprehensive reward R, and traditional recommenders. R reads one of them, its *teacher*, the
+paper's collaborative model (CM).
 
 A recommender is made by a function fit(histories, num_items): training histories, lists of items,
 oldest first, no repeats. It has scores(histories) → (B, n) ≥ 0, rows of sum 1, 0 at items of the
-history; InputError for an item that is not in the catalogue. The recommender that R reads is called
-*teacher*, the paper's collaborative model (CM). Letters: U a history, v its *positive*, the item
-that was logged next, B users or contexts, n items.
+history; InputError for an item that is not in the catalogue. Letters: U a history, v its
+*positive*, the item that was logged next, B users or contexts, n items.
 """
 import warnings
 import zlib
@@ -19,6 +19,38 @@ from data import InputError, check
 from tokenizer import entries, item_vectors, sparse     # entries: rows, columns of lists' items
 
 warnings.filterwarnings("ignore", message="Sparse CSR")         # torch calls its sparse CSR "beta"
+
+# --- The reward -----------------------------------------------------------------------------------
+@dataclass
+class Reward:
+    """The comprehensive reward R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/m of the m unseen
+    items: v itself, the teacher's scores, like IDs. R of an item of the history is 0. Each signal
+    sums to 1 over the unseen items, so the heuristic weights are shares of Z. (If v was not liked,
+    r_a sums to .1.) In the paper, r_a is 10 at v, r_s the number of equal codes: far more in sum"""
+    ids: object             # SemanticIDs
+    teacher: object         # has scores(histories, users): a Batch asks for them
+    weights: tuple          # w_a, w_ŷ, w_s
+
+    def action(self, positives, liked):
+        """r_a (B, n): 1 at a liked positive, .1 at another one (the paper's 10 : 1), else 0."""
+        r = torch.zeros(len(positives), len(self.ids.codes), device=positives.device)
+        return r.scatter_(1, positives[:, None], torch.where(liked, 1.0, 0.1)[:, None])
+
+    def similarity(self, positives, unseen):
+        """r_s (B, n), rows sum to 1: codes that unseen IDs share with that of v, positive (B,)."""
+        # r_s(v') = c(v') / Σ c over unseen items; c(v'): in how many levels v' has the code of v.
+        # In one level, codes of the positives (B, 1) are compared with codes of all items (n,)
+        c = sum((codes[positives, None] == codes).byte() for codes in self.ids.codes.T)
+        c = c * unseen                                          # v is unseen, so Σ c is L at least
+        return c / c.sum(1, keepdim=True)
+
+    def __call__(self, scores, positives, liked, unseen):
+        """R (B, n) of every item; r_ŷ: scores (B, n); unseen (B, n) bool; positives, liked (B,)."""
+        r_a, r_s = self.action(positives, liked), self.similarity(positives, unseen)
+        w_a, w_y, w_s = self.weights
+        epsilon = 1e-3 / unseen.sum(1, keepdim=True)            # (B, 1) ε/m
+        # R = ε/m + w_ŷ · r_ŷ + w_s · r_s + w_a · r_a, 0 at seen items
+        return (epsilon + w_y * scores + w_s * r_s + w_a * r_a) * unseen
 
 # --- Recommenders ---------------------------------------------------------------------------------
 def weighted(table, histories, weight, length=10 ** 9):
@@ -182,35 +214,3 @@ class Teacher:
         scores[entries(histories)] = -torch.inf
         value, items = scores.topk(k, 1)
         return items.masked_fill(value == -torch.inf, -1), value
-
-# --- The reward -----------------------------------------------------------------------------------
-@dataclass
-class Reward:
-    """The comprehensive reward R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/m of the m unseen
-    items; R of an item of the history is 0. Each signal sums to 1 over the unseen items, so the
-    heuristic weights are shares of Z. (If v was not liked, r_a sums to .1.) In the paper, r_a is 10
-    at v, and r_s the number of equal codes; summed over all items, far more than 1."""
-    ids: object             # SemanticIDs
-    teacher: object         # has scores(histories, users): a Batch asks for them
-    weights: tuple          # w_a, w_ŷ, w_s
-
-    def action(self, positives, liked):
-        """r_a (B, n): 1 at a liked positive, .1 at another one (the paper's 10 : 1), else 0."""
-        r = torch.zeros(len(positives), len(self.ids.codes), device=positives.device)
-        return r.scatter_(1, positives[:, None], torch.where(liked, 1.0, 0.1)[:, None])
-
-    def similarity(self, positives, unseen):
-        """r_s (B, n), rows sum to 1: codes that unseen IDs share with that of v, positive (B,)."""
-        # r_s(v') = c(v') / Σ c over unseen items; c(v'): in how many levels v' has the code of v.
-        # In one level, codes of the positives (B, 1) are compared with codes of all items (n,)
-        c = sum((codes[positives, None] == codes).byte() for codes in self.ids.codes.T)
-        c = c * unseen                                          # v is unseen, so Σ c is L at least
-        return c / c.sum(1, keepdim=True)
-
-    def __call__(self, scores, positives, liked, unseen):
-        """R (B, n) of every item; r_ŷ: scores (B, n); unseen (B, n) bool; positives, liked (B,)."""
-        r_a, r_s = self.action(positives, liked), self.similarity(positives, unseen)
-        w_a, w_y, w_s = self.weights
-        epsilon = 1e-3 / unseen.sum(1, keepdim=True)            # (B, 1) ε/m
-        # R = ε/m + w_ŷ · r_ŷ + w_s · r_s + w_a · r_a, 0 at seen items
-        return (epsilon + w_y * scores + w_s * r_s + w_a * r_a) * unseen
