@@ -18,10 +18,10 @@ The lecture comes first; it ends with the beam search. A step of training (`loss
     loss = mean over all (U, v) of L_GR + λ · L_GFN
 
 A context (U, v) is a user's history, and the item that was logged next. An ID has L codes, each
-from 0 to K − 1. IDs make a tree. Its nodes, M prefixes and n items, are numbers: if the IDs are
-(0, 0), (0, 1), (1, 1), the prefixes (), (0), (1) are 0, 1, 2, and the items 3, 4, 5. An item's path
-is s_0 … s_L, from the empty prefix to the item; that of the ID (0, 1) has the nodes 0, 1, 4. The
-flow F of a node is the sum of R over the items below it. So F(s_0) = Z, and F(s_L) = R.
+from 0 to K − 1. IDs make a tree; a path s_0 … s_L leads from the empty prefix to an item. Nodes are
+numbers, first M prefixes, then n items. Here the prefixes (), (0), (1) are 0, 1, 2, items 3, 4, 5:
+    ID (0, 0), path 0 1 3        ID (0, 1), path 0 1 4        ID (1, 1), path 0 2 5
+The flow F of a node is the sum of R over the items below it. So F(s_0) = Z, and F(s_L) = R.
 Letters in shapes: C contexts, J paths of each context, n items, B users (or rows of a batch).
 """
 import copy
@@ -207,7 +207,7 @@ def train(name, recipe, policy, setup):
     losses = []
     for epoch in range(1, recipe.epochs + 1):
         policy.train()
-        seed = [setup.seed, epoch]      # of numpy, which orders batches, and torch, which draws
+        seed = [setup.seed, epoch]      # for numpy (order of batches), torch (dropout, drawn items)
         torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
         epoch_batches = batches(setup, policy, reward, np.random.default_rng(seed))
         for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
