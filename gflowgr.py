@@ -192,7 +192,7 @@ def train(name, recipe, policy, setup):
     """The one training loop → the curve, a list of {"epoch", "loss", "score"}, epoch 0: before.
     policy: new for SFT, for the others as SFT left it. The rate rises to its peak and falls to 0.
     setup: a Setup, what all methods of one seed share. Of it, the loop asks for its seed, and
-        batches(setup, …)       Batches of setup.size rows; a row is some contexts of one user
+        batches(setup, …)       Batches of setup.size of the setup.rows; a row: contexts of a user
         setup.reward(recipe)    a Reward, to compute R
         setup.measure(policy)   the score of an epoch, called setup.measured"""
     reward = setup.reward(recipe) if recipe.loss else None

@@ -24,9 +24,9 @@ warnings.filterwarnings("ignore", message="Sparse CSR")         # torch calls it
 @dataclass
 class Reward:
     """The comprehensive reward R(v' | U, v) = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + ε/m of the m unseen
-    items: v itself, the teacher's scores, like IDs. R of an item of the history is 0. Each signal
-    sums to 1 over the unseen items, so the heuristic weights are shares of Z. (If v was not liked,
-    r_a sums to .1.) In the paper, r_a is 10 at v, r_s the number of equal codes: far more in sum"""
+    items: by the logged action, a teacher's scores, the similarity of IDs. R of seen items is 0.
+    Each signal sums to 1, so the heuristic weights are shares of Z. (If v was not liked, r_a sums
+    to .1.) In the paper, r_a is 10 at v, r_s the number of equal codes: in sum, far more."""
     ids: object             # SemanticIDs
     teacher: object         # has scores(histories, users): a Batch asks for them
     weights: tuple          # w_a, w_ŷ, w_s
