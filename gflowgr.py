@@ -317,7 +317,7 @@ class Policy(torch.nn.Module):
         check(len(histories) and k > 0, "recommend needs a history, and k from 1")
         if self.teacher and guide is None:
             guide = self.teacher.scores(histories)
-        check(sample == 0 or guide is None and sample > 0, "recommend: with a guide, sample is 0")
+        check(sample == 0 or guide is None and sample > 0, "recommend: sample ≥ 0; with a guide, 0")
         search = drawn_search if sample else beam_search
         tree = Beams(self, histories, guide, temperature=sample or 1.0)
         return search(tree, k, beams=max(beams or self.beams, k))
@@ -326,7 +326,7 @@ class Policy(torch.nn.Module):
 def beam_search(tree, k, beams):
     """The best prefixes go on to the next level → items (B, k) and log P. A beam is a prefix that
     is left. `tree` has W of them for each user; it asks GPT-2, as Policy.forward does:
-        tree.node (B, W)            the nodes of the beams; at first W = 1: the root, s_0
+        tree.node (B, W)            the beams, nodes of tree.ids; at first W = 1: the root, s_0
         tree.children()             where all next codes lead, log P_F of these codes (B, W, K)
         tree.keep(child, best)      go on with the children at the places `best`, as new beams
         tree.items(log_p, k)        after L codes, a beam is an item: the first k of each user"""

@@ -1593,9 +1593,9 @@ def test_the_largest_numbers(name, largest):
     ("there is no method 'cm+cm'", "--methods=cm+cm"),
     ("sharp, not ['lam=9']", "--methods=tb+cm:lam=9"),
     ("nowhere.csv", "--ids=nowhere.csv"),
-    ("listnet:trajectories=1: it compares paths", "--methods=listnet:trajectories=1"),
-    ("vargrad:trajectories=1: it compares paths", "--methods=vargrad:trajectories=1"),
-    ("grpo:trajectories=1: it compares paths", "--methods=grpo:trajectories=1")])
+    ("it compares paths: trajectories > 1", "--methods=listnet:trajectories=1"),
+    ("it compares paths: trajectories > 1", "--methods=vargrad:trajectories=1"),
+    ("it compares paths: trajectories > 1", "--methods=grpo:trajectories=1")])
 def test_a_wrong_flag_is_one_line_and_status_2(said, flag, told, tmp_path):
     folder = folder_of(tmp_path / "d", "\n".join(["item_id", *"abcd", *map(str, range(1997))]))
     told(said, f"--data={folder}", *flag.split())
