@@ -1,10 +1,10 @@
 """GFlowGR: fine-tune a generative recommender so that P(item | user) follows a reward.
 
-A generative recommender reads a user's history and writes the semantic ID of the next item, code
-by code. Supervised fine-tuning (SFT) on the log teaches what was shown, not what the user would
-like: exposure bias. GFlowGR reads an ID as a path down a tree and trains a GFlowNet on it, with a
-loss called trajectory balance (TB): the probability of an item shall be proportional to its reward
-R. R mixes the logged action, the score of another recommender, the *teacher* (the paper's
+A generative recommender reads the items that a user took, and writes the semantic ID of the next
+one, code by code. Supervised fine-tuning (SFT) on the log teaches what was shown, not what the user
+would like: exposure bias. GFlowGR reads an ID as a path down a tree and trains a GFlowNet on it,
+with a loss called trajectory balance (TB): the probability of an item shall be proportional to its
+reward R. R mixes the logged action, the score of another recommender, the *teacher* (the paper's
 collaborative model, CM), and the similarity of IDs.
 The lecture comes first; it ends with the beam search. A step of training (`loss_of`), in short:
 
@@ -28,14 +28,10 @@ import copy
 import json
 import math
 import os
-import shutil
 import sys
 import time
-import zlib
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # models as small as these: one thread is best
 import numpy as np
@@ -46,8 +42,8 @@ from tqdm import tqdm
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, get_cosine_schedule_with_warmup
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
-from data import InputError, check, check_numbers, find_item, load_data, read_ids, report
-from reward import TEACHERS, Reward, Teacher
+from data import InputError, check, find_item, load_data, read_ids, report
+from reward import TEACHERS, Teacher, comprehensive_reward
 from tokenizer import SemanticIDs, at, entries, item_features
 
 transformers.utils.logging.disable_progress_bar()       # small models are loaded and saved at once
@@ -79,7 +75,7 @@ class Recipe:
     lam: float = 10.0               # λ, weight of L_GFN
     sampler: str = "policy_draws"   # which N unseen items L_GFN reads; here, N drawn from P
     trajectories: int = 8           # N: the paper has about 3, besides v
-    chosen: Literal["", "logged", "reward"] = ""    # one item more: v itself, or drawn ∝ R
+    logged: bool = False            # does L_GFN read v, too? In the paper, it does
     exact: bool = True              # ours: Z is known, as R of all items is; False: it is learned,
                                     # by a linear head on the policy's hidden states
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/m at each of m unseen items
@@ -97,50 +93,42 @@ class Recipe:
 
 # --- What a loss learns from: contexts and paths --------------------------------------------------
 class Batch:
-    """C contexts (U, v). In an epoch, each item of a training history is v in one Batch. If a user
-    took 5 2 9, three of its contexts are this user's:
-        histories  [], [5], [5, 2]    positives  5, 2, 9    following  [5, 2, 9], [2, 9], [9]"""
-    def __init__(self, packed, data, reward=None):
-        """packed: a Packed, see below the lecture; it has
-            contexts     C pairs (user, place of v in the user's history)
-            tokens       what GPT-2 reads
-            unseen       (C, M + n) bool, of all nodes: does it lead to an item that is not in U?
-        data: a Dataset, of all users. reward: a Reward; SFT has none."""
-        self.packed = packed
-        self.histories = packed.histories                       # C lists U
-        self.users = [user for user, _ in packed.contexts]      # whose they are
-        # C lists: v, and what the user logged after it
-        self.following = [data.train[user][place:] for user, place in packed.contexts]
-        liked = [data.liked[user][place] for user, place in packed.contexts]
-        device = packed.tokens.device
-        self.positives = torch.tensor([items[0] for items in self.following], device=device)  # v
+    """C contexts (U, v). If a user took 5 2 9, three contexts are this user's:
+        histories  [], [5], [5, 2]    next_item  5, 2, 9    following  [5, 2, 9], [2, 9], [9]"""
+    def __init__(self, rows, data, policy, teacher=None, recipe=None):
+        """rows: of contexts, by `training_rows` after the lecture. data: a Dataset, of all users.
+        teacher, recipe: to compute R; SFT has none."""
+        contexts, *to_read = unpack(rows, data.train, policy)   # C pairs (user, place of v)
+        self.users = [user for user, _ in contexts]             # whose they are
+        self.histories = [data.train[user][:place] for user, place in contexts]     # C lists U
+        self.following = [data.train[user][place:] for user, place in contexts]     # v and later
+        next_items = [items[0] for items in self.following]
+        liked = [data.liked[user][place] for user, place in contexts]
+        device = policy.semantic_ids.codes.device
+        self.next_item = torch.tensor(next_items, device=device)                    # (C,) v
         self.liked = torch.tensor(liked, device=device)         # (C,) bool: did the user like v?
-        if reward:
+        # (C, M + n) bool, of all nodes: does it lead to an item that is not in U?
+        self.unseen = policy.semantic_ids.unseen(self.histories)
+        self.to_read = self.unseen, *to_read                    # what Policy.read asks for
+        if teacher:
             # r_ŷ (C, n), rows of sum 1: the scores of a teacher that was fitted without these users
-            self.scores = reward.teacher.scores(self.histories, self.users).to(device)
-            # (C, n) bool: is an item not in U? Items are the last n nodes
-            unseen = packed.unseen[:, -self.scores.shape[1]:]
-            self.r = reward(self.scores, self.positives, self.liked, unseen)    # R (C, n), 0 in U
-
-def draw(weight, count):
-    """count items per context (C, count), with replacement, ∝ weight (C, n)."""
-    # At least two are drawn: where it draws one, torch takes 20 times as long
-    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
+            self.scores = teacher.scores(self.histories, self.users).to(device)
+            self.r = comprehensive_reward(                      # R (C, n), 0 at items of U
+                policy.semantic_ids, self.scores, self.next_item, self.liked, self.unseen,
+                recipe.w_a, recipe.w_y, recipe.w_s)
 
 class Paths:
     """What a loss can read: J unseen items of each of C contexts, and their paths."""
     def __init__(self, recipe, policy, reference, batch, items):
         """policy: is trained. reference: the policy after SFT, frozen; two rivals compare with it.
-        items (C, N): those that a sampler drew. J is N, or 1 + N if the recipe has `chosen`."""
-        positives = batch.positives[:, None]                    # (C, 1) v
-        if recipe.chosen == "logged":
-            items = torch.cat([positives, items], 1)
-        if recipe.chosen == "reward":
-            items = torch.cat([draw(batch.r, 1), items], 1)
+        items (C, N): those that a sampler drew. J is N, or 1 + N if the recipe has v `logged`."""
+        v = batch.next_item[:, None]                            # (C, 1)
+        if recipe.logged:
+            items = torch.cat([v, items], 1)
         # One forward pass for all paths: that of v, for L_GR, and the J of L_GFN. If v is 7 and
-        # 3 and 9 are drawn, all_items is [[7, 3, 9]], and J = 2
-        all_items = torch.cat([positives, items], 1)            # (C, 1 + J)
-        log_steps, log_probs, learned_log_flow = policy(batch.packed, all_items)
+        # 3 and 9 are drawn, it gets [[7, 3, 9]], and J = 2
+        log_steps, log_probs, learned_log_flow = policy.follow(
+            policy.read(*batch.to_read), torch.cat([v, items], 1))
         self.recipe = recipe
         self.reference = reference
         self.batch = batch
@@ -156,90 +144,43 @@ class Paths:
         self.log_z = batch.r.sum(1).log() if recipe.exact else learned_log_z        # (C,)
 
 def tb_of(p):
-    """TB of a Paths p."""
+    """TB of a Paths p. Z belongs to the state s_0, the user's history before any code is written:
+    it is the same for all J paths of a context, and different for each context."""
     return trajectory_balance(p.log_z, p.log_pf, p.log_r)
 
 # What each method changes in Recipe. Numbers were chosen by trials, in data/log.md
 RECIPES = {
     "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
     # As we read it, with our w_…: L_GFN reads v, too. R of v is high, so P stays near the log
-    "paper": dict(loss=tb_of, chosen="logged", sampler="curriculum", trajectories=3, exact=False,
+    "paper": dict(loss=tb_of, logged=True, sampler="curriculum", trajectories=3, exact=False,
                   lam=1.0, debias=0.0, sharp=1.0, dropout=0.4),
-    # Ours: v is in L_GR alone, and R is that of `tb`
-    "tb-paper": dict(loss=tb_of, sampler="curriculum", trajectories=3, exact=False, lam=0.3,
-                     dropout=0.4),
     "tb": dict(loss=tb_of)}                                     # all else: as Recipe says
 
-# --- One step of training, and the loop -----------------------------------------------------------
+# --- One step of training -------------------------------------------------------------------------
 def loss_of(recipe, policy, reference, batch, progress):
     """gr · L_GR + λ · L_GFN: means over the contexts (U, v) of a Batch. reference: the policy after
     SFT, frozen. progress: the share of training that is done, which the curriculum asks for."""
     if not recipe.loss:                                         # SFT
-        log_steps, *_ = policy(batch.packed, batch.positives[:, None])             # (C, 1, L)
+        log_steps, *_ = policy.follow(policy.read(*batch.to_read), batch.next_item[:, None])
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
-    # N items of each context (C, N), by a function below. Any will do: if P = R/Z, TB is 0 on all
+    # N items of each context (C, N), by a function below. TB is 0 on every path once P = R/Z, so
+    # any sampler will do: its items need not come from P, as they must in reinforcement learning
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
-    check_drawn(items, recipe, batch)                           # InputError if one of U is drawn
+    check((batch.r.gather(1, items) > 0).all(), f"sampler {recipe.sampler}: it has to draw items "
+          "that are not in batch.histories; their R is 0")
     p = Paths(recipe, policy, reference, batch, items)
-    L_GR = -p.log_v.mean()
-    L_GFN = recipe.loss(p)
-    check_loss(L_GFN, recipe)                                   # InputError if not one number
-    return recipe.gr * L_GR + recipe.lam * L_GFN
-
-def train(name, recipe, policy, setup):
-    """The one training loop → the curve, a list of {"epoch", "loss", "score"}, epoch 0: before.
-    policy: new for SFT, for the others as SFT left it. The rate rises to its peak and falls to 0.
-    setup: a Setup, what all methods of one seed share. Of it, the loop asks for its seed, and
-        batches(setup, …)       Batches of setup.size of the setup.rows; a row: contexts of a user
-        setup.reward(recipe)    a Reward, to compute R
-        setup.measure(policy)   the score of an epoch, called setup.measured"""
-    reward = setup.reward(recipe) if recipe.loss else None
-    reference = copy.deepcopy(policy).eval()                    # frozen
-    per_epoch = math.ceil(len(setup.rows) / setup.size)
-    steps = recipe.epochs * per_epoch
-    groups = [{"params": policy.lm.parameters()},               # GPT-2
-              {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # learned flows
-    optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10 + 1), steps)
-    curve = [{"epoch": 0, "loss": None, "score": setup.measure(policy)}]
-    losses = []
-    for epoch in range(1, recipe.epochs + 1):
-        policy.train()
-        seed = [setup.seed, epoch]      # for numpy (order of batches), torch (dropout, drawn items)
-        torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))
-        epoch_batches = batches(setup, policy, reward, np.random.default_rng(seed))
-        for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
-            loss = loss_of(recipe, policy, reference, batch, len(losses) / steps)
-            if not torch.isfinite(loss):
-                raise InputError(f"{name}: loss {loss} at step {len(losses)}; is the rate too "
-                                 f"high? Users, from 0: {sorted({*batch.users})}")
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-        loss = float(np.mean(losses[-per_epoch:]))
-        curve.append({"epoch": epoch, "loss": loss, "score": setup.measure(policy)})
-        print(f"  {name}: epoch {epoch}/{recipe.epochs}, loss {loss:.3f}, {setup.measured} "
-              f"{curve[-1]['score']:.4f}", flush=True)
-    return curve
+    return recipe.gr * -p.log_v.mean() + recipe.lam * recipe.loss(p)
 
 # --- The adaptive trajectory sampler: which items to learn from -----------------------------------
 # Functions (batch, N, policy, progress) → unseen items (C, N). Two are here, four after the lecture
-def unlogged(batch, weight):
-    """weight (C, n), made 0 at all items of the user's log, as these shall not be drawn. But v
-    keeps a very small weight: it is drawn if no other item is left."""
-    weight[entries(batch.histories)] = 0                        # entries: their rows and columns
-    weight[entries(batch.following)] = 0
-    return weight.scatter_(1, batch.positives[:, None], 1e-12)
-
+# with `draw`, which draws items (C, N) ∝ weights (C, n), and `unlogged`, which makes weights of the
+# user's log 0
 def curriculum(batch, count, policy, progress):
     """The paper's third and default: items with low scores early in training, with high ones late.
-    1. Draw a pool of 2N − 1 items, none of the user's log (ours: half by score, half at random).
-       An item may be drawn twice.
+    1. Draw a pool of 2N − 1 items, none of the user's log, from a mixture (ours): half by score,
+       half uniform. An item may be drawn twice.
     2. Sort it from low to high score.
     3. Keep N in a row: at first those with the lowest scores, in the end those with the highest."""
     weight = unlogged(batch, 0.5 * batch.scores + 0.5 / batch.scores.shape[1])
@@ -250,9 +191,9 @@ def curriculum(batch, count, policy, progress):
     return ranked[:, start:start + count]
 
 def policy_draws(batch, count, policy, progress):
-    """Ours: N items drawn from P, none twice (by drawn_search, after the lecture)."""
-    items, _ = policy.recommend(batch.histories, count, beams=count, sample=1.0)
-    return items.where(items >= 0, batch.positives[:, None])    # −1 if fewer are unseen: v instead
+    """Ours: N items drawn from P, none twice."""
+    items, _ = policy.recommend(batch.histories, count, beams=count, sample=True)
+    return items.where(items >= 0, batch.next_item[:, None])    # −1 if fewer are unseen: v instead
 
 # --- The policy: P_F(next code | user, codes so far) ----------------------------------------------
 class Policy(torch.nn.Module):
@@ -261,14 +202,13 @@ class Policy(torch.nn.Module):
         token L·K               <user>: begins each history, and pads it
         token L·K + 1 + i       item i of a history (ours: one token, not its L codes)
     Letters in shapes: H tokens of a history, d width of the model, W beams of a user."""
-    def __init__(self, semantic_ids, window=20, width=64, layers=2, dropout=0.0, beams=20,
-                 catalogue=None, lm=None):
+    def __init__(self, semantic_ids, window=20, width=64, layers=2, dropout=0.0, catalogue=None,
+                 lm=None):
         super().__init__()
         self.semantic_ids = semantic_ids
         self.window = window                                    # items of a history that are read
-        self.beams = beams                                      # beam width of recommend
+        self.beams = 20                                         # of recommend: twice the ten items
         self.catalogue = catalogue or {}                        # saved with it: item_ids, titles
-        self.teacher = None                                     # NAME+cm has one: see recommend
         self.user_token = semantic_ids.num_levels * semantic_ids.num_codes
         self.lm = lm or GPT2LMHeadModel(GPT2Config(             # from scratch, not pretrained
             vocab_size=self.user_token + 1 + len(semantic_ids.codes), n_embd=width, n_layer=layers,
@@ -281,66 +221,204 @@ class Policy(torch.nn.Module):
         for parameter in self.flow_head.parameters():
             torch.nn.init.zeros_(parameter)     # learning begins at log Z = 0, as Z is about 1
 
-    def forward(self, packed, items):
-        """P on the paths of items (C, J), J of each of the C histories U that are `packed`. Returns
-        log P_F of each step (C, J, L), log P_F of all codes there (C, J, L, K), near NEVER if
-        illegal, and the learned log F of s_0 … s_{L-1} (C, J, L)."""
+    def read(self, unseen, lists, row_of=None, ends=None):
+        """GPT-2 reads <user> and the last items of B lists, once. Returns what it knows of C
+        contexts, for `forward`: its cache of keys and values, hidden states (C, d), ends, unseen.
+        Each list is a context; or context c ends after ends[c] items of list row_of[c].
+        unseen (C, M + n): does a node lead to an item that may be recommended?"""
+        first = self.user_token                                 # tokens of items come after it
+        tokens = [torch.tensor([first, *[first + 1 + item for item in items[-self.window:]]])
+                  for items in lists]
+        if ends is None:
+            ends = torch.tensor([len(row) - 1 for row in tokens], device=unseen.device)
+            row_of = torch.arange(len(lists), device=unseen.device)
+        tokens = torch.nn.utils.rnn.pad_sequence(               # at the end: no item sees padding
+            tokens, batch_first=True, padding_value=first).to(unseen.device)        # (B, H)
+        cache = DynamicCache()
+        hidden = self.lm.transformer(tokens, cache).last_hidden_state               # (B, H, d)
+        cache.batch_select_indices(row_of)                      # from lists to contexts
+        return cache, hidden[row_of, ends], ends, unseen
+
+    def forward(self, memory, nodes, codes):
+        """What comes next after l codes, on J paths of each context. memory: by `read`. codes
+        (C, J, l). nodes (C, J, m): the last m prefixes s_{l-m+1} … s_l of each path, for which is
+        returned: where all next codes lead (C, J, m, K), −1 if to no unseen item, so that the code
+        is illegal; log P_F of these codes, near NEVER if illegal; the learned log F (C, J, m)."""
+        cache, root, ends, unseen = memory
         ids = self.semantic_ids
-        L = ids.num_levels
-        # GPT-2's hidden states at s_0 … s_{L-1}, as if it read <user>, the items of U and all codes
-        # but the last, path by path (how all are read at once comes after the lecture)
-        hidden = read_packed(self, packed, items)                                   # (C, J, L, d)
+        J, l = codes.shape[1:]
+        m = nodes.shape[-1]
+        hidden = root[:, None, None].expand(-1, J, 1, -1)       # at s_0: after U (C, J, 1, d)
+        if l:
+            # The codes of all paths are read at once; a mask, drawn after the lecture, keeps paths
+            # apart. A code's position is the number of tokens before it that it sees
+            H = cache.get_seq_length()
+            mask = tree_mask(ends, H, J, l + 1)
+            tokens = codes + ids.num_codes * torch.arange(l, device=codes.device)   # l·K + c
+            later = self.lm.transformer(
+                tokens.flatten(1), cache, attention_mask=mask[:, None],
+                position_ids=mask.sum(-1) - 1).last_hidden_state                    # (C, J·l, d)
+            cache.crop(-J * l)                                  # the next call has other codes
+            hidden = torch.cat([hidden, later.unflatten(1, (J, l))], 2)[:, :, -m:]  # (C, J, m, d)
         # As in GPT-2, a token's logit is hidden · its embedding. At level l, only its K codes have
         # one: tokens l·K to l·K + K − 1
-        heads = self.lm.transformer.wte.weight[:self.user_token].unflatten(0, (L, -1))  # (L, K, d)
-        logits = torch.einsum("cjld,lkd->cjlk", hidden, heads).float()              # (C, J, L, K)
-        nodes = ids.nodes[items][..., :-1]                      # s_0 … s_{L-1} (C, J, L)
-        # The nodes that all codes lead to from there; −1: none, or none with an unseen item below
-        child = ids.legal_children(nodes, packed.unseen)                            # (C, J, L, K)
+        heads = self.lm.transformer.wte.weight[:self.user_token]
+        heads = heads.unflatten(0, (ids.num_levels, -1))[l + 1 - m:l + 1]           # (m, K, d)
+        logits = torch.einsum("cjmd,mkd->cjmk", hidden, heads).float()              # (C, J, m, K)
+        child = ids.legal_children(nodes, unseen)
         log_probs = logits.masked_fill(child < 0, NEVER).log_softmax(-1)
-        log_steps = log_probs.gather(-1, ids.codes[items][..., None])[..., 0]       # (C, J, L)
-        return log_steps, log_probs, self.flow_head(hidden)[..., 0]
+        return child, log_probs, self.flow_head(hidden)[..., 0]
+
+    def follow(self, memory, items):
+        """P along the whole paths of items (C, J): log P_F of each step (C, J, L), log P_F of all
+        codes there (C, J, L, K), the learned log F of s_0 … s_{L-1} (C, J, L)."""
+        ids = self.semantic_ids
+        codes = ids.codes[items]                                                    # (C, J, L)
+        _, log_probs, log_flow = self(memory, ids.nodes[items][..., :-1], codes[..., :-1])
+        return log_probs.gather(-1, codes[..., None])[..., 0], log_probs, log_flow
 
     def path_log_probs(self, histories, items):
         """log P_F of each step on the paths of items (B, J) → (B, J, L); if illegal, near NEVER."""
-        items = torch.as_tensor(items, device=self.semantic_ids.codes.device)
-        return self(pack_histories(histories, self), items)[0]
+        ids = self.semantic_ids
+        memory = self.read(ids.unseen(histories), histories)
+        return self.follow(memory, torch.as_tensor(items, device=ids.codes.device))[0]
 
     @torch.no_grad()
-    def recommend(self, histories, k=10, beams=None, guide=None, sample=0.0):
-        """The k items of highest P after B histories: items (B, k), best first; log P (B, k).
-        Never an item of the history, never a duplicate; −1 and −inf where fewer than k are unseen.
-        beams (self.beams by default, at least k): the more, the surer the best are found.
-        guide (B, n) ≥ 0, or scores of self.teacher: items of highest P · guide, and log of this.
-        sample > 0: items drawn at random from P at this temperature, none twice; scores that fall.
+    def recommend(self, histories, k=10, beams=None, guide=None, sample=False):
+        """Beam search: the k items of highest P after B histories, items (B, k), best first; log P
+        (B, k). Never an item of the history, never a duplicate; −1 and −inf where fewer than k are
+        unseen. A beam is a prefix; the best W go on to the next level.
+        beams: W (self.beams by default, at least k): the more, the surer the best are found.
+        guide (B, n) ≥ 0, ours: the items of highest P · guide, and log of this product.
+        sample, ours: k items drawn at random from P, none twice, in the order of drawing.
         Raises InputError for an item that is not in the catalogue, or if nothing is asked for."""
         check(len(histories) and k > 0, "recommend needs a history, and k from 1")
-        if self.teacher and guide is None:
-            guide = self.teacher.scores(histories)
-        check(sample == 0 or guide is None and sample > 0, "recommend: sample ≥ 0; with a guide, 0")
-        search = drawn_search if sample else beam_search
-        tree = Beams(self, histories, guide, temperature=sample or 1.0)
-        return search(tree, k, beams=max(beams or self.beams, k))
+        check(guide is None or not sample, "recommend: a guide, or sample, not both")
+        W = max(beams or self.beams, k)
+        ids = self.semantic_ids
+        unseen = ids.unseen(histories)
+        memory = self.read(unseen, histories)
+        node = torch.zeros(len(histories), 1, dtype=torch.long, device=unseen.device)   # the root
+        codes = node[..., None][..., :0]                                            # (B, 1, 0)
+        log_p = score = torch.zeros(node.shape, device=unseen.device)               # (B, W = 1)
+        if guide is not None:
+            # G of a node: the sum of the guide over the unseen items below it
+            guide = guide.to(unseen.device) * unseen[:, ids.num_prefixes:]
+            log_g = ids.flows(guide).clamp(min=1e-30).log()                         # (B, M + n)
+        for _ in range(ids.num_levels):
+            child, log_probs, _ = self(memory, node[..., None], codes)
+            child = child[:, :, 0]                              # (B, W, K) of all beams
+            log_p = log_p[..., None] + log_probs[:, :, 0]       # (B, W, K) log P of prefixes
+            if sample:
+                score = -race(-score, log_p)                    # the first to arrive, see below
+            else:
+                score = log_p if guide is None else log_p + at(log_g, child)
+            score = score.masked_fill(child < 0, -math.inf).flatten(1)              # (B, W·K)
+            score, best = score.topk(min(W, score.shape[1]), 1)                     # (B, new W)
+            parent = best // ids.num_codes                      # w·K + c is code c of beam w
+            codes = torch.cat([codes.take_along_dim(parent[..., None], 1),
+                               best[..., None] % ids.num_codes], 2)                 # (B, W, l + 1)
+            node = child.flatten(1).gather(1, best)
+            log_p = log_p.flatten(1).gather(1, best)
+        items = (node - ids.num_prefixes).clamp(min=-1)         # nodes of items come last
+        items = functional.pad(items, (0, k), value=-1)[:, :k]
+        values = functional.pad(log_p if sample else score, (0, k))[:, :k]
+        return items, values.masked_fill(items < 0, -math.inf)
 
-# --- Recommending: beam search down the tree ------------------------------------------------------
-def beam_search(tree, k, beams):
-    """The best prefixes go on to the next level → items (B, k) and log P. A beam is a prefix that
-    is left. `tree` has W of them for each user; it asks GPT-2, as Policy.forward does:
-        tree.node (B, W)            the beams, nodes of tree.ids; at first W = 1: the root, s_0
-        tree.children()             where all next codes lead, log P_F of these codes (B, W, K)
-        tree.keep(child, best)      go on with the children at the places `best`, as new beams
-        tree.items(log_p, k)        after L codes, a beam is an item: the first k of each user"""
-    log_p = torch.zeros_like(tree.node, dtype=torch.float)      # (B, W) log P of the beams
-    for _ in range(tree.ids.num_levels):
-        child, log_probs = tree.children()
-        log_p = (log_p[..., None] + log_probs).flatten(1)       # (B, W·K) of all children
-        log_p, best = log_p.topk(min(beams, log_p.shape[1]), 1)     # (B, new W), their places
-        tree.keep(child, best)
-    return tree.items(log_p, k)
+# === The lecture ends here. Below: the loop, rivals, evaluation, the experiment ===================
 
-# === The lecture ends here. Below: rivals, packing, drawing, evaluation, the experiment ===========
+# --- Rows: GPT-2 reads a history once, for several contexts ---------------------------------------
+def training_rows(histories, window):
+    """Yield the rows (user, places of v) of all histories; each item is v in one of them. A user
+    who took a b c d e f g h is 8 contexts. GPT-2 can predict a next item after each that it reads:
+    so it reads a b c d once, for five contexts. If the window is 4:
+        places of v     GPT-2 reads       v             the context ends after so many items
+        0 1 2 3 4       <user> a b c d    a b c d e     0 1 2 3 4
+        5 6             <user> c d e f    f g           3 4
+        7               <user> d e f g    h             4
+    A row after the first has at most window / 2 places, so that enough is read before each v."""
+    for user, history in enumerate(histories):
+        # Where rows begin, here 0 5 7, and the end, 8
+        cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
+        for first, stop in zip(cuts, cuts[1:]):
+            yield user, range(first, stop)
+
+def unpack(rows, histories, policy):
+    """The C contexts of rows, pairs (user, place of v); the lists of items that GPT-2 reads; of
+    each context the number of its list, and after how many items of it the context ends (C,)."""
+    contexts = []
+    lists = []
+    row_of = []
+    ends = []
+    for row, (user, places) in enumerate(rows):                 # the second row: 1, (user, [5, 6])
+        start = max(0, places[-1] - policy.window)              # 2
+        lists.append(histories[user][start:places[-1]])         # c d e f
+        contexts += [(user, place) for place in places]
+        row_of += [row] * len(places)                           # 1 1
+        ends += [place - start for place in places]             # 3 4
+    return contexts, lists, *torch.tensor([row_of, ends], device=policy.semantic_ids.codes.device)
+
+def batches(rows, size, data, policy, teacher, recipe, rng):
+    """One epoch of Batches of `size` rows, in random order. Rows of a Batch have like lengths, for
+    less padding: the rows of 32 Batches are sorted by the number of items that GPT-2 reads."""
+    rows = [rows[r] for r in rng.permutation(len(rows))]
+    for start in range(0, len(rows), 32 * size):
+        some = slice(start, start + 32 * size)
+        rows[some] = sorted(rows[some], key=lambda row: min(row[1][-1], policy.window))
+    for start in rng.permutation(range(0, len(rows), size)):
+        yield Batch(rows[start:start + size], data, policy, teacher, recipe)
+
+# --- The training loop ----------------------------------------------------------------------------
+def train(name, recipe, policy, rows, size, data, seed, measure):
+    """The one training loop: epochs over rows, `size` a step. policy: new for SFT, for others as
+    SFT left it. The rate rises to its peak, and falls to 0. After each epoch, measure(policy, data)
+    is printed; its last value is returned."""
+    teacher = None
+    if recipe.loss:
+        teacher = Teacher(recipe.teacher, data, recipe.debias, recipe.sharp)
+    reference = copy.deepcopy(policy).eval()                    # frozen
+    per_epoch = math.ceil(len(rows) / size)
+    steps = recipe.epochs * per_epoch
+    groups = [{"params": policy.lm.parameters()},               # GPT-2
+              {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # learned flows
+    optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10 + 1), steps)
+    losses = []
+    for epoch in range(1, recipe.epochs + 1):
+        policy.train()
+        # The order of batches is numpy's, dropout and drawn items are torch's
+        torch.manual_seed(int(np.random.default_rng([seed, epoch]).integers(2 ** 63)))
+        rng = np.random.default_rng([seed, epoch])
+        epoch_batches = batches(rows, size, data, policy, teacher, recipe, rng)
+        for batch in tqdm(epoch_batches, name, per_epoch, leave=False, disable=None):
+            loss = loss_of(recipe, policy, reference, batch, len(losses) / steps)
+            check(torch.isfinite(loss), f"{name}: the loss is {loss} at step {len(losses)}; is the "
+                  f"rate too high? The batch has users {sorted({*batch.users})}, from 0")
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+        loss = np.mean(losses[-per_epoch:])
+        score = measure(policy.eval(), data)
+        print(f"  {name}: epoch {epoch}/{recipe.epochs}, loss {loss:.3f}, {measure.__name__} "
+              f"{score:.4f}", flush=True)
+    return score
 
 # --- More samplers --------------------------------------------------------------------------------
+def draw(weight, count):
+    """count items per context (C, count), with replacement, ∝ weight (C, n)."""
+    # At least two are drawn: where it draws one, torch takes 20 times as long
+    return torch.multinomial(weight, max(2, count), replacement=True)[:, :count]
+
+def unlogged(batch, weight):
+    """weight (C, n), made 0 at all items of the user's log, as these shall not be drawn. But v
+    keeps a very small weight: it is drawn if no other item is left."""
+    weight[entries(batch.histories)] = 0                        # entries: their rows and columns
+    weight[entries(batch.following)] = 0
+    return weight.scatter_(1, batch.next_item[:, None], 1e-12)
+
 def session(batch, count, policy, progress):
     """The paper's first: other items of the user's log. Ours: those after v (R of those before it,
     in U, is 0). If v is the last, v."""
@@ -356,7 +434,7 @@ def uniform(batch, count, policy, progress):
 def policy_beam(batch, count, policy, progress):
     """The paper's fourth: the N best items by P itself, without v (the paper: N−1)."""
     items, _ = policy.recommend(batch.histories, count + 1, beams=count + 1)
-    v = batch.positives[:, None]
+    v = batch.next_item[:, None]
     order = (items == v).int().argsort(dim=1, stable=True)      # if v is among them, it comes last
     items = items.gather(1, order)[:, :count]                   # and is cut off here
     return items.where(items >= 0, v)                           # −1 if fewer are unseen: v instead
@@ -368,7 +446,7 @@ def reward_draws(batch, count, policy, progress):
 SAMPLERS = {sampler.__name__: sampler for sampler in (
     session, uniform, curriculum, policy_beam, policy_draws, reward_draws)}
 
-# --- Other losses that make P = R/Z ---------------------------------------------------------------
+# --- Rivals: other losses that make P = R/Z -------------------------------------------------------
 def vargrad(log_pf, log_r):
     """VarGrad (Richter et al. 2020), TB that needs no log Z: log P, log R of paths (C, J) → scalar.
     At P = R/Z, log P − log R is −log Z on all paths of a context. So its variance has to be 0.
@@ -389,13 +467,6 @@ def detailed_balance(log_flow, log_steps):
     Mean over all paths of Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))²."""
     return (log_flow[..., :-1] + log_steps - log_flow[..., 1:]).square().sum(-1).mean()
 
-def path_flows(p):
-    """Of a Paths p: (C, J, L+1) log F of s_0 … s_L, exact or learned; F(s_L) is R."""
-    if not p.recipe.exact:
-        return torch.cat([p.learned_log_flow, p.log_r[..., None]], -1)
-    flows = p.ids.flows(p.batch.r)                  # (C, M + n) F of all nodes: sums of R below
-    return at(flows, p.ids.nodes[p.items]).log()                # at those of the paths
-
 def distillation(child_flow, log_probs):
     """Ours → scalar: where a path goes down the tree, the flow F divides among the next codes. q(c)
     is the share of code c. P_F shall be q, for all codes. (TB and DB see those of the path alone.)
@@ -403,11 +474,6 @@ def distillation(child_flow, log_probs):
     Mean over paths of Σ_l KL(q ‖ P_F) = Σ_l Σ_c q(c) · (log q(c) − log P_F(c | s_l))."""
     target = child_flow / child_flow.sum(-1, keepdim=True)      # q; 0 for an illegal code
     return (target * (target.clamp(min=1e-30).log() - log_probs)).sum((-2, -1)).mean()
-
-def code_flows(p):
-    """Of a Paths p: (C, J, L, K) exact F after each code from s_0 … s_{L-1}; 0 if it is illegal."""
-    child = p.ids.next_node[p.ids.nodes[p.items][..., :-1]]     # the nodes there; −1: none
-    return at(p.ids.flows(p.batch.r), child)
 
 # --- Rivals that do not make P = R/Z --------------------------------------------------------------
 def sdpo(log_pf, log_ref, beta):
@@ -430,89 +496,47 @@ def grpo(log_pf, log_ref, reward, beta):
     # Ours: a step learns from new draws. So GRPO's ratio, P to P when drawn, is 1
     return (beta * (log_x.exp() - log_x - 1) - advantage * log_pf).mean()
 
-def log_ref_of(p):
-    """Of a Paths p: (C, J) log P by the policy after SFT."""
-    with torch.no_grad():
-        return p.reference(p.batch.packed, p.items)[0].sum(-1)
+# --- What the rivals read of a Paths p ------------------------------------------------------------
+def path_flows(p):
+    """(C, J, L+1) log F of s_0 … s_L, exact or learned; F(s_L) is R."""
+    if not p.recipe.exact:
+        return torch.cat([p.learned_log_flow, p.log_r[..., None]], -1)
+    flows = p.ids.flows(p.batch.r)                  # (C, M + n) F of all nodes: sums of R below
+    return at(flows, p.ids.nodes[p.items]).log()                # at those of the paths
 
-def sdpo_of(p):
-    """S-DPO of a Paths p. If the chosen item was drawn once more, as another path, it is no
-    rejected item: log P of that path becomes NEVER, which adds 0 to the sum."""
-    again = p.items == p.items[:, :1]                           # (C, J)
-    again[:, 0] = False                                         # path 0 itself
-    return sdpo(p.log_pf.masked_fill(again, NEVER), log_ref_of(p), p.recipe.beta)
+def code_flows(p):
+    """(C, J, L, K) exact F after each code from s_0 … s_{L-1}; 0 if it is illegal."""
+    child = p.ids.next_node[p.ids.nodes[p.items][..., :-1]]     # the nodes there; −1: none
+    return at(p.ids.flows(p.batch.r), child)
+
+def log_ref_of(p):
+    """(C, J) log P by the policy after SFT."""
+    with torch.no_grad():
+        log_steps, *_ = p.reference.follow(p.reference.read(*p.batch.to_read), p.items)
+    return log_steps.sum(-1)
 
 RECIPES |= {
     "db": dict(loss=lambda p: detailed_balance(path_flows(p), p.log_steps), dropout=0.1),
     "vargrad": dict(loss=lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1),
     "listnet": dict(loss=lambda p: listnet(p.log_pf, p.log_r), lam=300.0),
-    # Ours: TB in which a few paths with large errors count less. Mean over all paths of
-    # h(log Z + log P − log R); h(x) = x²/2 if |x| ≤ 1, else |x| − 1/2
-    "tb-huber": dict(loss=lambda p: functional.huber_loss(p.log_z[:, None] + p.log_pf, p.log_r)),
-    "sft-continued": dict(rate=9e-4, dropout=0.4),              # SFT, for longer
-    # Ours: seven rejected items, in the paper three; drawn from P on real logs, too
-    "sdpo": dict(loss=sdpo_of, chosen="logged", sampler="policy_draws", trajectories=7, beta=1.0,
-                 rate=9e-4, dropout=0.2),
-    "sdpo-reward": dict(loss=sdpo_of, chosen="reward", sampler="policy_draws", trajectories=7,
-                        lam=100.0, rate=1e-3),
+    # Path 0, the chosen one, is v. Ours: seven rejected items, drawn from P; in the paper three
+    "sdpo": dict(loss=lambda p: sdpo(p.log_pf, log_ref_of(p), p.recipe.beta), logged=True,
+                 trajectories=7, beta=1.0, rate=9e-4, dropout=0.2),
     "grpo": dict(loss=lambda p: grpo(p.log_pf, log_ref_of(p), p.log_r, p.recipe.beta),
                  beta=0.01, trajectories=16),       # with R instead of log R: fewer liked items
-    "distill": dict(loss=lambda p: distillation(code_flows(p), p.log_probs), lam=30.0, dropout=0.2)}
+    "distill": dict(loss=lambda p: distillation(code_flows(p), p.log_probs), lam=30.0, dropout=0.2),
+    # P of the SFT before it, times a teacher's score
+    "product": dict(sharp=9.0),
+    # For real logs
+    "sft-log": dict(rate=1.5e-3, dropout=0.2, epochs=8),
+    "tb-log": dict(loss=tb_of, teacher="blend", debias=0.0, sharp=4.0, lam=3.0, rate=1.5e-3,
+                   epochs=5, sampler="reward_draws", trajectories=2),
+    "product-log": dict(teacher="blend", debias=0.0, sharp=9.0)}
+# What the others do not read, so it cannot be changed in their names
+UNREAD = {"exact": "vargrad listnet sdpo grpo distill",
+          "beta": "paper tb tb-log db vargrad listnet distill"}
 
-# --- Fast: GPT-2 reads a history once, for all contexts of a row and their paths ------------------
-# A user who took a b c d e f g h is 8 contexts: v is each of these items in turn. GPT-2 can predict
-# a v after each item that it reads: so it reads a b c d once, for five contexts. A row is some
-# places of a history, from 0, where v stands. If the window is 4, the items that GPT-2 may read:
-#     places of v     GPT-2 reads       v             each after so many items
-#     0 1 2 3 4       <user> a b c d    a b c d e     0 1 2 3 4
-#     5 6             <user> c d e f    f g           3 4
-#     7               <user> d e f g    h             4
-# A row after the first has at most window / 2 places, so that GPT-2 reads enough before each v
-def training_rows(histories, window):
-    """Yield the rows (user, places) of all histories. Each item is v in one of them."""
-    for user, history in enumerate(histories):
-        # Where rows begin, here 0 5 7, and the end, 8
-        cuts = [0, *range(window + 1, len(history), max(1, window // 2)), len(history)]
-        for first, stop in zip(cuts, cuts[1:]):
-            yield user, range(first, stop)
-
-class Packed:
-    """The tokens of B rows, and the C contexts in them, row by row."""
-    def __init__(self, rows, histories, policy):
-        first = policy.user_token               # <user>; the tokens of items come after it
-        self.contexts = []                      # pairs (user, place of v)
-        tokens = []                             # of each row: <user>, the items that are read
-        row_of = []                             # the row of each context; above, 0 0 0 0 0 1 1 2
-        ends = []                               # v is after so many items; above, 0 1 2 3 4 3 4 4
-        for number, (user, places) in enumerate(rows):          # the second row: 1, (user, [5, 6])
-            start = max(0, places[-1] - policy.window)          # 2
-            read = histories[user][start:places[-1]]            # c d e f
-            tokens.append(torch.tensor([first, *[first + 1 + item for item in read]]))
-            self.contexts += [(user, place) for place in places]
-            row_of += [number] * len(places)                    # 1 1
-            ends += [place - start for place in places]         # 3 4
-        self.histories = [histories[user][:place] for user, place in self.contexts]     # U
-        self.tokens = torch.nn.utils.rnn.pad_sequence(                                  # (B, H)
-            tokens, batch_first=True, padding_value=first).to(policy.semantic_ids.codes.device)
-        self.row_of, self.ends = torch.tensor([row_of, ends], device=self.tokens.device)    # (C,)
-        self.unseen = policy.semantic_ids.unseen(self.histories)        # (C, M + n) bool
-
-def pack_histories(histories, policy):
-    """The Packed of B histories, each a row of one context: v, unknown, stands at the end."""
-    return Packed([(b, [len(past)]) for b, past in enumerate(histories)], histories, policy)
-
-def batches(setup, policy, reward, rng):
-    """One epoch of Batches, in random order. Rows of a Batch have like lengths: less padding."""
-    def length(row):                                            # items that GPT-2 reads of it
-        return min(row[1][-1], policy.window)
-    rows = [setup.rows[r] for r in rng.permutation(len(setup.rows))]
-    many = 32 * setup.size                                      # the rows of 32 Batches are sorted
-    for start in range(0, len(rows), many):
-        rows[start:start + many] = sorted(rows[start:start + many], key=length)
-    for start in rng.permutation(range(0, len(rows), setup.size)):
-        some = rows[start:start + setup.size]
-        yield Batch(Packed(some, setup.data.train, policy), setup.data, reward)
-
+# --- Paths that are read at once, and draws without replacement -----------------------------------
 def tree_mask(ends, H, J, L):
     """Which tokens does a code see? Bools (C, J·(L−1), H + J·(L−1)). GPT-2 reads H tokens of a
     history, then J branches: of each path, all codes but the last. In context c, a code sees the
@@ -532,119 +556,20 @@ def tree_mask(ends, H, J, L):
     past = torch.arange(H, device=ends.device) <= ends[:, None, None]               # (C, 1, H)
     return torch.cat([past.expand(-1, len(own), -1), own.expand(len(ends), -1, -1)], 2)
 
-def read_packed(policy, packed, items):
-    """Hidden states (C, J, L, d) of the prefixes s_0 … s_{L-1} on the paths of items (C, J). GPT-2
-    reads a row once. Then it reads the codes of all paths: its cache holds what it knows of the
-    row. (Padding comes last, so no token of a row sees it.)"""
-    tokens, row_of, ends = packed.tokens, packed.row_of, packed.ends
-    ids = policy.semantic_ids
-    J = items.shape[1]
-    cache = DynamicCache()
-    hidden = policy.lm.transformer(tokens, cache).last_hidden_state                 # (B, H, d)
-    root = hidden[row_of, ends][:, None, None].expand(-1, J, 1, -1)     # s_0: after U (C, J, 1, d)
-    if ids.num_levels == 1:
-        return root
-    cache.batch_select_indices(row_of)                          # from a row each to a context each
-    # Code c of level l is token l·K + c
-    codes = ids.codes[items] + ids.num_codes * torch.arange(ids.num_levels, device=ends.device)
-    mask = tree_mask(ends, tokens.shape[1], J, ids.num_levels)
-    later = policy.lm.transformer(
-        codes[..., :-1].flatten(1), cache, attention_mask=mask[:, None],
-        # A code's position is the number of tokens before it that it sees
-        position_ids=mask.sum(-1) - 1).last_hidden_state                 # (C, J·(L-1), d)
-    return torch.cat([root, later.unflatten(1, (J, -1))], 2)
-
-class Beams:
-    """W beams of each of B users: the prefixes that are left, of equal length. GPT-2 reads a code
-    once: its keys and values stay in a cache, those of dropped beams, too. `seen` says which keys a
-    beam sees: of the history, and of its own codes. After <user> a, the beams 1 and 2 went on as
-    1 3 and 2 4:
-          u a 1 2 3 4
-        3 x x x . x .
-        4 x x . x . x
-    With a guide (B, n) ≥ 0, ours, beam_search finds items of highest P · guide: a beam's score is
-    log P + log G, G the sum of the guide over the unseen items below it."""
-    def __init__(self, policy, histories, guide=None, temperature=1.0):
-        packed = pack_histories(histories, policy)
-        tokens, ends, self.unseen = packed.tokens, packed.ends, packed.unseen
-        self.ids = policy.semantic_ids
-        self.lm = policy.lm.transformer
-        self.temperature = temperature
-        self.level = 0                                          # number of codes so far
-        self.node = torch.zeros_like(ends[:, None])             # (B, W = 1) the beams: at the root
-        self.cache = DynamicCache()
-        hidden = self.lm(tokens, self.cache).last_hidden_state
-        self.hidden = hidden.take_along_dim(ends[:, None, None], 1)                 # (B, W, d)
-        place = torch.arange(tokens.shape[1], device=tokens.device)
-        self.seen = place <= ends[:, None, None]                # (B, W, keys) bool: all but padding
-        self.log_guide = None                                   # log G (B, M + n)
-        if guide is not None:
-            guide = guide.to(tokens.device) * self.unseen[:, self.ids.num_prefixes:]
-            self.log_guide = self.ids.flows(guide).clamp(min=1e-30).log()
-            self.log_guide[:, 0] = 0                            # the search begins with a score 0
-
-    def children(self):
-        """Of all beams: the nodes of all next codes, −1 if illegal; log P_F of them (B, W, K). With
-        a guide, + log G(child) − log G(beam): the sum over a path is its score."""
-        K = self.ids.num_codes                  # code c of level l is token l·K + c
-        head = self.lm.wte.weight[self.level * K:(self.level + 1) * K]              # (K, d)
-        child = self.ids.legal_children(self.node, self.unseen)                     # (B, W, K)
-        logits = (self.hidden @ head.T).masked_fill_(child < 0, NEVER)
-        log_probs = (logits / self.temperature).log_softmax(-1)
-        if self.log_guide is not None:
-            log_probs += at(self.log_guide, child) - at(self.log_guide, self.node)[..., None]
-        return child, log_probs
-
-    def keep(self, child, best):
-        """Go on with W of the children; best (B, W): w·K + c is code c of the old beam w. If fewer
-        than W are legal, some new nodes are −1; log P of these is near NEVER, and stays so."""
-        K = self.ids.num_codes
-        parent, code = best // K, best % K
-        self.node = child.flatten(1).gather(1, best)
-        if self.level < self.ids.num_levels - 1:
-            # The codes of W beams are W more keys. A beam sees what its parent saw, and itself
-            W = best.shape[1]
-            old = self.seen.take_along_dim(parent[..., None], 1)                    # (B, W, keys)
-            itself = torch.eye(W, device=old.device).bool()
-            self.seen = torch.cat([old, itself.expand(len(old), W, W)], 2)
-            tokens = self.level * K + code                      # code c of level l: l·K + c
-            self.hidden = self.lm(
-                tokens, self.cache, attention_mask=self.seen[:, None],
-                position_ids=self.seen.sum(-1) - 1).last_hidden_state       # as in read_packed
-        self.level += 1
-
-    def items(self, scores, k):
-        """After the last level, the first k beams as items (B, k), −1: none, and scores (B, k)."""
-        items = (self.node - self.ids.num_prefixes).clamp(min=-1)   # nodes of items come last
-        items = functional.pad(items, (0, k), value=-1)[:, :k]
-        scores = functional.pad(scores, (0, k))[:, :k]
-        return items, scores.masked_fill(items < 0, -math.inf)
-
-# --- A search that draws at random ----------------------------------------------------------------
-def drawn_search(tree, k, beams):
-    """Draw k items by the P_F of `tree`, none twice (Kool et al. 2019, stochastic beams): a race.
+def race(time, log_p):
+    """When do the children of prefixes arrive? (B, W, K), for draws without replacement (Kool et
+    al. 2019, stochastic beams). time (B, W): when the prefixes arrived; log P of children.
     Each item arrives at a random time, exponential with rate P: the likelier, the sooner. The first
-    k are drawn. To run it down the tree, let a prefix arrive when the first item below it does:
-    this time is exponential, too, and its rate is P of the prefix.
+    k to arrive are drawn. To run the race down the tree, let a prefix arrive when the first item
+    below it does: this time is exponential, too, and its rate is P of the prefix.
     1. A prefix has arrived at time t. Each of its children draws a time, with its own rate.
     2. The first child has to arrive at t. So the least time is subtracted from all, and t added: if
        t is 1, and .5 and .8 are drawn, 1 and 1.3. (Exponential times have no memory.)
-    3. The W children that arrive first are the next beams. One item below each arrives with it; so
-       the first k items are below the first k children, and W ≥ k beams are enough.
-    The scores of items are −log(time)."""
-    # P of the beams, and their times (B, W); the root may arrive at any time, here at 1
-    p = time = torch.ones_like(tree.node, dtype=torch.float)
-    for _ in range(tree.ids.num_levels):
-        child, log_probs = tree.children()
-        p = (p[..., None] * log_probs.exp()).clamp(min=1e-30)                       # (B, W, K)
-        drawn = torch.empty_like(p).exponential_() / p          # exponential, with rate p
-        # Time of a child = time of its prefix + (what it draws − the least that is drawn there)
-        time = time[..., None] + drawn - drawn.amin(-1, keepdim=True)
-        time = time.masked_fill(child < 0, 1e37).flatten(1)     # (B, W·K); illegal ones come last
-        time, best = time.topk(min(beams, time.shape[1]), 1, largest=False)
-        p = p.flatten(1).gather(1, best)
-        tree.keep(child, best)
-    return tree.items(-time.log(), k)
+    The k children that arrive first are enough as beams: one item below each arrives with it, so
+    the first k items are below these."""
+    rate = log_p.exp().clamp(min=1e-30)
+    drawn = torch.empty_like(rate).exponential_() / rate        # exponential, with this rate
+    return time[..., None] + drawn - drawn.amin(-1, keepdim=True)
 
 # --- Evaluation: leave one out, the whole catalogue, the same for every method --------------------
 def recall_at(ranked, target, k):
@@ -664,13 +589,12 @@ def rank_all(recommend, histories):
     parts = [histories[start:start + 256] for start in range(0, len(histories), 256)]
     return torch.cat([recommend(part)[0].cpu() for part in parts])
 
-def validate(policy, data):
-    """NDCG@10 on validation items of at most 2,000 users; leaves the policy in eval mode."""
+def validation_ndcg(policy, data):
+    """NDCG@10 on validation items of at most 2,000 users."""
     step = math.ceil(len(data.train) / 2000)
     # A history's last item is for the test, the one before it for validation; train has neither
     target = torch.tensor([history[-2] for history in data.histories[::step]])
-    ranked = rank_all(policy.eval().recommend, data.train[::step])
-    return ndcg_at(ranked, target, 10).mean().item()
+    return ndcg_at(rank_all(policy.recommend, data.train[::step]), target, 10).mean().item()
 
 def evaluate(recommend, data):
     """Rank last items by recommend(all before) → {metric: mean}, {metric: by user}, ten items."""
@@ -678,62 +602,53 @@ def evaluate(recommend, data):
     target = torch.tensor([history[-1] for history in data.histories])
     by_user = {}
     for k in (5, 10):
-        by_user[f"recall@{k}"] = recall_at(ranked, target, k).numpy()
-        by_user[f"ndcg@{k}"] = ndcg_at(ranked, target, k).numpy()
+        by_user[f"recall@{k}"] = recall_at(ranked, target, k).double().numpy()
+        by_user[f"ndcg@{k}"] = ndcg_at(ranked, target, k).double().numpy()
     by_user |= report.exposure(ranked.numpy(), data)            # liked@10, if the truth is known
-    by_user = {name: numbers.astype(float).round(6).tolist() for name, numbers in by_user.items()}
-    metrics = {name: float(np.mean(numbers)) for name, numbers in by_user.items()}
+    metrics = {name: float(numbers.mean()) for name, numbers in by_user.items()}
     metrics["coverage@10"] = len(ranked[ranked >= 0].unique()) / len(data.titles)
-    return metrics, by_user, ranked
+    return metrics, by_user, ranked.tolist()
 
 # --- Saved models ---------------------------------------------------------------------------------
-def save_policy(policy, folder):
-    """Write a GPT-2 (config.json, model.safetensors; no flow head), then semantic_ids.json."""
-    path = Path(folder) / "semantic_ids.json"
-    path.unlink(missing_ok=True)        # load_model needs it, so it finds no half-written weights
-    policy.lm.save_pretrained(folder)
-    # safetensors lets the owner alone read the weights; here, all who may read config.json
-    shutil.copymode(path.with_name("config.json"), path.with_name("model.safetensors"))
+def save_pretrained(policy, folder):
+    """Write config.json and model.safetensors, which GPT2LMHeadModel loads as well (the flow head
+    is not saved), and semantic_ids.json. Old files are replaced when all new ones are complete."""
+    part = Path(f"{folder}.part")
+    policy.lm.save_pretrained(part)
     ids = policy.semantic_ids
-    report.write(path, {"num_codes": ids.num_codes, "codes": ids.codes.tolist(),
-                        "beams": policy.beams, "catalogue": policy.catalogue})
+    report.write(part / "semantic_ids.json", {
+        "num_codes": ids.num_codes, "codes": ids.codes.tolist(), "catalogue": policy.catalogue})
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for file in part.iterdir():
+        file.replace(Path(folder) / file.name)
+    part.rmdir()
 
-def load_model(folder, dropout=0.0):
-    """The saved Policy in eval mode, that of NAME+cm with its teacher; InputError if the folder
-    holds none. dropout: for those who go on to train it."""
+def from_pretrained(folder):
+    """The saved Policy in eval mode; InputError if the folder holds none."""
     try:
         table = json.loads((Path(folder) / "semantic_ids.json").read_text(encoding="utf-8"))
         ids = SemanticIDs(table["codes"], table["num_codes"])
-        lm = GPT2LMHeadModel.from_pretrained(                   # safetensors: no pickle
-            folder, use_safetensors=True, resid_pdrop=dropout, embd_pdrop=dropout)
+        lm = GPT2LMHeadModel.from_pretrained(folder, use_safetensors=True)          # no pickle
         window = lm.config.n_positions - ids.num_levels         # as Policy has them: window + L
-        policy = Policy(ids, window, beams=table["beams"], catalogue=table["catalogue"], lm=lm)
+        policy = Policy(ids, window, catalogue=table["catalogue"], lm=lm)
         check(lm.config.vocab_size == policy.user_token + 1 + len(ids.codes), "its IDs do not fit")
+        return policy.eval()
     except Exception as error:                                  # a wrong folder can raise anything
         raise InputError(f"{folder} holds no saved model of this version (untrained methods are "
                          f"never saved): {error}") from None
-    guide = policy.catalogue.get("guide")
-    if guide:                                                   # NAME+cm: fit its teacher again
-        data = load_data(guide["data"]["name"], guide["data"]["quick"])
-        check(guide["data"] == data.sizes, f"the data have changed since {folder}")
-        policy.teacher = Teacher(guide["teacher"], data, guide["debias"], guide["sharp"])
-    return policy.eval()
 
-Policy.save_pretrained = save_policy                            # the names of transformers
-Policy.from_pretrained = staticmethod(load_model)
+Policy.save_pretrained = save_pretrained                        # the names of transformers
+Policy.from_pretrained = staticmethod(from_pretrained)
 
 # --- Settings: flags, names of methods ------------------------------------------------------------
 @dataclass
 class Settings:
-    """All settings, each a command-line flag. REAL changes some of the defaults."""
-    data: str = HfArg(default="toy", help="toy, ml-100k, beauty, or a folder of two CSV files")
-    methods: str = HfArg(default="pop,cm,svd,svd:debias=.5,sft,tb,sft+cm",
+    """All settings, each a command-line flag."""
+    data: str = HfArg(default="toy", help="toy, ml-100k, or a folder of two CSV files")
+    methods: str = HfArg(default="pop,cm,svd,svd:debias=.5,sft,tb,product",
                          help="comma-separated; with changes: tb:epochs=4:sampler=policy_beam")
-    sft: str = HfArg(default="", help="changes in the recipe of sft, like epochs=12:rate=.003")
-    recipe: str = HfArg(default="", help="changes in all other recipes, like epochs=6:w_s=0")
     seeds: str = HfArg(default="42", help="comma-separated: every method runs once with each")
     out: str = HfArg(default="", help="folder for results (default: runs/NAME-OF-DATA)")
-    resume: bool = HfArg(default=False, help="keep the finished methods of a run that was killed")
     quick: bool = HfArg(default=False, help="a smoke run in seconds: 100 users, one epoch")
     device: str = HfArg(default="auto", help="where to train: auto, cuda, mps or cpu")
     ids: str = HfArg(default="mixed", help="content (text), mixed (text and log), or FILE.csv")
@@ -743,284 +658,149 @@ class Settings:
     width: int = HfArg(default=64, help="hidden size: 128 is enough for 10^4 items")
     layers: int = HfArg(default=2, help="transformer blocks: enough to compare items")
     batch: int = HfArg(default=16, help="rows a step: on a CPU, many small steps learn more")
-    beams: int = HfArg(default=20, help="beam width, saved with a model: twice the ten items")
     oracle: str | None = HfArg(default=None, metadata={"nargs": "?", "const": "tb"},
                                help="train four users with this method's loss: is P = R/Z?")
     recommend: list[str] = HfArg(default_factory=list, help="print ten titles for this history")
     model: str = HfArg(default="", help="the saved model for --recommend, like runs/toy/tb-42")
 
-FIELDS = {name: value for name, value in vars(Recipe()).items() if name != "loss"}     # defaults
+FIELDS = [name for name in vars(Recipe()) if name != "loss"]
+# Real logs have other defaults: all data but made-up worlds, which have a truth.csv
+REAL = dict(methods="pop,cm,blend,sft-log,tb-log,product-log", width=128, layers=3, batch=64)
 
 def parse(argv):
     """Settings from the command line; a mistake ends in one line on stderr and status 2."""
     parser = HfArgumentParser(
         Settings, allow_abbrev=False, description=__doc__.splitlines()[0],
-        epilog=f"methods: {', '.join(TEACHERS | RECIPES)}, NAME+cm (with a teacher). samplers: "
-        f"{', '.join(SAMPLERS)}. fields of a recipe, to change in --methods, --sft and --recipe: "
-        f"{', '.join(FIELDS)}. example: --methods sft,tb:trajectories=4,tb:debias=.5")
+        epilog=f"methods: {', '.join(TEACHERS | RECIPES)}. samplers: {', '.join(SAMPLERS)}. fields "
+        f"of a method, to change in its name: {', '.join(FIELDS)}. "
+        "example: --methods sft:epochs=12,tb:trajectories=4,tb:debias=.5")
     parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
-    real = real_of(parser.parse_args(argv).data)                # read first: it decides defaults
-    parser.set_defaults(**real.get("Settings", {}))
+    data = Path(parser.parse_args(argv).data)                   # read first: it decides defaults
+    if data != Path("toy") and not (data / "truth.csv").exists():
+        parser.set_defaults(**REAL)
     settings = Settings(**vars(parser.parse_args(argv)))
-    if bool(settings.recommend) != bool(settings.model):
-        parser.error("--recommend and --model go together")
-    name = Path(settings.data).resolve().name
-    settings.out = settings.out or f"runs/{name}" + "-quick" * settings.quick
-    if settings.quick:                                          # one's own epochs come later, win
-        settings.sft = f"epochs=1:{settings.sft}"
-        settings.recipe = f"epochs=1:{settings.recipe}"
-    return settings
-
-REAL = {    # what real logs have instead: in Settings, in Recipe, in some methods
-    "Settings": dict(methods="pop,cm,blend,sft,tb-huber,sft+cm", width=128, layers=3, batch=64),
-    "Recipe": dict(teacher="blend", debias=0.0, sharp=4.0, lam=3.0, rate=1.5e-3, epochs=5,
-                   sampler="reward_draws", trajectories=2),
-    "sft": dict(dropout=0.2, epochs=8),
-    "sft-continued": dict(dropout=0.2, rate=4.5e-4),
-    "vargrad": dict(sampler="policy_draws", trajectories=8),
-    "grpo": dict(sampler="policy_draws", trajectories=8),
-    "listnet": dict(sampler="policy_draws", trajectories=8, lam=30.0),
-    "distill": dict(lam=3.0)}
-
-def real_of(data):
-    """REAL, or {} if the data are a made-up world, one with truth.csv."""
-    return {} if data == "toy" or (Path(data) / "truth.csv").exists() else REAL
-
-def recipe_of(name, settings):
-    """The Recipe of a method like tb:epochs=4, or InputError. What stands lower wins:
-        defaults        of Recipe; on real logs REAL["Recipe"] changes them
-        the method      RECIPES["tb"]; on real logs, REAL["tb"] as well
-        the flag        --recipe; but sft has --sft, and a teacher alone has none
-        the name        :epochs=4"""
-    base, *changes = name.split(":")                            # "tb", ["epochs=4"]
-    flag = settings.recipe.split(":")
-    if base in TEACHERS:                                        # a teacher alone
-        method = dict(teacher=base, debias=0.0, sharp=1.0)
-        used = ["debias"]                                       # fields that change what it does
-        flag = []
-    elif base.endswith("+cm") and base.removesuffix("+cm") in RECIPES:
-        method = dict(sharp=9.0)
-        used = ["teacher", "debias", "sharp"]
-    else:
-        check(base in RECIPES, f"there is no method {base!r}; there are "
-              f"{', '.join(TEACHERS | RECIPES)}, and NAME+cm")
-        method = RECIPES[base]
-        used = [*FIELDS] if "loss" in method else ["rate", "dropout", "epochs"]
-    if base == "sft":
-        flag = []
-        changes = settings.sft.split(":") + changes
-    odd = [change for change in changes if change.partition("=")[0] not in ("", *used)]
-    odd += RECIPES.get(base, {}).keys() - {"loss", *used}       # a method may be your own
-    check(not odd, f"{name}: of {base}, one can change {', '.join(used)}, not {odd}")
-    real = real_of(settings.data)
-    defaults = {what: value for what, value in real.get("Recipe", {}).items() if what in used}
-    fields = defaults | method | real.get(base, {})             # of two values, the later one
-    loss = fields.pop("loss", None)
-    texts = [f"{what}={value}" for what, value in fields.items()] + flag + changes
-    # A parser checks fields and values. Of --epochs=8 --epochs=4, the last wins
-    parser = HfArgumentParser(Recipe, allow_abbrev=False, add_help=False)
-    parser.error = lambda message: check(False, f"{name}: {message}; fields are {[*FIELDS]}")
-    parser.set_defaults(loss=loss)
-    recipe = Recipe(**vars(parser.parse_args([f"--{text}" for text in texts if text])))
-    check_numbers(f"{name}: ", recipe)
-    for what, there in {"sampler": SAMPLERS, "teacher": TEACHERS}.items():
-        check(getattr(recipe, what) in there, f"{name}: {what} has to be one of {[*there]}")
-    compares = base in ("grpo", "vargrad", "listnet")
-    check(recipe.trajectories > 1 or not compares, f"{name}: it compares paths: trajectories > 1")
-    return recipe
-
-# --- The experiment: data → IDs, teacher → SFT → fine-tuned policies → table ----------------------
-def run(settings):
-    """The whole job → results."""
-    recipes, seeds = check_settings(settings)
-    data = load_data(settings.data, settings.quick)             # a Dataset
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-    about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
-    setups = [Setup(seed, data, settings) for seed in seeds]
-    jobs = [(name, setup) for setup in setups for name in recipes]
-    made = {}                                   # {job: what its run depends on}
-    kept = {}                                   # {job: its finished run}
-    for job in jobs:                            # InputError if --out has it with other settings
-        name, setup = job
-        made[job] = made_with(name, setup, recipes)
-        found = report.earlier_run(setup.folder(name) / "run.json", made[job])
-        if found and settings.resume:
-            kept[job] = found
-            print(f"{name}, seed {setup.seed}: kept, as it was finished")
-    for name, recipe in recipes.items():
-        if (name, setups[0]) not in kept:
-            try_out(name, recipe, setups[0])
-    runs = [kept.get(job) or run_method(*job, recipes[job[0]], made[job]) for job in jobs]
-    return report.finish(settings.out, runs, about, data)
-
-def check_settings(settings):
-    """Check the settings, set the device → {method: Recipe}, what they need first; seeds."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    devices = [device for device, found in there.items() if found]
+    settings.out = settings.out or f"runs/{data.resolve().name}" + "-quick" * settings.quick
+    devices = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
     if settings.device == "auto":
         settings.device = devices[0]
-    check(settings.device in devices, f"--device {settings.device}: there is only {devices}")
-    check_numbers("--", settings)
-    seeds = [seed.strip() for seed in settings.seeds.split(",")]
-    whole = all(seed.isdecimal() and len(seed) < 19 for seed in seeds)
-    check(whole, f"--seeds {settings.seeds} are not numbers like 42,43")
-    # Methods may be your own
-    odd = [name for name, own in RECIPES.items() if name in TEACHERS or not isinstance(own, dict)]
-    check(not odd, f"RECIPES: {odd}: it has to be a dict, and not the name of a teacher")
-    names = []
-    for name in map(str.strip, settings.methods.split(",")):
-        base = name.partition(":")[0]
-        if base not in TEACHERS:
-            names.append("sft")                                 # all others start from it
-        if base.endswith("+cm"):
-            names.append(base.removesuffix("+cm"))              # the policy to be guided
-        names.append(name)
-    # A mistake in a name is told before the data are read
-    recipes = {name: recipe_of(name, settings) for name in dict.fromkeys(names)}
+    if settings.device not in devices:
+        parser.error(f"--device {settings.device}: there is only {devices}")
+    if not all(seed.strip().isdecimal() for seed in settings.seeds.split(",")):
+        parser.error(f"--seeds {settings.seeds} are not numbers like 42,43")
+    for name in ("levels", "window", "width", "layers", "batch"):
+        if getattr(settings, name) < 1:
+            parser.error(f"--{name} has to be above 0")
+    if bool(settings.recommend) != bool(settings.model):
+        parser.error("--recommend and --model go together")
+    return settings
+
+def recipe_of(name, quick=False):
+    """The Recipe of a method like tb:epochs=4, or InputError. What comes later wins: the defaults
+    of Recipe, RECIPES["tb"], one epoch if it is `quick`, the changes in the name."""
+    base, *changes = name.split(":")
+    check(base in TEACHERS | RECIPES, f"there is no method {base!r}; there are "
+          f"{', '.join(TEACHERS | RECIPES)}")
+    fields = dict(RECIPES.get(base) or dict(teacher=base, debias=0.0, sharp=1.0))
+    kinds = {"sft": ["rate", "dropout", "epochs"], "product": ["teacher", "debias", "sharp"],
+             **dict.fromkeys(TEACHERS, ["debias"])}             # which fields a method uses
+    used = [field for field in FIELDS if base not in UNREAD.get(field, "").split()]
+    used = kinds.get(base.removesuffix("-log"), used)
+    odd = [change for change in changes if change.partition("=")[0] not in used]
+    check(not odd, f"{name}: of {base}, one can change {', '.join(used)}, not {odd}")
+    # A parser checks names and values
+    parser = HfArgumentParser(Recipe, allow_abbrev=False, add_help=False)
+    parser.error = lambda message: check(False, f"{name}: {message}; fields are {FIELDS}")
+    parser.set_defaults(**fields | dict(epochs=1) if quick else fields)
+    recipe = Recipe(**vars(parser.parse_args([f"--{change}" for change in changes])))
+    for field, there in {"sampler": SAMPLERS, "teacher": TEACHERS}.items():
+        check(getattr(recipe, field) in there, f"{name}: {field} has to be one of {[*there]}")
+    for field in ("trajectories", "rate", "epochs", "sharp"):
+        check(getattr(recipe, field) > 0, f"{name}: {field} has to be above 0")
+    check(0 <= recipe.dropout < 1, f"{name}: dropout has to be from 0 to below 1")
+    return recipe
+
+def recipes_of(settings):
+    """{method: its Recipe}, in order. What follows an SFT goes on from it. If none comes before the
+    first method that needs one, the usual one is added."""
+    names = [name.strip() for name in settings.methods.split(",")]
+    others = [name for name in names if name.partition(":")[0] not in TEACHERS]
+    if others and not others[0].startswith("sft"):
+        names.insert(0, "sft-log" if others[0].partition(":")[0].endswith("-log") else "sft")
+    return {name: recipe_of(name, settings.quick) for name in names}
+
+# --- The experiment: data → IDs, teacher → SFT → fine-tuned policies → table ----------------------
+def make_ids(settings, data, seed):
+    """The SemanticIDs that --ids asks for: k-means on features of items, or those of a file."""
+    n = len(data.titles)
+    if settings.ids in ("content", "mixed"):
+        # K: the next power of 2 from the smaller of n / 24 and 512 on, so large that K^L ≥ n
+        least = max(2, min(n / 24, 512), n ** (1 / settings.levels))
+        K = settings.codes or 2 ** math.ceil(math.log2(least))
+        check(settings.codes <= n, f"--codes {K}: more than the {n} items")
+        print(f"seed {seed}: {n} semantic IDs of {settings.levels} codes, 0 to {K - 1}")
+        features = item_features(settings.ids, data.texts, data.train, seed)
+        return SemanticIDs.fit(features, K, settings.levels, seed)
+    check("." in settings.ids, f"--ids {settings.ids} is not content, mixed or a file")
+    codes = read_ids(settings.ids, data.item_ids)
+    return SemanticIDs(codes, max(map(max, codes)) + 1)
+
+def make_policy(settings, data, ids, seed, dropout=0.0):
+    """A new Policy with random weights, on the device of the settings."""
+    torch.manual_seed(seed)
+    catalogue = {"item_ids": data.item_ids, "titles": data.titles}
+    return Policy(ids, settings.window, settings.width, settings.layers, dropout,
+                  catalogue).to(settings.device)
+
+def runs_of(settings, data, seed, recipes):
+    """Train and test the methods, {name: Recipe}, with one seed. Yield a run, as results.json has
+    it, as soon as a method is finished."""
+    ids = make_ids(settings, data, seed)
+    rows = list(training_rows(data.train, settings.window))
+    size = min(settings.batch, math.ceil(len(rows) / 20))       # of a small log, 20 steps an epoch
+    for name, recipe in recipes.items():
+        print(f"{name}, seed {seed}", flush=True)
+        fields = {field: getattr(recipe, field) for field in FIELDS}
+        entry = {"method": name, "seed": seed, "recipe": fields}
+        started = time.time()
+        if name.partition(":")[0] in TEACHERS or name.startswith("product"):
+            teacher = Teacher(recipe.teacher, data, recipe.debias, recipe.sharp)
+            recommend = teacher.recommend
+            if name.startswith("product"):
+                recommend = lambda past: sft.recommend(past, guide=teacher.scores(past))
+        else:
+            policy = make_policy(settings, data, ids, seed, recipe.dropout)
+            if recipe.loss:
+                policy.load_state_dict(sft.state_dict())
+            entry["validation"] = train(
+                name, recipe, policy, rows, size, data, seed, validation_ndcg)
+            policy.save_pretrained(f"{settings.out}/{name.replace(':', ',')}-{seed}")
+            recommend = policy.recommend
+            if not recipe.loss:
+                sft = policy                                    # the others go on from it
+        trained = time.time()
+        metrics, by_user, lists = evaluate(recommend, data)
+        seconds = {"train": trained - started, "eval": time.time() - trained}
+        yield entry | dict(metrics=metrics, by_user=by_user, lists=lists, seconds=seconds)
+
+def run(settings):
+    """The whole job → results.json, as a dict."""
     if settings.quick:
         print("--quick: the figures below mean nothing; they only show that everything works")
-    return recipes, list(dict.fromkeys(map(int, seeds)))
-
-class Setup:
-    """What all methods of one seed share, made from training items alone."""
-    def __init__(self, seed, data, settings):
-        self.seed = seed                                        # of IDs, new policies, training
-        self.data = data
-        self.settings = settings
-        self.rows = list(training_rows(data.train, settings.window))
-        # Rows of a batch: settings.batch, or of a small log a 20th
-        self.size = min(settings.batch, math.ceil(len(self.rows) / 20))
-        self.measure = partial(validate, data=data)             # policy → what an epoch prints
-        self.measured = "validation NDCG@10"
-
-    @cached_property                                            # untrained methods need none
-    def ids(self):
-        """The SemanticIDs that --ids asks for: k-means on features of items, or those of a file."""
-        settings = self.settings
-        n = len(self.data.titles)
-        if settings.ids in ("content", "mixed"):
-            # K: the next power of 2 from the smaller of n / 24 and 512 on, so large that K^L ≥ n
-            least = max(2, min(n / 24, 512), n ** (1 / settings.levels))
-            K = settings.codes or 2 ** math.ceil(math.log2(least))
-            check(settings.codes <= n, f"--codes {K}: more than the {n} items")
-            print(f"seed {self.seed}: {n} semantic IDs of {settings.levels} codes, 0 to {K - 1}")
-            features = item_features(settings.ids, self.data.texts, self.data.train, self.seed)
-            ids = SemanticIDs.fit(features, K, settings.levels, self.seed)
-        else:
-            check("." in settings.ids, f"--ids {settings.ids} is not content, mixed or a file")
-            codes = read_ids(settings.ids, self.data.item_ids)
-            ids = SemanticIDs(codes, max(map(max, codes)) + 1)
-        return ids.to(settings.device)
-
-    def folder(self, name):
-        """Where a method's run.json and model are; without ":", which some systems forbid."""
-        return Path(self.settings.out) / f"{name.replace(':', ',')}-{self.seed}"
-
-    def saved(self, name, dropout=0.0):
-        """The policy that a method has saved."""
-        return load_model(self.folder(name), dropout).to(self.settings.device)
-
-    def policy(self, dropout=0.0):
-        """A new policy."""
-        settings = self.settings
-        torch.manual_seed(self.seed)
-        catalogue = {"item_ids": self.data.item_ids, "titles": self.data.titles}
-        return Policy(self.ids, settings.window, settings.width, settings.layers, dropout,
-                      settings.beams, catalogue).to(settings.device)
-
-    def teacher(self, recipe):
-        """The teacher of a recipe, its scores as debias and sharp say."""
-        return Teacher(recipe.teacher, self.data, recipe.debias, recipe.sharp)
-
-    def reward(self, recipe):
-        """The comprehensive reward of a recipe."""
-        return Reward(self.ids, self.teacher(recipe), (recipe.w_a, recipe.w_y, recipe.w_s))
-
-def made_with(name, setup, recipes):
-    """All that a run depends on, except code: --resume compares it."""
-    made = {"data": {what: size for what, size in setup.data.sizes.items() if what != "name"}}
-    parts = [name]
-    if name.partition(":")[0] not in TEACHERS:                  # all others start from SFT
-        made["IDs (--ids, --codes, --levels)"] = zlib.crc32(setup.ids.codes.cpu().numpy())
-        for what in "window width layers batch beams".split():
-            made[f"--{what}"] = getattr(setup.settings, what)
-        parts = ["sft", name.partition("+cm")[0], name]         # NAME of NAME+cm, and itself
-    for part in parts:
-        made |= {f"{part}: {what}": getattr(recipes[part], what) for what in FIELDS}
-    return made
-
-def check_drawn(items, recipe, batch):
-    """InputError unless a sampler, maybe your own, drew N items of each context, all unseen."""
-    C, n = batch.r.shape
-    wanted = [torch.int64, C, recipe.trajectories]
-    found = [items.dtype, *items.shape] if torch.is_tensor(items) else type(items).__name__
-    asked = f"sampler {recipe.sampler}(batch, count, policy, progress) has to return"
-    check(found == wanted, f"{asked} a tensor of items (C, N), here {wanted}, not {found}")
-    unseen = 0 <= items.min() and items.max() < n and batch.r.gather(1, items).min() > 0
-    check(unseen, f"{asked} items from 0 to {n - 1} that are not in batch.histories")
-
-def check_loss(loss, recipe):
-    """InputError unless a loss, maybe your own, is one number with a gradient."""
-    if not (torch.is_tensor(loss) and loss.shape == () and loss.requires_grad):
-        name = getattr(recipe.loss, "__name__", recipe.loss)
-        raise InputError(f"loss {name}: it has to return a tensor of one number that depends on P, "
-                         f"not {loss!r}")
-
-def try_out(name, recipe, setup):
-    """One step with an untrained policy: a mistake in your own teacher, sampler or loss shows now,
-    not after hours."""
-    if recipe.loss:
-        policy = setup.policy()
-        batch = next(batches(setup, policy, setup.reward(recipe), np.random.default_rng(0)))
-        loss = loss_of(recipe, policy, policy, batch, 0.0)
-        check(torch.isfinite(loss), f"{name}: with an untrained policy, the loss is {loss}")
-        loss.backward()
-    elif "+cm" in name or name.partition(":")[0] in TEACHERS:
-        setup.teacher(recipe).scores(setup.data.train[:2])
-
-def run_method(name, setup, recipe, made):
-    """Train and test one method with one seed → its entry of results.json["runs"]. made: what
-    made_with says of it."""
-    data = setup.data
-    fields = {what: getattr(recipe, what) for what in FIELDS}
-    changes = [f"{what}={value}" for what, value in fields.items() if value != FIELDS[what]]
-    print(f"{name}, seed {setup.seed}: {':'.join(changes) or 'as Recipe says'}")
-    finished = setup.folder(name) / "run.json"
-    finished.parent.mkdir(parents=True, exist_ok=True)          # fails now, not after training
-    for file in (finished, finished.with_name("semantic_ids.json")):
-        file.unlink(missing_ok=True)                            # the old run goes when a new begins
-    started = time.time()
-    model, curve = model_of(name, recipe, setup)
-    middle = time.time()
-    metrics, by_user, ranked = evaluate(model.recommend, data)
-    entry = {"method": name, "seed": setup.seed, "data": data.sizes["name"], "recipe": fields,
-             "metrics": metrics, "curve": curve, "by_user": by_user,
-             "lists": ranked.tolist() if data.truth else [],
-             "seconds": {"train": middle - started, "eval": time.time() - middle}}
-    report.write(finished, {"made_with": made, **entry})
-    return entry
-
-def model_of(name, recipe, setup):
-    """Train a method, or put it together → its model, with recommend(histories), and its curve."""
-    base = name.partition(":")[0]
-    if base in TEACHERS:
-        return setup.teacher(recipe), []
-    if base.endswith("+cm"):
-        policy = setup.saved(base.removesuffix("+cm"))
-        # What load_model needs to fit the teacher again
-        policy.catalogue["guide"] = {"data": setup.data.sizes, "teacher": recipe.teacher,
-                                     "debias": recipe.debias, "sharp": recipe.sharp}
-        save_policy(policy, setup.folder(name))
-        policy.teacher = setup.teacher(recipe)
-        return policy, []
-    if base == "sft":
-        policy = setup.policy(recipe.dropout)
-    else:
-        policy = setup.saved("sft", recipe.dropout)
-    curve = train(name, recipe, policy, setup)
-    save_policy(policy, setup.folder(name))
-    return setup.saved(name), curve                             # tested as it was saved
+    recipes = recipes_of(settings)                              # a wrong name is told at once
+    data = load_data(settings.data, settings.quick)             # a Dataset
+    Path(settings.out).mkdir(parents=True, exist_ok=True)       # fails now, not after training
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
+    about = {"data": data.sizes, "settings": vars(settings), "versions": versions}
+    runs = []
+    try:
+        for seed in map(int, settings.seeds.split(",")):
+            for entry in runs_of(settings, data, seed, recipes):
+                runs.append(entry)
+    except KeyboardInterrupt:
+        if runs:
+            report.finish(settings.out, runs, about, data)
+        raise
+    return report.finish(settings.out, runs, about, data)
 
 # --- The oracle: does P reach R/Z? ----------------------------------------------------------------
 @torch.no_grad()
@@ -1033,36 +813,33 @@ def distribution(policy, histories):
 
 def run_oracle(settings):
     """Train from random weights on four users' last training items: does P reach R/Z?"""
-    _, seeds = check_settings(settings)
-    changes = "gr=0:lam=1:sampler=policy_draws:trajectories=64:rate=.002:epochs=15"
-    settings = replace(settings, recipe=f"{changes}:{settings.recipe}")     # one's own come later
-    recipe = recipe_of(settings.oracle, settings)
-    check(recipe.loss, f"--oracle {settings.oracle}: it needs a method with a loss of paths")
+    base, *own = settings.oracle.split(":")
+    changes = ["gr=0", "lam=1", "sampler=policy_draws", "trajectories=64", "rate=.002"]
+    changes += [] if settings.quick else ["epochs=15"]
+    recipe = recipe_of(":".join([base, *changes, *own]), settings.quick)
     data = load_data(settings.data, settings.quick)
-    setup = Setup(seeds[0], data, settings)
-    policy = setup.policy()
-    rows = [(user, [len(items) - 1]) for user, items in enumerate(data.train[:4])]
-    batch = Batch(Packed(rows, data.train, policy), data, setup.reward(recipe))
-    target = (batch.r / batch.r.sum(1, keepdim=True)).cpu()     # R/Z of the four (4, n)
-    def distance(policy):
-        return (distribution(policy, batch.histories) - target).abs().sum(1).mean().item()
-    setup.measure = distance
-    setup.measured = "L1 distance of P from R/Z"
-    setup.rows = 100 * rows                                     # an epoch: each context 100 times
-    setup.size = 4
-    try_out(settings.oracle, recipe, setup)
     path = Path(settings.out) / "oracle.png"
     path.parent.mkdir(parents=True, exist_ok=True)              # fails now, not after training
-    curve = train(settings.oracle, recipe, policy, setup)
-    print("mean L1 distance of P from R/Z (2 at most): {:.4f} before, {:.4f} after; {}".format(
-        curve[0]["score"], curve[-1]["score"], path))
+    seed = int(settings.seeds.split(",")[0])
+    policy = make_policy(settings, data, make_ids(settings, data, seed), seed)
+    rows = [(user, [len(items) - 1]) for user, items in enumerate(data.train[:4])]
+    teacher = Teacher(recipe.teacher, data, recipe.debias, recipe.sharp)
+    batch = Batch(rows, data, policy, teacher, recipe)
+    target = (batch.r / batch.r.sum(1, keepdim=True)).cpu()     # R/Z of the four (4, n)
+    def l1_distance(policy, data=None):
+        return (distribution(policy, batch.histories) - target).abs().sum(1).mean().item()
+    before = l1_distance(policy)
+    # An epoch is 100 steps, each on all four contexts
+    after = train(settings.oracle, recipe, policy, 100 * rows, 4, data, seed, l1_distance)
+    print(f"mean L1 distance of P from R/Z (2 at most): {before:.4f} before, {after:.4f} after")
     panels = {"R/Z": target[0], "P": distribution(policy, batch.histories)[0]}
-    report.figures.plot_flows(path, setup.ids.codes.cpu(), data.titles, panels)
+    report.figures.plot_flows(path, policy.semantic_ids.codes.cpu(), data.titles, panels)
+    print(f"{path}: R/Z and P of one user, as flows down the tree")
 
 # --- Command line ---------------------------------------------------------------------------------
 def print_recommendations(settings):
     """Ten titles by a saved model, best first, for a history of titles or ids, oldest first."""
-    model = load_model(settings.model)
+    model = Policy.from_pretrained(settings.model)
     titles = model.catalogue["titles"]
     history = [find_item(name, model.catalogue["item_ids"], titles) for name in settings.recommend]
     items, _ = model.recommend([history])
@@ -1070,7 +847,8 @@ def print_recommendations(settings):
     print(*[titles[item] for item in items[0].tolist() if item >= 0], sep="\n")
 
 def main(settings):
-    """Do what the settings ask for → exit status; a mistake is one line on stderr."""
+    """Do what the settings ask for → exit status; a mistake in data or settings is one line on
+    stderr. Own code that raises is not caught: its author needs the traceback."""
     try:
         if settings.recommend:
             print_recommendations(settings)
@@ -1080,10 +858,10 @@ def main(settings):
             run(settings)
         return 0
     except KeyboardInterrupt:
-        print("stopped; --resume keeps the finished methods of a run", file=sys.stderr)
+        print("stopped; the table has the methods that are finished", file=sys.stderr)
         return 130
-    except Exception as error:
-        print(report.one_line(error), file=sys.stderr)
+    except (InputError, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
 
 if __name__ == "__main__":

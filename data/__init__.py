@@ -16,20 +16,6 @@ def check(right, message):
     if not right:
         raise InputError(message)
 
-# Numbers have to be below these, all others below 1e9
-MOST = dict(dropout=1, debias=10, sharp=20, trajectories=129, codes=65537, levels=17, window=1025,
-            width=1025, layers=17, beams=1025, batch=1025)
-
-def check_numbers(where, values):
-    """Raise InputError if a number of a Settings or Recipe is out of its range."""
-    zero = "codes gr lam debias dropout w_a w_y w_s".split()
-    for name, value in vars(values).items():
-        if type(value) in (int, float):
-            least = "from 0" if name in zero else "above 0"
-            most = MOST.get(name, 1e9)
-            right = 0 <= value < most and (value or name in zero)
-            check(right, f"{where}{name} {value} is out of range: {least}, below {most:g}")
-
 @dataclass(eq=False)                    # an object equals itself alone: caches may hold it
 class Dataset:
     """Histories of B users over a catalogue of n items; an item is its row number in items.csv."""
@@ -89,13 +75,11 @@ def _read_users(path, index):
 
 def load_data(name, quick=False):
     """The Dataset of a folder or name (OSError: no download); quick: of at most 100 users."""
-    named = name in ("toy", "ml-100k", "beauty")
+    named = name in ("toy", "ml-100k")
     folder = Path(__file__).parent / name if named else Path(name)
     if name == "ml-100k":
         runpy.run_path(str(folder / "prepare.py"))["fetch"]()
-    if name == "beauty" and not (folder / "interactions.csv").exists():
-        raise InputError("no Beauty yet; " + runpy.run_path(str(folder / "prepare.py"))["BY_HAND"])
-    check(folder.is_dir(), f"no folder {folder}; --data takes toy, ml-100k, beauty or a folder")
+    check(folder.is_dir(), f"no folder {folder}; --data takes toy, ml-100k or a folder")
     items = {}
     for place, row in _rows(folder / "items.csv", "item_id"):
         check(row["item_id"] not in items, f"{place}: item {row['item_id']!r} stands twice")

@@ -1,13 +1,12 @@
 """What a run leaves: results.json, the table, gains over SFT with intervals."""
 import json
-import traceback
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from data import InputError, check, figures
+from data import figures
 
 def write(path, value):
     """Write text or a value as JSON, by a temporary name: the file is whole or not there."""
@@ -15,33 +14,6 @@ def write(path, value):
     part = Path(f"{path}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
-
-def one_line(error):
-    """What to print for an error. If the user cannot mend it, say where it is: the last line of
-    code that is not a library's, maybe in a function of their own."""
-    where = ""
-    if not isinstance(error, (InputError, OSError)):
-        for frame in traceback.extract_tb(error.__traceback__):
-            if "site-packages" not in frame.filename:
-                where = f"{frame.filename}, line {frame.lineno}, in {frame.name}: "
-        where += type(error).__name__
-    return "error: " + " ".join(f"{where} {error}".split())[:600]
-
-def earlier_run(path, made_with):
-    """The finished run in a run.json; None if there is none. made_with: {name: a value as JSON has
-    it} of all that the run depends on; InputError names the first one that was another."""
-    if not path.exists():
-        return None
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        old = dict(run.pop("made_with"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path} cannot be read; delete this file") from None
-    for name in {**made_with, **old}:
-        before, now = old.get(name), made_with.get(name)
-        check(before == now, f"{path} was made with {name} = {before}, now it is {now}; choose "
-              "another --out, or delete it")
-    return run
 
 def exposure(ranked, data):
     """{metric: (B,)} of lists (B, 10); {} without a truth.
@@ -86,19 +58,21 @@ def paired_gains(runs, base):
     return gains
 
 def results_of(runs, about):
-    """results.json of these runs: what it is about, mean and std over seeds, gains over SFT."""
+    """results.json of these runs: what it is about, mean and std over seeds, gains over the first
+    method whose name begins with sft."""
     results = {**about, "runs": runs, "summary": {}, "paired": {}}
     runs_of = {}
-    for run in sorted(runs, key=lambda run: run["seed"]):
+    for run in runs:
         runs_of.setdefault(run["method"], []).append(run)
-    base = runs_of.get("sft", [])
+    first = next((method for method in runs_of if method.startswith("sft")), None)
+    base = runs_of.get(first, [])
     for method, own in runs_of.items():
         summary = results["summary"][method] = {}
         for metric in own[0]["metrics"]:
             values = [run["metrics"][metric] for run in own]
             std = np.std(values, ddof=1) if len(own) > 1 else 0.0
             summary[metric] = {"mean": np.mean(values), "std": std}
-        if method != "sft" and [run["seed"] for run in own] == [run["seed"] for run in base]:
+        if method != first and [run["seed"] for run in own] == [run["seed"] for run in base]:
             results["paired"][method] = paired_gains(own, base)
     return results
 
@@ -121,7 +95,8 @@ def table(results):
 def finish(out, runs, about, data):
     """Print the table and what was written; write results, and a picture if the truth is known."""
     results = results_of(runs, about)
-    write(f"{out}/results.json", results)
+    short = [{what: run[what] for what in run if what != "by_user"} for run in runs]
+    write(f"{out}/results.json", {**results, "runs": short})    # lists tell the rest
     write(f"{out}/results.md", table(results) + "\n")
     print("", table(results), "", sep="\n")
     if data.truth:

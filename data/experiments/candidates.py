@@ -1,0 +1,32 @@
+"""Who should choose candidates for the teacher? The committed world, five seeds.
+
+    python data/experiments/candidates.py       30 minutes on one core
+
+A slow teacher can only order a few items at each request. It orders the 20 or 50 best items of a
+model, and the ten that it ranks first are recommended."""
+from common import RUNS, gflowgr, load_data, mean, table, trained
+from reward import Teacher
+
+METHODS = ["sft", "tb", "distill", "listnet", "grpo"]
+teacher = Teacher("svd", load_data("toy"), debias=0.5)
+
+def ordered(run, data):
+    """Both measures when the teacher orders the k best items of this run's policy."""
+    folder = RUNS / "toy" / f"{run['method']}-{run['seed']}"
+    policy = gflowgr.Policy.from_pretrained(folder)
+    found = {}
+    for k in (20, 50):
+        def recommend(past):
+            items, _ = policy.recommend(past, k, beams=k)
+            best, order = teacher.scores(past).gather(1, items).topk(10)
+            return items.gather(1, order), best
+        metrics, *_ = gflowgr.evaluate(recommend, data)
+        found |= {f"ndcg of {k}": metrics["ndcg@10"], f"liked of {k}": metrics["liked@10"]}
+    return found
+
+found = trained("toy", METHODS, seeds=(42, 43, 44, 45, 46), extra=ordered)
+rows = [[f"`{name}`", *[mean(found[name], metric) for metric in (
+    "ndcg@10", "liked@10", "ndcg of 20", "liked of 20", "ndcg of 50", "liked of 50")]]
+        for name in METHODS]
+table("data/results.md", ["model", "alone: NDCG@10", "liked@10", "20 ordered: NDCG@10", "liked@10",
+                          "50 ordered: NDCG@10", "liked@10"], rows)

@@ -1,0 +1,74 @@
+"""What the experiments share: made-up worlds, trainings that are kept, means, tables.
+
+A finished training is kept in data/experiments/kept/NAME.json, under the data, method, seed and
+flags that it was made with; delete this file to train anew. An experiment prints the tables of its
+page. --check trains nothing: it fails if a table is not on its page. --quick is a smoke run."""
+import argparse
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import gflowgr
+from data import figures, load_data, report
+
+PARSER = argparse.ArgumentParser()
+PARSER.add_argument("--quick", action="store_true", help="a smoke run: 100 users, one epoch")
+PARSER.add_argument("--check", action="store_true", help="are the tables those of the page?")
+ARGS, _ = PARSER.parse_known_args()
+NAME = Path(sys.argv[0]).stem
+TOY = runpy.run_path(str(ROOT / "data/toy/prepare.py"))
+RUNS = Path("runs/quick" if ARGS.quick else "runs/experiments")     # worlds, saved models
+KEPT = RUNS / f"{NAME}.json" if ARGS.quick else ROOT / f"data/experiments/kept/{NAME}.json"
+
+def world(seed, **options):
+    """The folder of a made-up world; options: num_users, items_per_theme, quality."""
+    name = "-".join(["world", str(seed), *[f"{key}={value}" for key, value in options.items()]])
+    if not ARGS.check and not (RUNS / name / "truth.csv").exists():
+        TOY["write"](RUNS / name, seed=seed, **options)
+    return str(RUNS / name)
+
+def trained(data, methods, seeds=(42,), flags="", extra=None):
+    """{method: [{metric: value} of each seed]}; trains what is not kept. methods: names, the SFT
+    before those that go on from it. extra(run, Dataset) → more metrics."""
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    found = {method: [] for method in methods}
+    for seed in seeds[:1] if ARGS.quick else seeds:
+        place = {method: f"{Path(data).name} {method} {seed} {flags}".strip() for method in methods}
+        missing = [method for method in methods if place[method] not in kept]
+        if missing and ARGS.check:
+            sys.exit(f"{NAME}: not trained yet: {place[missing[0]]}")
+        if missing:
+            argv = ["--data", data, *flags.split(), "--out", str(RUNS / Path(data).name)]
+            settings = gflowgr.parse(argv + ["--quick"] * ARGS.quick)
+            dataset = load_data(settings.data, settings.quick)
+            alone = all(method.partition(":")[0] in gflowgr.TEACHERS for method in missing)
+            starts = [] if alone else [name for name in methods if name.startswith("sft")]
+            names = [method for method in methods if method in missing + starts]
+            KEPT.parent.mkdir(parents=True, exist_ok=True)
+            recipes = {name: gflowgr.recipe_of(name, settings.quick) for name in names}
+            for run in gflowgr.runs_of(settings, dataset, seed, recipes):
+                metrics = {**run["metrics"], "minutes": sum(run["seconds"].values()) / 60,
+                           **(extra(run, dataset) if extra else {})}
+                metrics["validation"] = run.get("validation", 0.0)
+                kept[place[run["method"]]] = {key: round(x, 5) for key, x in metrics.items()}
+                report.write(KEPT, json.dumps(kept, indent=0))
+        for method in methods:
+            found[method].append(kept[place[method]])
+    return found
+
+def mean(runs, metric="ndcg@10", digits=3):
+    """The mean of a metric over runs, as the pages write it: .333."""
+    return f"{np.mean([run[metric] for run in runs]):.{digits}f}".replace("0.", ".", 1)
+
+def table(page, header, rows):
+    """Print a Markdown table; with --check, fail if it is not on the page, a path below the top."""
+    lines = [header, ["---"] * len(header), *rows]
+    text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    print(f"\n{text}\n", flush=True)
+    if ARGS.check and text not in (ROOT / page).read_text(encoding="utf-8"):
+        sys.exit(f"{NAME}: this table is not in {page}")
