@@ -12,7 +12,7 @@ The lecture comes first; it ends with the beam search. A step of training (`loss
         R     = .2 r_a + .75 r_ŷ + .05 r_s + .001/m, of each of the m items that are not in U
                 r_a is 1 at v, else 0; r_ŷ: by the teacher's scores; r_s: by codes shared with v
         Z     = the sum of R, about 1
-        items = 8 different draws from P(· | U)
+        items = 8 unseen items, drawn from P(· | U) without replacement
         L_GR  = −log P(v | U), the loss of SFT
         L_GFN = mean over the items of (log Z + log P − log R)², for instance: TB
     loss = mean over all (U, v) of L_GR + λ · L_GFN
@@ -75,9 +75,9 @@ class Recipe:
     lam: float = 10.0               # λ, weight of L_GFN
     sampler: str = "policy_draws"   # which N unseen items L_GFN reads; here, N drawn from P
     trajectories: int = 8           # N: the paper has about 3, besides v
-    logged: bool = False            # does L_GFN read v, too? In the paper, it does
-    exact: bool = True              # ours: Z is known, as R of all items is; False: it is learned,
-                                    # by a linear head on the policy's hidden states
+    logged: bool = False            # does L_GFN always read v, too? In the paper, it does
+    exact: bool = True              # ours: Z (in DB, all flows) is known, as R of all items is;
+                                    # False: learned, by a linear head on the hidden states
     # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/m at each of m unseen items
     w_a: float = 0.2                # r_a: 1 at v (.1 if a real log says that v was not liked)
     w_y: float = 0.75               # r_ŷ: scores of the teacher, of sum 1
@@ -93,12 +93,13 @@ class Recipe:
 
 # --- What a loss learns from: contexts and paths --------------------------------------------------
 class Batch:
-    """C contexts (U, v). If a user took 5 2 9, three contexts are this user's:
+    """C contexts (U, v). If a user's training items are 5 2 9, three contexts are this user's:
         histories  [], [5], [5, 2]    next_item  5, 2, 9    following  [5, 2, 9], [2, 9], [9]"""
     def __init__(self, rows, data, policy, teacher=None, recipe=None):
         """rows: of contexts, by `training_rows` after the lecture. data: a Dataset, of all users.
         teacher, recipe: to compute R; SFT has none."""
-        contexts, *to_read = unpack(rows, data.train, policy)   # C pairs (user, place of v)
+        # C pairs (user, place of v); GPT-2 reads a list of items once for several contexts
+        contexts, *to_read = unpack(rows, data.train, policy)
         self.users = [user for user, _ in contexts]             # whose they are
         self.histories = [data.train[user][:place] for user, place in contexts]     # C lists U
         self.following = [data.train[user][place:] for user, place in contexts]     # v and later
@@ -111,7 +112,7 @@ class Batch:
         self.unseen = policy.semantic_ids.unseen(self.histories)
         self.to_read = self.unseen, *to_read                    # what Policy.read asks for
         if teacher:
-            # r_ŷ (C, n), rows of sum 1: the scores of a teacher that was fitted without these users
+            # r_ŷ (C, n), rows of sum 1: of a teacher that was fitted without the user in question
             self.scores = teacher.scores(self.histories, self.users).to(device)
             self.r = comprehensive_reward(                      # R (C, n), 0 at items of U
                 policy.semantic_ids, self.scores, self.next_item, self.liked, self.unseen,
@@ -144,8 +145,9 @@ class Paths:
         self.log_z = batch.r.sum(1).log() if recipe.exact else learned_log_z        # (C,)
 
 def tb_of(p):
-    """TB of a Paths p. Z belongs to the state s_0, the user's history before any code is written:
-    it is the same for all J paths of a context, and different for each context."""
+    """TB of a Paths p. Z belongs to the state s_0, a history before any code is written, so it is
+    the same for all J paths of a context. If R were not scaled, as in the paper, each context would
+    have another Z; ours is 1.001, or less where v was not liked."""
     return trajectory_balance(p.log_z, p.log_pf, p.log_r)
 
 # What each method changes in Recipe. Numbers were chosen by trials, in data/log.md
@@ -163,13 +165,14 @@ def loss_of(recipe, policy, reference, batch, progress):
     if not recipe.loss:                                         # SFT
         log_steps, *_ = policy.follow(policy.read(*batch.to_read), batch.next_item[:, None])
         return -log_steps.sum(-1).mean()                        # L_GR = −log P(v | U)
-    # N items of each context (C, N), by a function below. TB is 0 on every path once P = R/Z, so
-    # any sampler will do: its items need not come from P, as they must in reinforcement learning
+    # N items of each context (C, N), by a function below. P = R/Z makes TB 0 on every path, so the
+    # items need not come from P, as they must in reinforcement learning. But which items are drawn
+    # decides where P comes near R/Z
     policy.eval()                                               # no dropout while sampling
     items = SAMPLERS[recipe.sampler](batch, recipe.trajectories, policy, progress)
     policy.train()
-    check((batch.r.gather(1, items) > 0).all(), f"sampler {recipe.sampler}: it has to draw items "
-          "that are not in batch.histories; their R is 0")
+    check((batch.r.gather(1, items) > 0).all(), f"sampler {recipe.sampler}: it drew an item of the "
+          "history, whose R is 0; draw items that are not in batch.histories")
     p = Paths(recipe, policy, reference, batch, items)
     return recipe.gr * -p.log_v.mean() + recipe.lam * recipe.loss(p)
 
@@ -179,8 +182,8 @@ def loss_of(recipe, policy, reference, batch, progress):
 # user's log 0
 def curriculum(batch, count, policy, progress):
     """The paper's third and default: items with low scores early in training, with high ones late.
-    1. Draw a pool of 2N − 1 items, none of the user's log, from a mixture (ours): half by score,
-       half uniform. An item may be drawn twice.
+    1. Draw a pool of 2N − 1 items, none of the user's log, from a mixture (ours): half by r_ŷ, the
+       teacher's scores, half uniform. An item may be drawn twice.
     2. Sort it from low to high score.
     3. Keep N in a row: at first those with the lowest scores, in the end those with the highest."""
     weight = unlogged(batch, 0.5 * batch.scores + 0.5 / batch.scores.shape[1])
@@ -224,7 +227,8 @@ class Policy(torch.nn.Module):
     def read(self, unseen, lists, row_of=None, ends=None):
         """GPT-2 reads <user> and the last items of B lists, once. Returns what it knows of C
         contexts, for `forward`: its cache of keys and values, hidden states (C, d), ends, unseen.
-        Each list is a context; or context c ends after ends[c] items of list row_of[c].
+        In a search, each list is a context; in training, several contexts share a list, and context
+        c is the first ends[c] items of list row_of[c].
         unseen (C, M + n): does a node lead to an item that may be recommended?"""
         first = self.user_token                                 # tokens of items come after it
         tokens = [torch.tensor([first, *[first + 1 + item for item in items[-self.window:]]])
@@ -240,14 +244,15 @@ class Policy(torch.nn.Module):
         return cache, hidden[row_of, ends], ends, unseen
 
     def forward(self, memory, nodes, codes):
-        """What comes next after l codes, on J paths of each context. memory: by `read`. codes
-        (C, J, l). nodes (C, J, m): the last m prefixes s_{l-m+1} … s_l of each path, for which is
-        returned: where all next codes lead (C, J, m, K), −1 if to no unseen item, so that the code
-        is illegal; log P_F of these codes, near NEVER if illegal; the learned log F (C, J, m)."""
+        """What comes next on J paths of each context, of which l codes are known. memory: what
+        `read` returned. codes (C, J, l). nodes (C, J, S): the last S of the prefixes s_0 … s_l; in
+        training all of a path are asked for, in a search the last alone. Returns where all next
+        codes lead (C, J, S, K), −1 if to no unseen item, so that the code is illegal; log P_F of
+        these codes, near NEVER if illegal; the learned log F of the prefixes (C, J, S)."""
         cache, root, ends, unseen = memory
         ids = self.semantic_ids
         J, l = codes.shape[1:]
-        m = nodes.shape[-1]
+        S = nodes.shape[-1]
         hidden = root[:, None, None].expand(-1, J, 1, -1)       # at s_0: after U (C, J, 1, d)
         if l:
             # The codes of all paths are read at once; a mask, drawn after the lecture, keeps paths
@@ -259,12 +264,12 @@ class Policy(torch.nn.Module):
                 tokens.flatten(1), cache, attention_mask=mask[:, None],
                 position_ids=mask.sum(-1) - 1).last_hidden_state                    # (C, J·l, d)
             cache.crop(-J * l)                                  # the next call has other codes
-            hidden = torch.cat([hidden, later.unflatten(1, (J, l))], 2)[:, :, -m:]  # (C, J, m, d)
+            hidden = torch.cat([hidden, later.unflatten(1, (J, l))], 2)[:, :, -S:]  # (C, J, S, d)
         # As in GPT-2, a token's logit is hidden · its embedding. At level l, only its K codes have
         # one: tokens l·K to l·K + K − 1
         heads = self.lm.transformer.wte.weight[:self.user_token]
-        heads = heads.unflatten(0, (ids.num_levels, -1))[l + 1 - m:l + 1]           # (m, K, d)
-        logits = torch.einsum("cjmd,mkd->cjmk", hidden, heads).float()              # (C, J, m, K)
+        heads = heads.unflatten(0, (ids.num_levels, -1))[l + 1 - S:l + 1]           # (S, K, d)
+        logits = torch.einsum("cjsd,skd->cjsk", hidden, heads).float()              # (C, J, S, K)
         child = ids.legal_children(nodes, unseen)
         log_probs = logits.masked_fill(child < 0, NEVER).log_softmax(-1)
         return child, log_probs, self.flow_head(hidden)[..., 0]
@@ -299,7 +304,7 @@ class Policy(torch.nn.Module):
         unseen = ids.unseen(histories)
         memory = self.read(unseen, histories)
         node = torch.zeros(len(histories), 1, dtype=torch.long, device=unseen.device)   # the root
-        codes = node[..., None][..., :0]                                            # (B, 1, 0)
+        codes = torch.zeros(len(histories), 1, 0, dtype=torch.long, device=unseen.device)   # none
         log_p = score = torch.zeros(node.shape, device=unseen.device)               # (B, W = 1)
         if guide is not None:
             # G of a node: the sum of the guide over the unseen items below it
@@ -310,7 +315,7 @@ class Policy(torch.nn.Module):
             child = child[:, :, 0]                              # (B, W, K) of all beams
             log_p = log_p[..., None] + log_probs[:, :, 0]       # (B, W, K) log P of prefixes
             if sample:
-                score = -race(-score, log_p)                    # the first to arrive, see below
+                score = -race(-score, log_p)        # minus the time of arrival: the first are best
             else:
                 score = log_p if guide is None else log_p + at(log_g, child)
             score = score.masked_fill(child < 0, -math.inf).flatten(1)              # (B, W·K)
@@ -529,7 +534,7 @@ RECIPES |= {
     "product": dict(sharp=9.0),
     # For real logs
     "sft-log": dict(rate=1.5e-3, dropout=0.2, epochs=8),
-    "tb-log": dict(loss=tb_of, teacher="blend", debias=0.0, sharp=4.0, lam=3.0, rate=1.5e-3,
+    "tb-log": dict(loss=tb_of, teacher="blend", debias=0.0, sharp=4.0, lam=0.3, rate=1.5e-3,
                    epochs=5, sampler="reward_draws", trajectories=2),
     "product-log": dict(teacher="blend", debias=0.0, sharp=9.0)}
 # What the others do not read, so it cannot be changed in their names

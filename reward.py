@@ -20,16 +20,16 @@ warnings.filterwarnings("ignore", message="Sparse CSR")         # torch calls it
 
 # --- The reward -----------------------------------------------------------------------------------
 def comprehensive_reward(ids, scores, next_item, liked, unseen, w_a, w_y, w_s):
-    """R (B, n) of every item v', 0 if it was seen: by the logged action, a teacher's scores, the
+    """R (B, n) of every item i, 0 if it was seen: by the logged action, a teacher's scores, the
     similarity of IDs. Each signal sums to 1, so the heuristic weights w are shares of Z. (In the
-    paper, r_a is 10 at v, r_s the number of equal codes: in sum, far more.)
+    paper, r_a is 10 at v, and r_s the number of equal codes: these sums are far above 1.)
     ids: SemanticIDs. scores (B, n): r_ŷ. next_item (B,): v. liked (B,) bool: did the user like v?
     unseen (B, M + n) bool, of all nodes; items are the last n."""
     unseen = unseen[:, ids.num_prefixes:]                       # (B, n), m of a row are True
     # r_a: 1 at v, .1 if the user did not like it (the paper's 10 : 1), 0 at other items
     r_a = torch.zeros_like(scores)
     r_a.scatter_(1, next_item[:, None], torch.where(liked, 1.0, 0.1)[:, None])
-    # r_s = c(v') / Σ c over unseen items; c(v'): in how many levels v' has the code of v. In one
+    # r_s = c(i) / Σ c over unseen items; c(i): in how many levels i has the code of v. In one
     # level, codes of the v (B, 1) are compared with codes of all items (n,)
     c = sum((codes[next_item, None] == codes).byte() for codes in ids.codes.T) * unseen
     r_s = c / c.sum(1, keepdim=True)                            # v is unseen, so Σ c is L at least

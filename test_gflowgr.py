@@ -227,7 +227,8 @@ def subtb(log_flow, log_steps):
     in place of Z and R. Mean of its square over all L(L+1)/2 sub-paths, over C and over J."""
 def subtb_cases():
     # s_0 → s_1: 2 + 0 − 0; s_0 → s_2: 2; s_1 → s_2: 0. (2² + 2² + 0²) / 3
-    yield "2 steps: log F = 2, 0, 0; P = 1, 1", (torch.tensor([[[2.0, 0, 0]]]), torch.zeros(1, 1, 2))
+    log_flow = torch.tensor([[[2.0, 0.0, 0.0]]])
+    yield "2 steps: log F = 2, 0, 0; P = 1, 1", (log_flow, torch.zeros(1, 1, 2))
     # the three sub-paths from s_0 are −1 off; the three to s_3 are 3 off: (3/6 + 27/6) / 2
     log_flow = torch.tensor([[[0.0, 1.0, 1.0, 1.0]], [[0.0, 0.0, 0.0, 0.0]]])
     log_steps = torch.tensor([[[0.0, 0.0, 0.0]], [[0.0, 0.0, 3.0]]])
@@ -682,7 +683,8 @@ def test_a_stub_is_appended_and_a_wrong_command_is_told(tmp_path, capsys):
     text = mine.read_text("utf-8")
     assert "def trajectory_balance(" in text and "def curriculum(" in text and "mixture" in text
     names = "there is no exercise nonsense; there are recall_at, "
-    for command, said in ((f"--stub nonsense {mine} --hint", names), (f"--grade {mine} nonsense", names),
+    for command, said in ((f"--stub nonsense {mine} --hint", names),
+                          (f"--grade {mine} nonsense", names),
                           ("--grade nowhere", "nowhere is no .py file, and no folder with one"),
                           ("--stub grpo", "--stub needs NAME and FILE"), ("", "no command"),
                           ("--grades x", "there is no command --grades"),
@@ -1090,7 +1092,7 @@ def test_what_a_loss_is_given_and_what_is_made_of_it(changes, K, L, tiny, monkey
     close(gflowgr.loss_of(Recipe(), policy, None, batch, 0.5), -log_v.mean())       # SFT
     drawn[0] = items[0] = batch.histories[-1][0]                # one of a history, R = 0
     drawn[-1] = batch.histories[-1][0]
-    with pytest.raises(InputError, match=f"sampler {recipe.sampler}: .*not in batch.histories"):
+    with pytest.raises(InputError, match=f"{recipe.sampler}: it drew an item of the history"):
         gflowgr.loss_of(recipe, policy, frozen, batch, 0.5)
 
 # --- Training, changes in recipes -----------------------------------------------------------------
@@ -1185,9 +1187,29 @@ def test_flows_are_drawn_as_bars_with_codes_and_titles(monkeypatch):
         np.testing.assert_allclose(found, bars, atol=1e-9)      # without Bay's .004
         assert axis.get_title() == title
         said = [text.get_text() for text in axis.texts if text.get_text()]
-        assert sorted(said) == sorted([*texts, *names])
+        white = "white: items and prefixes with less than 0.5 % each"
+        assert sorted(said) == sorted([*texts, *names, white])
         colors = [bar.get_facecolor() for bar in axis.patches]  # that of the root leads to Ash
         assert [color == colors[0] for color in colors] == [sum(bar[1:]) == 1 for bar in bars]
+
+def test_names_meet_no_other_name_and_no_frame_and_a_far_point_is_left_out(tmp_path, monkeypatch):
+    axes = []
+    def kept(axis, *others, original=figures.place_names):
+        axes.append(axis)
+        original(axis, *others)
+    monkeypatch.setattr(figures, "place_names", kept)
+    near = {f"a name of {number}": [(0.3 + number / 999, 0.8)] for number in range(6)}
+    figures.plot_lines(tmp_path / "a.png", {**near, "far": [(0.01, 0.02)],
+                                            "line": [(0.3, 0.7), (0.31, 0.9)]}, "x", "y")
+    [axis] = axes
+    names = [text for text in axis.texts if text.get_text()]
+    assert {text.get_text() for text in names} == {*near}
+    assert axis.get_xlabel() == "x\nleft out: far (0.01, 0.02)"
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["line"]
+    boxes = [text.get_window_extent() for text in names]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    frame = axis.get_window_extent()
+    assert all(frame.x0 < box.x0 and box.x1 < frame.x1 for box in boxes)
 
 def test_exposure_of_several_users_by_hand():
     data = SimpleNamespace(titles=list("012345"), truth={
@@ -1453,7 +1475,7 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "data/experiments").glob("*.p
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "common"])
 def test_an_experiment_runs_and_prints_its_tables(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    def rank_all(recommend, histories, original=gflowgr.rank_all):      # eight lists serve all users
+    def rank_all(recommend, histories, original=gflowgr.rank_all):  # eight lists serve all users
         return original(recommend, histories[:8]).repeat(99, 1)[:len(histories)]
     monkeypatch.setattr(gflowgr, "rank_all", rank_all)
     monkeypatch.setattr(gflowgr, "train", lambda *given: 0.0)   # random weights will do
@@ -1477,7 +1499,8 @@ def test_an_experiment_runs_and_prints_its_tables(name, tmp_path, monkeypatch, c
     ("--ids nonsense is not content, mixed or", "--ids=nonsense"),
     ("do not fit into 2^1", "--codes=2 --levels=1"),
     ("--width has to be above 0", "--width=0"), ("--levels has to be above 0", "--levels=-1"),
-    ("--ids content needs", "--ids=content"), ("--codes 2002: more than the 2001 items", "--codes=2002"),
+    ("--ids content needs", "--ids=content"),
+    ("--codes 2002: more than the 2001 items", "--codes=2002"),
     ("x: there is no method 'x'", "--oracle=x"), ("of sft, one can change", "--oracle=sft"),
     ("there is no method ''; there are pop, ", "--methods=tb,"),
     ("tb:sampler=x: sampler has to be one of ['session', ",
@@ -1490,7 +1513,8 @@ def test_an_experiment_runs_and_prints_its_tables(name, tmp_path, monkeypatch, c
     ("dropout has to be from 0 to below 1", "--methods=sft:dropout=1"),
     ("there is no method 'cm+cm'", "--methods=cm+cm"),
     ("sharp, not ['lam=9']", "--methods=product:lam=9"),
-    ("epochs, not ['beta=2']", "--methods=tb:beta=2"), ("not ['exact=0']", "--methods=grpo:exact=0"),
+    ("epochs, not ['beta=2']", "--methods=tb:beta=2"),
+    ("not ['exact=0']", "--methods=grpo:exact=0"),
     ("nowhere.csv", "--ids=nowhere.csv")])
 def test_a_wrong_flag_is_one_line_and_status_2(said, flag, told, tmp_path):
     folder = folder_of(tmp_path / "d", "\n".join(["item_id", *"abcd", *map(str, range(1997))]))

@@ -53,19 +53,50 @@ def plot_flows(path, codes, titles, panels):
                     label = f"{bar.get_height():.0%} {titles[item][:24]}"
                     axis.text(levels + 1.1, bar.get_center()[1], label, va="center", color=color)
             axis.set(title=title, xlim=(0, levels + 3.6), ylim=(0, 1))
+            axis.text(0, -0.1, "white: items and prefixes with less than 0.5 % each")
             axis.axis("off")
 
+def place_names(axis, names, points):
+    """Write each name beside its point, where it meets no other name and no edge of the frame."""
+    taken = []
+    axis.figure.draw_without_rendering()                       # the limits are known after it
+    frame = axis.get_window_extent()
+    for name, point in zip(names, points):
+        for x, y in ((6, 4), (6, -11), (-6, 4), (-6, -11), (6, 15), (-6, 15), (6, -22), (-6, -22)):
+            text = axis.annotate(name, point, (x, y), textcoords="offset points",
+                                 ha="left" if x > 0 else "right")
+            box = text.get_window_extent()
+            inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 < frame.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+            text.remove()
+        else:                                                  # no free place: the first one
+            text = axis.annotate(name, point, (6, 4), textcoords="offset points")
+        taken.append(text.get_window_extent())
+
 def plot_lines(path, lines, xlabel, ylabel):
-    """Draw {name: [(x, y), …]}: a line of points, named in a legend, or a point beside its name."""
+    """Draw {name: [(x, y), …]}: a line of points, named in a legend, or a point beside its name.
+    Single points that would squeeze the rest are left out, and named below: those that are five
+    times as far from the median point as others are in the median."""
+    points = np.concatenate([*lines.values()])
+    away = abs(points - np.median(points, 0))
+    most = 5 * np.median(away, 0) + 1e-9
+    shown = {}
+    out = []
+    for name, (point, *more) in lines.items():
+        if not more and (abs(point - np.median(points, 0)) > most).any():
+            out.append(f"{name} ({point[0]:.2f}, {point[1]:.2f})")
+        elif not more:
+            shown[name] = point
     with picture(path, 1, (7.5, 5.5)) as [axis]:
         axis.set_prop_cycle(color=LINES)
-        for name, points in lines.items():
-            if len(points) > 1:
-                axis.plot(*zip(*points), marker="o", markersize=4, label=name)
-            else:
-                axis.plot(*points[0], marker="o", markersize=4, color="black", zorder=3)
-                axis.annotate(name, points[0], (5, 3), textcoords="offset points")
+        for name, several in lines.items():
+            if len(several) > 1:
+                axis.plot(*zip(*several), marker="o", markersize=4, label=name)
+        for point in shown.values():
+            axis.plot(*point, marker="o", markersize=4, color="black", zorder=3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend()
-        axis.set(xlabel=xlabel, ylabel=ylabel)
-        axis.margins(0.15)                                     # room for the names
+        axis.set(xlabel=xlabel + (f"\nleft out: {', '.join(out)}" if out else ""), ylabel=ylabel)
+        axis.margins(0.12)                                     # room for the names
+        place_names(axis, shown, shown.values())

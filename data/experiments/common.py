@@ -32,13 +32,15 @@ def world(seed, **options):
         TOY["write"](RUNS / name, seed=seed, **options)
     return str(RUNS / name)
 
-def trained(data, methods, seeds=(42,), flags="", extra=None):
+def trained(data, methods, seeds=(42,), flags="", variant="", extra=None):
     """{method: [{metric: value} of each seed]}; trains what is not kept. methods: names, the SFT
-    before those that go on from it. extra(run, Dataset) → more metrics."""
+    before those that go on from it. variant: a name for what the caller changed. extra(run,
+    Dataset) → more metrics."""
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     found = {method: [] for method in methods}
     for seed in seeds[:1] if ARGS.quick else seeds:
-        place = {method: f"{Path(data).name} {method} {seed} {flags}".strip() for method in methods}
+        place = {method: f"{Path(data).name} {method} {seed} {flags} {variant}".strip()
+                 for method in methods}
         missing = [method for method in methods if place[method] not in kept]
         if missing and ARGS.check:
             sys.exit(f"{NAME}: not trained yet: {place[missing[0]]}")

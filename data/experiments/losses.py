@@ -16,12 +16,14 @@ CURVES = {"svd": ["svd", "svd:debias=.25", "svd:debias=.5", "svd:debias=.75"],
           "listnet": ["sft", "listnet:lam=30", "listnet:lam=100", "listnet", "listnet:lam=1000"],
           "distill": ["sft", "distill:lam=3", "distill:lam=10", "distill"],
           "grpo": ["sft", "grpo:lam=1", "grpo:lam=3", "grpo", "grpo:lam=30"]}
-others = [name for curve in CURVES.values() for name in curve if name not in METHODS]
-found = trained("toy", METHODS + others, seeds=(42, 43, 44, 45, 46))
+SEEDS = (42, 43, 44, 45, 46)
+found = trained("toy", METHODS, SEEDS)
 worlds = {method: [] for method in METHODS}
 for seed in (21, 22, 23)[:1 if ARGS.quick else 3]:
     for method, runs in trained(world(seed), METHODS).items():
         worlds[method] += runs
+others = [name for curve in CURVES.values() for name in curve if name not in METHODS]
+found |= trained("toy", ["sft", *others], SEEDS)
 
 def spread(runs, metric):
     return f"{np.std([run[metric] for run in runs], ddof=min(1, len(runs) - 1)):.3f}"[1:]

@@ -111,15 +111,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, help="folder; data/toy holds that of the defaults")
     parser.add_argument("--seed", default=8, type=int, help="of the random numbers (default: 8)")
+    parser.add_argument("--users", default=700, type=int, help="the first ones are the same")
     parser.add_argument("--items", default=60, type=int, help="of a theme (default: 60)")
     parser.add_argument("--quality", default=0.5, type=float, help="Q, 0 to 1 (default: 0.5)")
     args = parser.parse_args()
-    if args.seed < 0 or not 4 <= args.items <= 120 or not 0 <= args.quality <= 1:
-        parser.exit(2, "error: --seed ≥ 0, --items from 4 to 120, --quality from 0 to 1\n")
+    right = args.seed >= 0 and args.users > 0 and 4 <= args.items <= 120 and 0 <= args.quality <= 1
+    if not right:
+        parser.exit(2, "error: --seed ≥ 0, --users ≥ 1, --items 4 to 120, --quality 0 to 1\n")
     if Path(args.out, "items.csv").exists() and not Path(args.out, "truth.csv").exists():
         parser.exit(2, f"error: {args.out} holds other data; write to a new folder\n")
     try:
-        write(args.out, items_per_theme=args.items, seed=args.seed, quality=args.quality)
+        write(args.out, args.users, args.items, seed=args.seed, quality=args.quality)
     except OSError as problem:
         parser.exit(2, f"error: {problem}\n")
     print(f"wrote items.csv, interactions.csv and truth.csv to {args.out}")

@@ -1,0 +1,57 @@
+"""From which size of the log on is the policy better than its teacher?
+
+    python data/experiments/scale.py            6 hours on one core
+
+Three worlds with 700, 2,800 and 11,200 users: the same items, and the first users are the same. A
+larger log gets a larger GPT-2. The settings of the larger sizes are chosen in world 51, with as
+many trials for each loss; those of 700 users are the defaults. The tables are of worlds 61 to 63.
+Draws data/pictures/scale.png."""
+import numpy as np
+
+from common import ARGS, ROOT, RUNS, figures, mean, table, trained, world
+
+FLAGS = {700: "", 2800: "", 11200: "--width 128 --batch 32"}
+SFT = {700: "sft", 2800: "sft", 11200: "sft:epochs=12:dropout=.2"}
+EPOCHS = {700: "", 2800: ":epochs=5", 11200: ":epochs=3"}
+TRIED = {700: {}, 2800: {"tb": (1, 3, 10), "distill": (3, 10, 30), "listnet": (30, 100, 300),
+                         "grpo": (1, 3, 10)},
+         11200: {"tb": (1, 3), "distill": (3, 10), "listnet": (30, 100), "grpo": (1, 3)}}
+CHOSEN = {700: dict(tb=10, distill=30, listnet=300, grpo=10),
+          2800: dict(tb=3, distill=30, listnet=300, grpo=10),
+          11200: dict(tb=1, distill=10, listnet=30, grpo=3)}
+TEACHERS = ["svd", "svd:debias=.25", "svd:debias=.5", "svd:debias=.75"]
+
+def named(loss, lam, size):
+    """The name of a method: its loss, epochs and λ."""
+    return f"{loss}{EPOCHS[size]}:lam={lam}"
+
+lines = {}
+for size in FLAGS:
+    names = [named(loss, lam, size) for loss, lams in TRIED[size].items() for lam in lams]
+    if names:
+        found = trained(world(51, num_users=size), ["svd:debias=.5", SFT[size], *names],
+                        flags=FLAGS[size])
+        rows = [[f"`{name}`", mean(runs), mean(runs, "liked@10")] for name, runs in found.items()]
+        table("data/log.md", [f"world 51, {size:,} users", "NDCG@10", "liked@10"], rows)
+    names = [named(loss, lam, size) for loss, lam in CHOSEN[size].items()]
+    methods = [*TEACHERS, SFT[size], names[0], "product", *names[1:]]
+    found = {method: [] for method in methods}
+    for seed in (61, 62, 63)[:1 if ARGS.quick else 3]:
+        folder = world(seed, num_users=size)
+        for method, runs in trained(folder, methods, flags=FLAGS[size]).items():
+            found[method] += runs
+    rows = []
+    for method, runs in found.items():
+        cells = [f"`{method}`"]
+        for metric in ("ndcg@10", "liked@10"):
+            cells.append(f"{mean(runs, metric)} ± {np.std([run[metric] for run in runs]):.3f}")
+        rows.append([*cells, mean(runs, "minutes", 1)])
+        base = method.partition(":")[0]
+        if base != "svd" or method == "svd:debias=.5":
+            point = [float(np.mean([run[metric] for run in runs]))
+                     for metric in ("ndcg@10", "liked@10")]
+            lines.setdefault(base, []).append(tuple(point))
+    table("data/results.md", [f"{size:,} users", "NDCG@10", "liked@10", "minutes"], rows)
+if not ARGS.check:
+    path = RUNS / "scale.png" if ARGS.quick else ROOT / "data/pictures/scale.png"
+    figures.plot_lines(path, lines, "NDCG@10", "liked@10")
