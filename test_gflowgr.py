@@ -1307,6 +1307,12 @@ def test_a_run_leaves_the_table_and_the_picture(finished, monkeypatch, tmp_path)
         assert f"| {method} | {mean:.4f} |" in table
         assert method == METHODS[2] or f"| {mean / base - 1:+.0%} [" in table
 
+def test_the_first_table_of_the_readme_is_that_of_the_first_command(finished):
+    rows = re.findall(r"^\|.*\|$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    methods = gflowgr.Settings().methods.split(",")
+    assert rows[:2] == finished.printed[finished.printed.index("| method"):].splitlines()[:2]
+    assert [row.split(" | ")[0][2:] for row in rows[2:2 + len(methods)]] == methods
+
 def test_ctrl_c_leaves_the_finished_methods_and_an_old_run_until_then(tiny, tmp_path, monkeypatch):
     flags = [*tiny, "--quick", f"--out={tmp_path}", "--methods=pop,sft,tb"]
     assert cli(*flags)[0] == 0
