@@ -8,8 +8,8 @@
 
 Teachers: Linux and macOS. Each exercise of a file runs in a process of its own, for 60 seconds at
 most, with your rights: it can read and delete what you can. What it prints is not shown. A function
-that calls the project's own is not right; one that searches the grader's memory can cheat. The exit
-status is 0 if all is right, 1 if not, 2 for a wrong command.
+that simply calls the project's own, or an answer of this file, is not right; who tries harder can
+cheat. The exit status is 0 if all is right, 1 if not, 2 for a wrong command.
 """
 import os
 os.environ["OMP_NUM_THREADS"] = "1"                             # before torch is imported
@@ -273,6 +273,7 @@ def mask_cases():
     # The code sees u and itself, not the item
     yield "<user> and an item; 1 branch of 1 code after <user>", (torch.tensor([0]), 2, 1, 2)
     yield "2 contexts, 3 branches", (torch.tensor([0, 3]), 4, 3, 3)
+    yield "IDs of 5 codes, 2 branches", (torch.tensor([1]), 2, 2, 5)
 def mask_loops(ends, H, J, L):
     mask = torch.zeros(len(ends), J * (L - 1), H + J * (L - 1), dtype=torch.bool)
     for c, j, l in np.ndindex(len(ends), J, L - 1):
@@ -294,7 +295,12 @@ def masks(expected, found):
         rows = [" ".join({1: "x", 0: "."}.get(x, "?") for x in row) for row in pair]
         lines.append(" | ".join(rows))
     return "\n".join([*lines, f"first difference: row {i}, column {j}, counted from 0"])
-Exercise(3, 30, gflowgr.tree_mask, mask_loops, mask_cases, [makes_one_branch_of_all], picture=masks)
+def sees_the_code_before_alone(ends, H, J, L):
+    mask = mask_loops(ends, H, J, L)
+    mask[..., H:] &= torch.ones(mask[0, :, H:].shape).bool().triu(-1)
+    return mask
+Exercise(3, 30, gflowgr.tree_mask, mask_loops, mask_cases,
+         [makes_one_branch_of_all, sees_the_code_before_alone], picture=masks)
 # --- Session 3: curriculum (30 minutes) -----------------------------------------------------------
 SCORES = [0.02, 0.05, 0.01, 0.80, 0.08, 0.04]
 def curriculum_cases():                       # 10000 contexts of two kinds
@@ -304,6 +310,7 @@ def curriculum_cases():                       # 10000 contexts of two kinds
     # 2, 3, 5 are left; score/2 + 1/12 is .088, .483, .103: shares .13, .72, .15. Or 2, 4, 5
     yield f"{what}; a pool of 1 item", (batch, 1, None, 0.0)
     yield f"{what}; places 2 to 5 of 0 to 6", (batch, 4, None, 0.6)
+    yield f"{what}; places 2 to 4 of 0 to 4", (batch, 3, None, 1.0)
 def curriculum_loops(batch, count, policy, progress, by_score=0.5):
     n = batch.scores.shape[1]
     start = round(progress * (count - 1))
@@ -320,13 +327,15 @@ def shares_at_each_place(items):                                # (C, N) → (6 
     return torch.stack([(items == v).float().mean(0) for v in range(len(SCORES))])
 def begins_with_high_scores(batch, count, policy, progress):
     return curriculum_loops(batch, count, policy, 1 - progress)
+def stops_in_the_middle(batch, count, policy, progress):
+    return curriculum_loops(batch, count, policy, min(progress, 0.6))
 def draws_40_of_100_by_score(*given): return curriculum_loops(*given, by_score=0.4)
 def draws_60_of_100_by_score(*given): return curriculum_loops(*given, by_score=0.6)
 def reads_one_history(batch, count, policy, progress):
     same = SimpleNamespace(**{**vars(batch), "histories": batch.histories[:1] * 10000})
     return curriculum_loops(same, count, policy, progress)
 Exercise(3, 30, gflowgr.curriculum, curriculum_loops, curriculum_cases,
-         [begins_with_high_scores, reads_one_history, draws_40_of_100_by_score,
+         [begins_with_high_scores, reads_one_history, stops_in_the_middle, draws_40_of_100_by_score,
           draws_60_of_100_by_score], read=shares_at_each_place, tolerance=0.022,
          note="batch: its scores, histories, following and next_item, see Batch in gflowgr.py.\n"
          "policy is None. Draw with replacement. Each item's share at each place, in 10000\n"
@@ -468,7 +477,10 @@ def written(x):                               # an input or a result, on one lin
         x = {"beams": x.beams, "IDs": x.semantic_ids.codes.tolist()}
     elif torch.is_tensor(x):
         x = x.detach()
-    return textwrap.shorten(repr(x), 150, placeholder=" …")
+    try:
+        return textwrap.shorten(repr(x), 150, placeholder=" …")
+    except Exception:                         # a student's own class may have a wrong one
+        return f"a {type(x).__name__}"
 
 def why(error, file):                         # what was raised, and in which line of the file
     frames = traceback.extract_tb(error.__traceback__)
@@ -491,9 +503,12 @@ def verdict(exercise, answer, file=""):
         found = None
         try:
             for what, found in results(exercise, answer, inputs):
-                close(found, wanted[what], atol=exercise.tolerance)
-                if torch.is_tensor(found):
+                if torch.is_tensor(wanted[what]):
+                    assert torch.is_tensor(found), f"it is no tensor, but a {type(found).__name__}"
+                    shape = tuple(found.shape), tuple(wanted[what].shape)
+                    assert shape[0] == shape[1], f"its shape is {shape[0]}, not {shape[1]}"
                     assert kind(found) == kind(wanted[what]), f"it is a tensor of {found.dtype}"
+                close(found, wanted[what], atol=exercise.tolerance)
         except BaseException as error:
             given = "; ".join(f"{key} = {written(x)}" for key, x in zip(names, inputs))
             pair = (f"expected {what}: {written(wanted[what])}\n"
@@ -519,7 +534,8 @@ def definitions(file):
 def grade_one(pipe, file, name):              # in a process of its own
     os.setsid()                               # it leads a group, which ends with it
     sys.path.insert(0, os.path.dirname(os.path.abspath(file)))  # it may import its neighbours
-    sys.modules["test_gflowgr"] = None        # but not the answers
+    for name_of_this_file in ("test_gflowgr", "__main__"):      # but not the answers
+        sys.modules[name_of_this_file] = None
     nothing = open(os.devnull, "r+")
     for stream in range(3):                   # no input, no output
         os.dup2(nothing.fileno(), stream)
@@ -530,18 +546,22 @@ def grade_one(pipe, file, name):              # in a process of its own
     if getattr(answer, "__module__", "") == "student":          # not ours, imported
         said = verdict(EXERCISES[name], answer, file)
     else:
-        said = raised or f"{name} is not right yet\nthere is no function {task.__name__}"
+        said = f"{name}: {raised or f'there is no function {task.__name__}'}"
     pipe.send_bytes(json.dumps(said).encode())
+
+def begun(file):
+    """The exercises that a file defines, by its text: it may not run."""
+    path = Path(file)
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return [name for name, exercise in EXERCISES.items()
+            if re.search(rf"^(def )?{exercise.task.__name__} ?[(=]", text, re.MULTILINE)]
 
 def grade(file, names=(), limit=60):
     """{exercise: its verdict, "" if it is right} of a student's file; by forks of this process, so
     that torch is loaded before the time runs. names: by default, all that the file defines."""
-    text = Path(file).read_text(encoding="utf-8", errors="replace")
-    begun = [name for name, exercise in EXERCISES.items()
-             if re.search(rf"^def {exercise.task.__name__}\b", text, re.MULTILINE)]
     fork = multiprocessing.get_context("fork")
     found = {}
-    for name in names or begun:
+    for name in names or begun(file):
         here, there = fork.Pipe(duplex=False)
         child = fork.Process(target=grade_one, args=(there, file, name))
         child.start()
@@ -590,10 +610,10 @@ def stub(exercise, hint=False):               # the beginning of a student's fun
     text = textwrap.indent(doc, "    ").lstrip()
     more = " Its gradient is compared." if exercise.learned else ""
     notes = f"{exercise.minutes} minutes.{more}\n{exercise.note}"
-    return ("import math\nimport torch\nimport torch.nn.functional as F\n"
+    return ("\nimport math\nimport torch\nimport torch.nn.functional as F\n"
             f"\n{textwrap.indent(notes.strip(), '# ')}\n"
             f"def {task.__name__}{inspect.signature(task)}:\n"
-            f'    """{text}\n    """\n    raise NotImplementedError\n\n')
+            f'    """{text}\n    """\n    raise NotImplementedError\n')
 
 # --- Its tests ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", EXERCISES)
@@ -624,8 +644,13 @@ def vargrad(p, r):
      "expected value: tensor([1.])\nfound    value: None\nSystemExit in line 2: None"),
     (RIGHT.replace("+ p", "+ p.detach()"), "\nexpected gradient by log_pf: tensor([[1.3863]])\n"
      "found    gradient by log_pf: tensor([[0.]])\nAssertionError: "),
-    ("import torch\ndef tree_mask(ends, H, J, L):\n    return torch.zeros(1, 1, 3)",
+    ("import torch\ndef tree_mask(ends, H, J, L):\n    return torch.zeros(1, 1, 3).bool()",
      "\nx . x | . . .\nfirst difference: row 0, column 0, "),
+    ("import torch\ndef tree_mask(ends, H, J, L):\n    return torch.zeros(1, 2).bool()",
+     "AssertionError: its shape is (1, 2), not (1, 1, 3)"),
+    ("recall_at = lambda *inputs: [1.0]", "AssertionError: it is no tensor, but a list"),
+    ("import sys\ndef recall_at(*inputs): return sys.modules['__main__'].recall_loops(*inputs)",
+     "AttributeError in line 2: "),
     ("import torch\ndef tree_mask(ends, H, J, L):\n    return torch.ones(1, 1, 3).long()\n",
      "\nAssertionError: "),
     ("def ndcg_at(*inputs):\n    raise ValueError('long ' * 999)", "ValueError in line 2: long "),
@@ -678,15 +703,20 @@ def test_an_exercise_that_hangs_does_not_hide_the_others(tmp_path, capsys):
 
 def test_a_stub_is_appended_and_a_wrong_command_is_told(tmp_path, capsys):
     mine = tmp_path / "mine.py"
+    mine.write_text("x = 1")                                    # its last line has no end
     for name in ("trajectory_balance", "curriculum"):
         assert main(["--stub", name, str(mine)]) == 0
+    assert runpy.run_path(str(mine))["x"] == 1
     text = mine.read_text("utf-8")
     assert "def trajectory_balance(" in text and "def curriculum(" in text and "mixture" in text
     names = "there is no exercise nonsense; there are recall_at, "
     for command, said in ((f"--stub nonsense {mine} --hint", names),
                           (f"--grade {mine} nonsense", names),
                           ("--grade nowhere", "nowhere is no .py file, and no folder with one"),
-                          ("--stub grpo", "--stub needs NAME and FILE"), ("", "no command"),
+                          ("--stub grpo", "--stub needs NAME and FILE"), ("", "--list  "),
+                          (f"--stub curriculum {mine}", "has this function already"),
+                          ("--grade", "--grade needs a file"),
+                          (f"--grade {mine} b.py", "--grade takes one file"),
                           ("--grades x", "there is no command --grades"),
                           ("--stub grpo nowhere/mine.py", "No such file or directory")):
         assert main(command.split()) == 2
@@ -1612,9 +1642,11 @@ def main(argv):                               # → exit status
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     hint = "--hint" in argv
-    command, *others = [word for word in argv if word != "--hint"] or ["no command"]
+    command, *others = [word for word in argv if word != "--hint"] or [""]
     names = others[:1] if command == "--stub" else others[1:] if command == "--grade" else []
     odd = [name for name in names if name not in EXERCISES]
+    if odd and odd[0].endswith(".py"):
+        return wrong("--grade takes one file, or a folder of files")
     if odd:
         return wrong(f"there is no exercise {odd[0]}; there are {', '.join(EXERCISES)}")
     if command == "--list":
@@ -1624,18 +1656,23 @@ def main(argv):                               # → exit status
     elif command == "--stub":
         if len(others) != 2:
             return wrong("--stub needs NAME and FILE, to which the stub is appended")
+        file = Path(others[1])
         try:
-            with open(others[1], "a", encoding="utf-8") as file:
-                file.write(stub(EXERCISES[others[0]], hint))
+            if others[0] in begun(file):
+                return wrong(f"{file} has this function already; rename it first")
+            with open(file, "a", encoding="utf-8") as end:
+                end.write(stub(EXERCISES[others[0]], hint))
         except OSError as error:
             return wrong(error)
         print(f"{others[1]}: write {EXERCISES[others[0]].task.__name__} at its end")
-    elif command == "--grade" and others:
+    elif command == "--grade":
+        if not others:
+            return wrong("--grade needs a file, or a folder of files")
         return grade_all(others[0], others[1:])
     elif command == "--speed":
         speed(tiny="--tiny" in others)
     else:
-        return wrong(f"there is no command {command}, or it needs more\n{__doc__}")
+        return wrong(f"there is no command {command}\n{__doc__}" if command else __doc__)
     return 0
 
 if __name__ == "__main__":
