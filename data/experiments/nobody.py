@@ -9,9 +9,9 @@ from functools import partial
 
 import numpy as np
 
+from common import ARGS, gflowgr, load_data, mean, table, trained, world
 import reward
 import tokenizer
-from common import ARGS, gflowgr, load_data, mean, table, trained, world
 
 METHODS = ["svd:debias=.5", "sft", "tb"]
 
