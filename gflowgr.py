@@ -182,8 +182,8 @@ def loss_of(recipe, policy, reference, batch, progress):
 # user's log 0
 def curriculum(batch, count, policy, progress):
     """The paper's third and default: items with low scores early in training, with high ones late.
-    1. Draw a pool of 2N − 1 items from a mixture (ours): an item's weight is r_ŷ / 2 + 1 / (2n), its
-       score by the teacher and an equal share, but 0 in the user's log. One may be drawn twice.
+    1. Draw a pool of 2N − 1 items from a mixture (ours): the weight is r_ŷ / 2 + 1 / (2n), half by
+       the teacher, half uniform, but 0 in the user's log. An item may be drawn twice.
     2. Sort it from low to high score.
     3. Keep N in a row, from place round(progress · (N − 1)) on: at first those with the lowest
        scores, in the end those with the highest."""
