@@ -35,7 +35,7 @@ import timeit
 import traceback
 import zipfile
 from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace

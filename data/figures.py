@@ -79,12 +79,12 @@ def plot_lines(path, lines, xlabel, ylabel):
     Single points that would squeeze the rest are left out, and named below: those that are five
     times as far from the median point as others are in the median."""
     points = np.concatenate([*lines.values()])
-    away = abs(points - np.median(points, 0))
-    most = 5 * np.median(away, 0) + 1e-9
+    middle = np.median(points, 0)
+    most = 5 * np.median(abs(points - middle), 0) + 1e-9
     shown = {}
     out = []
     for name, (point, *more) in lines.items():
-        if not more and (abs(point - np.median(points, 0)) > most).any():
+        if not more and (abs(point - middle) > most).any():
             out.append(f"{name} ({point[0]:.2f}, {point[1]:.2f})")
         elif not more:
             shown[name] = point
