@@ -1,12 +1,12 @@
 """Which teacher, which signal? The committed world, two seeds.
 
-    python data/experiments/rewards.py          60 minutes on one core
+    python data/experiments/rewards.py          30 minutes on one core
 
 R with another teacher, without the logged action (w_a 0), without a teacher (w_ŷ 0), without the
 similarity of IDs (w_s 0): does P follow R, up and down?"""
 from common import mean, table, trained
 
-LOSSES = ["tb", "distill", "listnet", "grpo"]
+LOSSES = ["tb", "distill"]
 SIGNALS = {"`svd`, δ .5": "", "without the logged action": ":w_a=0:w_y=.95",
            "without similar IDs": ":w_s=0:w_y=.8", "`cm`, δ .5": ":teacher=cm",
            "`pop`, δ .5": ":teacher=pop", "without a teacher": ":w_y=0:w_a=.95"}
