@@ -96,7 +96,7 @@ def plot_lines(path, lines, xlabel, ylabel):
         for point in shown.values():
             axis.plot(*point, marker="o", markersize=4, color="black", zorder=3)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend()
+            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)   # above the frame
         axis.set(xlabel=xlabel + (f"\nleft out: {', '.join(out)}" if out else ""), ylabel=ylabel)
         axis.margins(0.12)                                     # room for the names
         place_names(axis, shown, shown.values())
