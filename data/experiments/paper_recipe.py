@@ -1,6 +1,6 @@
 """What does the paper's recipe gain, and what stands in its way? Worlds 21 to 23, seed 42.
 
-    python data/experiments/paper_recipe.py     75 minutes on one core
+    python data/experiments/paper_recipe.py     25 minutes on one core
 
 From the paper's settings, as we read them, to those of `tb`, one change a row; then the middle row
 with one change taken back or made. v is the item that was logged next."""
