@@ -1,6 +1,6 @@
 """Which teacher, which signal? The committed world, two seeds.
 
-    python data/experiments/rewards.py          30 minutes on one core
+    python data/experiments/rewards.py          20 minutes on one core
 
 R with another teacher, without the logged action (w_a 0), without a teacher (w_ŷ 0), without the
 similarity of IDs (w_s 0): does P follow R, up and down?"""
