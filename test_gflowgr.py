@@ -81,7 +81,7 @@ class Exercise:
     note: str = ""                  # stands in the stub: what self has, what the cases leave out
     read: object = lambda found: found      # what is compared of a result
     tolerance: float = 1e-4
-    picture: object = None          # (expected, found) → text, where numbers are hard to read
+    picture: object = None          # (expected, found, what) → text, where numbers are hard to read
 
     def __post_init__(self):
         EXERCISES[self.task.__qualname__] = self
@@ -167,8 +167,9 @@ def divides_before_it_zeroes(self, histories): return cm_loops(self, histories, 
 Exercise(1, 30, CollaborativeModel.scores, cm_loops, cm_cases,
          [forgets_the_age, divides_before_it_zeroes],
          note=f"{inspect.getdoc(CollaborativeModel)}\n\nself.near.to_dense() is near (n, n); "
-         "self.popular (n,) is count + 1. The rest is what `shares` does,\n"
-         "with s = self.popularity:\n" + inspect.getdoc(reward.shares))
+         "self.popular (n,) is count + 1. A row is 0 if the\n"
+         "history has all items. The rest is what `shares` does, with s = self.popularity:\n"
+         + inspect.getdoc(reward.shares))
 # --- Session 2: trajectory_balance (10 minutes) ---------------------------------------------------
 def logs(*numbers):
     return torch.tensor(numbers).log()
@@ -283,7 +284,7 @@ def mask_loops(ends, H, J, L):
     return mask
 def makes_one_branch_of_all(ends, H, J, L):
     return mask_loops(ends, H, 1, 1 + J * (L - 1))
-def masks(expected, found):
+def masks(expected, found, _):
     if getattr(found, "shape", None) != expected.shape:
         found = torch.full(expected.shape, math.nan)            # nothing to compare with
     different = (found != expected).nonzero().tolist()
@@ -491,6 +492,13 @@ def why(error, file):                         # what was raised, and in which li
 def kind(x):                                  # floats, integers or bools
     return x.is_floating_point(), x.dtype == torch.bool
 
+def difference(expected, found, what):        # both, or the first of their rows that differs
+    if torch.is_tensor(found) and found.shape == expected.shape and found.dim() > 1:
+        same = torch.isclose(found.double(), expected.double()).flatten(1).all(1)
+        row = same.int().argmin().item()
+        what, expected, found = f"{what}, row {row}", expected[row], found[row]
+    return f"expected {what}: {written(expected)}\nfound    {what}: {written(found)}"
+
 def verdict(exercise, answer, file=""):
     """"" for a right answer, else what a student reads; file: where the answer stands."""
     name = exercise.task.__qualname__
@@ -511,10 +519,7 @@ def verdict(exercise, answer, file=""):
                 close(found, wanted[what], atol=exercise.tolerance)
         except BaseException as error:
             given = "; ".join(f"{key} = {written(x)}" for key, x in zip(names, inputs))
-            pair = (f"expected {what}: {written(wanted[what])}\n"
-                    f"found    {what}: {written(found)}")
-            if exercise.picture:
-                pair = exercise.picture(wanted[what], found)
+            pair = (exercise.picture or difference)(wanted[what], found, what)
             return (f"{name} is not right yet\nCase {number}: {title}\n{given}\n{pair}\n"
                     f"{why(error, file)}")
     return ""
@@ -642,8 +647,8 @@ def vargrad(p, r):
      "recall_at is not right yet\nCase 1: one user\n"
      "ranked = tensor([[4, 2, 7, 1]]); target = tensor([4]); k = 3\n"
      "expected value: tensor([1.])\nfound    value: None\nSystemExit in line 2: None"),
-    (RIGHT.replace("+ p", "+ p.detach()"), "\nexpected gradient by log_pf: tensor([[1.3863]])\n"
-     "found    gradient by log_pf: tensor([[0.]])\nAssertionError: "),
+    (RIGHT.replace("+ p", "+ p.detach()"), "\nexpected gradient by log_pf, row 0: tensor([1.3863])\n"
+     "found    gradient by log_pf, row 0: tensor([0.])\nAssertionError: "),
     ("import torch\ndef tree_mask(ends, H, J, L):\n    return torch.zeros(1, 1, 3).bool()",
      "\nx . x | . . .\nfirst difference: row 0, column 0, "),
     ("import torch\ndef tree_mask(ends, H, J, L):\n    return torch.zeros(1, 2).bool()",
