@@ -647,7 +647,8 @@ def vargrad(p, r):
      "recall_at is not right yet\nCase 1: one user\n"
      "ranked = tensor([[4, 2, 7, 1]]); target = tensor([4]); k = 3\n"
      "expected value: tensor([1.])\nfound    value: None\nSystemExit in line 2: None"),
-    (RIGHT.replace("+ p", "+ p.detach()"), "\nexpected gradient by log_pf, row 0: tensor([1.3863])\n"
+    (RIGHT.replace("+ p", "+ p.detach()"),
+     "\nexpected gradient by log_pf, row 0: tensor([1.3863])\n"
      "found    gradient by log_pf, row 0: tensor([0.])\nAssertionError: "),
     ("import torch\ndef tree_mask(ends, H, J, L):\n    return torch.zeros(1, 1, 3).bool()",
      "\nx . x | . . .\nfirst difference: row 0, column 0, "),
