@@ -41,8 +41,12 @@ def thirds(run, data):
 
 found = trained(folder, [*METHODS.values()], seeds, flags, extra=thirds)
 found = {name: found[method] for name, method in METHODS.items()}
-rows = [[f"`{name}`", *[mean(runs, metric, 4) for metric in METRICS], mean(runs, "validation", 4),
-         mean(runs, "minutes", 0)] for name, runs in found.items()]
+rows = []
+for name, runs in found.items():
+    last = [mean(runs, "validation", 4), mean(runs, "minutes", 0)]
+    trains = runs[0]["validation"] > 0
+    rows.append([f"`{name}`", *[mean(runs, key, 4) for key in METRICS], *last[:2 * trains]])
+    rows[-1] += [""] * 2 * (not trains)
 table("data/results.md", [DATA, "Recall@5", "NDCG@5", "Recall@10", "NDCG@10",
                           "validation NDCG@10", "minutes"], rows)
 PARTS = [f"{name} {number}" for name in ("length", "taken") for number in (1, 2, 3)]
