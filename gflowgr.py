@@ -72,7 +72,7 @@ class Recipe:
     `tb` has in the made-up world of the first command. The loss is gr · L_GR + λ · L_GFN"""
     loss: object = None             # L_GFN, a function of paths, as in RECIPES; None: L_GR alone
     gr: float = 1.0                 # weight of L_GR = −log P(v | U), the loss of SFT
-    lam: float = 10.0               # λ, weight of L_GFN
+    lam: float = 10.0               # λ, weight of L_GFN; the paper: 1
     sampler: str = "policy_draws"   # which N unseen items L_GFN reads; here, N drawn from P
     trajectories: int = 8           # N: the paper has about 3, besides v
     logged: bool = False            # does L_GFN always read v, too? In the paper, it does

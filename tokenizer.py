@@ -6,8 +6,9 @@ By hand, K = 2 and L = 2. Of three items with one feature each:
     code of the nearest one       0      0      1
     features − its centroid    −0.5    0.5      0       new centroids of these: −0.5 and 0.25
     code of the nearest one       0      1      1
-So the IDs are (0, 0), (0, 1), (1, 1): all differ, similar items begin alike. The paper's (TIGER,
-LETTER) come from a trained network. Letters: n items, L levels, K codes, M prefixes, C contexts.
+So the IDs are (0, 0), (0, 1), (1, 1): all differ, similar items begin alike. The k-means is ours;
+the paper's IDs (TIGER, LETTER) come from a trained network.
+Letters: n items, L levels, K codes, M prefixes, C contexts.
 """
 import re
 from itertools import chain
