@@ -1,7 +1,7 @@
 """Does it help on real logs? MovieLens-100K, three seeds; Amazon Beauty, two seeds.
 
     python data/beauty/prepare.py FOLDER                        once, for Beauty
-    python data/experiments/real_logs.py ml-100k                2 hours on one core
+    python data/experiments/real_logs.py ml-100k                3 hours on one core
     python data/experiments/real_logs.py beauty                 9 hours on one core
 
 Beauty has the semantic IDs of LETTER's authors. Validation chose the settings. Then thirds: of the
