@@ -81,7 +81,7 @@ class Exercise:
     note: str = ""                  # stands in the stub: what self has, what the cases leave out
     read: object = lambda found: found      # what is compared of a result
     tolerance: float = 1e-4
-    picture: object = None          # (expected, found, what) → text, where numbers are hard to read
+    picture: object = None          # (expected, found) → text, where numbers are hard to read
 
     def __post_init__(self):
         EXERCISES[self.task.__qualname__] = self
@@ -284,7 +284,7 @@ def mask_loops(ends, H, J, L):
     return mask
 def makes_one_branch_of_all(ends, H, J, L):
     return mask_loops(ends, H, 1, 1 + J * (L - 1))
-def masks(expected, found, _):
+def masks(expected, found):
     if getattr(found, "shape", None) != expected.shape:
         found = torch.full(expected.shape, math.nan)            # nothing to compare with
     different = (found != expected).nonzero().tolist()
@@ -492,10 +492,10 @@ def why(error, file):                         # what was raised, and in which li
 def kind(x):                                  # floats, integers or bools
     return x.is_floating_point(), x.dtype == torch.bool
 
-def difference(expected, found, what):        # both, or the first of their rows that differs
+def difference(expected, found, what, tolerance):   # both, or the first rows that differ
     if torch.is_tensor(found) and found.shape == expected.shape and found.dim() > 1:
-        same = torch.isclose(found.double(), expected.double()).flatten(1).all(1)
-        row = same.int().argmin().item()
+        same = torch.isclose(found.double(), expected.double(), 1e-4, tolerance)    # as `close`
+        row = same.flatten(1).all(1).int().argmin().item()
         what, expected, found = f"{what}, row {row}", expected[row], found[row]
     return f"expected {what}: {written(expected)}\nfound    {what}: {written(found)}"
 
@@ -519,7 +519,9 @@ def verdict(exercise, answer, file=""):
                 close(found, wanted[what], atol=exercise.tolerance)
         except BaseException as error:
             given = "; ".join(f"{key} = {written(x)}" for key, x in zip(names, inputs))
-            pair = (exercise.picture or difference)(wanted[what], found, what)
+            pair = difference(wanted[what], found, what, exercise.tolerance)
+            if exercise.picture:
+                pair = exercise.picture(wanted[what], found)
             return (f"{name} is not right yet\nCase {number}: {title}\n{given}\n{pair}\n"
                     f"{why(error, file)}")
     return ""
@@ -674,6 +676,10 @@ def test_what_a_student_reads(text, said, tmp_path):
     found = "\n".join(grade(str(mine)).values())
     assert said in found
     assert len(found) < 1200
+
+def test_the_row_that_is_told_differs_by_more_than_the_tolerance():
+    said = difference(torch.zeros(3, 1), torch.tensor([[0.01], [1.0], [2.0]]), "value", 0.1)
+    assert said == "expected value, row 1: tensor([0.])\nfound    value, row 1: tensor([1.])"
 
 def test_a_folder_is_graded_file_by_file(tmp_path):
     (tmp_path / "anna/.venv").mkdir(parents=True)
