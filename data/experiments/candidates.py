@@ -1,6 +1,6 @@
 """Who should choose candidates for the teacher? The committed world, three seeds.
 
-    python data/experiments/candidates.py       20 minutes on one core
+    python data/experiments/candidates.py       12 minutes on one core
 
 A slow teacher can only order a few items at each request. It orders the 20 or 50 best items of a
 model, and the ten that it ranks first are recommended."""

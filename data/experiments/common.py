@@ -18,11 +18,17 @@ from data import figures, load_data, report
 
 PARSER = argparse.ArgumentParser()
 PARSER.add_argument("--quick", action="store_true", help="a smoke run: 100 users, one epoch")
+PARSER.add_argument("data", nargs="?", choices=["ml-100k", "beauty"], help="a real log")
 PARSER.add_argument("--check", action="store_true", help="are the tables those of the page?")
 ARGS, _ = PARSER.parse_known_args()
 NAME = Path(sys.argv[0]).stem
 TOY = runpy.run_path(str(ROOT / "data/toy/prepare.py"))
 RUNS = Path("runs/quick" if ARGS.quick else "runs/experiments")     # worlds, saved models
+LOG = ARGS.data or ("toy" if ARGS.quick else "ml-100k")
+# Flags, the SFT, and what fine-tuned methods change, chosen on validation items; toy: a smoke run
+CHOSEN = {"ml-100k": ("--width 96", "sft-log:rate=.003", ":epochs=4:dropout=0.2"),
+          "beauty": ("--ids data/beauty/letter_ids.csv", "sft-log", ":epochs=5:dropout=0"),
+          "toy": ("", "sft-log", ":epochs=1:dropout=0")}
 KEPT = RUNS / f"{NAME}.json" if ARGS.quick else ROOT / f"data/experiments/kept/{NAME}.json"
 
 def world(seed, **options):
@@ -61,6 +67,14 @@ def trained(data, methods, seeds=(42,), flags="", variant="", extra=None):
                 report.write(KEPT, json.dumps(kept, indent=0))
         for method in methods:
             found[method].append(kept[place[method]])
+    return found
+
+def over_worlds(seeds, methods, flags="", **options):
+    """What `trained` returns, with a run of each made-up world in place of each seed."""
+    found = {method: [] for method in methods}
+    for seed in seeds[:1] if ARGS.quick else seeds:
+        for method, runs in trained(world(seed, **options), methods, flags=flags).items():
+            found[method] += runs
     return found
 
 def mean(runs, metric="ndcg@10", digits=3):

@@ -1,4 +1,4 @@
-"""From which size of a real log on is the policy as good as its teacher? One training each.
+"""Does a denser real log help? One training each.
 
     python data/experiments/dense.py ml-100k        20 minutes on one core
     python data/experiments/dense.py beauty         100 minutes on one core
@@ -7,28 +7,24 @@ The log is cut to the items that most users took: the fewer items, the more user
 items these are is counted with the test items, the same for every method. Data and settings are
 those of real_logs.py, but for K, whose default goes by the number of items."""
 import csv
-import sys
 from collections import Counter
 
-from common import ARGS, ROOT, RUNS, mean, table, trained
+from common import ARGS, CHOSEN, LOG, ROOT, RUNS, mean, table, trained
 
-DATA = sys.argv[1] if sys.argv[1:] and sys.argv[1][0] != "-" else "toy" if ARGS.quick else "ml-100k"
-SETS = {"ml-100k": ("--width 96", "sft-log:rate=.003", 4, .2, (300, 800)),
-        "beauty": ("--ids data/beauty/letter_ids.csv", "sft-log", 5, 0, (300, 1000, 3000)),
-        "toy": ("", "sft-log", 1, 0, (100,))}                   # a smoke run
-flags, sft, epochs, dropout, sizes = SETS[DATA]
-METHODS = ["blend", sft, f"tb-log:epochs={epochs}:dropout={dropout}", "product-log"]
+SIZES = {"ml-100k": (300, 800), "beauty": (300, 1000, 3000), "toy": (100,)}[LOG]
+FLAGS, SFT, CHANGES = CHOSEN[LOG]
+METHODS = ["blend", SFT, "tb-log" + CHANGES, "product-log"]
 
 def rows_of(name):
     """The names of the columns, and the rows of a CSV file of the whole log."""
-    with open(ROOT / "data" / DATA / name, newline="", encoding="utf-8") as file:
+    with open(ROOT / "data" / LOG / name, newline="", encoding="utf-8") as file:
         names, *rows = csv.reader(file)
     return names, rows
 
 def cut(n):
     """The folder of the log cut to its n most taken items. When it is read, users who are left with
     less than three items are dropped."""
-    folder = RUNS / f"{DATA}-{n}"
+    folder = RUNS / f"{LOG}-{n}"
     if not ARGS.check:
         folder.mkdir(parents=True, exist_ok=True)
         names, events = rows_of("interactions.csv")
@@ -47,10 +43,10 @@ def size_of(run, data):
     return {"users": len(data.train), "takes": sum(map(len, data.train)) / len(data.titles)}
 
 rows = []
-for n in sizes:
-    found = trained(cut(n), METHODS, flags=flags, extra=size_of)
+for n in SIZES:
+    found = trained(cut(n), METHODS, flags=FLAGS, extra=size_of)
     [run] = found["blend"]
     rows.append([f"{n:,}", f"{run['users']:,}", round(run["takes"]),
                  *[mean(found[method]) for method in METHODS]])
-table("data/results.md", [f"{DATA}: items", "users", "users who took an item", "`blend`", "`sft`",
+table("data/results.md", [f"{LOG}: items", "users", "users who took an item", "`blend`", "`sft`",
                           "`tb`", "`product`"], rows)

@@ -1,6 +1,6 @@
 """Are the lists diverse? The committed world, three seeds.
 
-    python data/experiments/diversity.py        20 minutes on one core
+    python data/experiments/diversity.py        12 minutes on one core
 
 Of a user's three themes, how many are in the ten items? In the best list, and in a list that is
 drawn from P. Draws data/pictures/diverse.png."""

@@ -1,6 +1,6 @@
 """What if the teacher scores only two items a history? The committed world, three seeds.
 
-    python data/experiments/few_scores.py       15 minutes on one core
+    python data/experiments/few_scores.py       12 minutes on one core
 
 Here R of the drawn items is known, and no other's: their scores are dot products of an SVD that
 does not know the user, not divided by the sum over all items. So R of all has no fixed sum, and

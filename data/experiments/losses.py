@@ -6,7 +6,7 @@ Prints the tables of data/results.md, and draws data/pictures/measures.png: both
 method, lines for different λ."""
 import numpy as np
 
-from common import ARGS, ROOT, RUNS, figures, mean, table, trained, world
+from common import ARGS, ROOT, RUNS, figures, mean, over_worlds, table, trained
 
 PAPER = "paper:logged=0:debias=.5:sharp=3:lam=.3"               # the paper's recipe, v out of L_TB
 METHODS = ["svd:debias=.5", "sft", "paper", PAPER, "sdpo", "grpo", "db", "tb", "vargrad", "listnet",
@@ -18,10 +18,7 @@ CURVES = {"svd": ["svd", "svd:debias=.25", "svd:debias=.5", "svd:debias=.75"],
           "grpo": ["sft", "grpo:lam=1", "grpo:lam=3", "grpo", "grpo:lam=30"]}
 SEEDS = (42, 43, 44, 45, 46)
 found = trained("toy", METHODS, SEEDS)
-worlds = {method: [] for method in METHODS}
-for seed in (21, 22, 23)[:1 if ARGS.quick else 3]:
-    for method, runs in trained(world(seed), METHODS).items():
-        worlds[method] += runs
+worlds = over_worlds((21, 22, 23), METHODS)
 others = [name for curve in CURVES.values() for name in curve if name not in METHODS]
 others.append("sft:epochs=28")                  # as many as `sft` and `tb` have together
 found = trained("toy", ["sft", *others], SEEDS[:3]) | found

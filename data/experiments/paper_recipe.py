@@ -4,7 +4,7 @@
 
 From the paper's settings, as we read them, to those of `tb`, one change a row; then the middle row
 with one change taken back or made. v is the item that was logged next."""
-from common import ARGS, mean, table, trained, world
+from common import mean, over_worlds, table
 
 MIDDLE = "paper:logged=0:debias=.5:sharp=3:lam=.3"
 STEPS = {"`sft`": "sft", "`paper`": "paper", "λ .3": "paper:lam=.3",
@@ -19,10 +19,7 @@ CHANGES = {"v in L_TB": "paper:debias=.5:sharp=3:lam=.3", "δ 0": "paper:logged=
            "λ 1": MIDDLE.replace("lam=.3", "lam=1"), "λ 10": MIDDLE.replace("lam=.3", "lam=10")}
 SAMPLERS = {name: "paper:lam=.3:sampler=" + name for name in ("session", "uniform", "policy_beam")}
 methods = dict.fromkeys([*STEPS.values(), *CHANGES.values(), *SAMPLERS.values()])
-found = {method: [] for method in methods}
-for seed in (21, 22, 23)[:1 if ARGS.quick else 3]:
-    for method, runs in trained(world(seed), [*methods]).items():
-        found[method] += runs
+found = over_worlds((21, 22, 23), [*methods])
 
 def row(label, method, base):
     """A row of the table: both measures, and the difference from the base in %."""

@@ -5,29 +5,24 @@
     python data/experiments/real_logs.py beauty                 9 hours on one core
 
 Beauty has the semantic IDs of LETTER's authors. Validation chose the settings. Then thirds: of the
-users by the length of their histories, and of the items by how many users took them."""
-import sys
-
+users by the length of their histories, and by how many users took their test item."""
 import numpy as np
 
-from common import ARGS, mean, table, trained
+from common import CHOSEN, LOG, mean, table, trained
 
-DATA = sys.argv[1] if sys.argv[1:] and sys.argv[1][0] != "-" else "toy" if ARGS.quick else "ml-100k"
-SETS = {"ml-100k": ("--codes 256 --width 96", "sft-log:rate=.003", 4, .2, (42, 43, 44), "ml-100k"),
-        "beauty": ("--ids data/beauty/letter_ids.csv", "sft-log", 5, 0, (42, 43), "data/beauty"),
-        "toy": ("", "sft-log", 1, 0, (42,), "toy")}             # a smoke run
-flags, sft, epochs, dropout, seeds, folder = SETS[DATA]
-changes = f":epochs={epochs}:dropout={dropout}"
-LOG = f":teacher=blend:debias=0:sharp=4:rate=.0015{changes}"
-METHODS = {"pop": "pop", "cm": "cm", "svd": "svd", "blend": "blend", "sft": sft,
-           "paper": "paper:teacher=blend", "tb": "tb-log" + changes,
-           "distill": f"distill{LOG}:lam=3:sampler=reward_draws:trajectories=2",
-           "grpo": f"grpo{LOG}:lam=3:trajectories=8", "listnet": f"listnet{LOG}:lam=30",
+FLAGS, SFT, CHANGES = CHOSEN[LOG]
+SEEDS, FOLDER, CODES = {"ml-100k": ((42, 43, 44), "ml-100k", "--codes 256 "),
+                        "beauty": ((42, 43), "data/beauty", ""), "toy": ((42,), "toy", "")}[LOG]
+RIVAL = f":teacher=blend:debias=0:sharp=4:rate=.0015{CHANGES}"
+METHODS = {"pop": "pop", "cm": "cm", "svd": "svd", "blend": "blend", "sft": SFT,
+           "paper": "paper:teacher=blend", "tb": "tb-log" + CHANGES,
+           "distill": f"distill{RIVAL}:lam=3:sampler=reward_draws:trajectories=2",
+           "grpo": f"grpo{RIVAL}:lam=3:trajectories=8", "listnet": f"listnet{RIVAL}:lam=30",
            "product": "product-log"}
 METRICS = ["recall@5", "ndcg@5", "recall@10", "ndcg@10"]
 
 def thirds(run, data):
-    """NDCG@10 of each third of the users, and of each third of the target items."""
+    """NDCG@10 of thirds of the users: by length of history, by how often their target was taken."""
     count = np.bincount([item for history in data.train for item in history],
                         minlength=len(data.titles))
     values = {"length": [len(history) for history in data.histories],
@@ -39,18 +34,18 @@ def thirds(run, data):
             found[f"{name} {number}"] = float(run["by_user"]["ndcg@10"][part].mean())
     return found
 
-found = trained(folder, [*METHODS.values()], seeds, flags, extra=thirds)
+found = trained(FOLDER, [*METHODS.values()], SEEDS, CODES + FLAGS, extra=thirds)
 found = {name: found[method] for name, method in METHODS.items()}
 rows = []
 for name, runs in found.items():
-    last = [mean(runs, "validation", 4), mean(runs, "minutes", 0)]
-    trains = runs[0]["validation"] > 0
-    rows.append([f"`{name}`", *[mean(runs, key, 4) for key in METRICS], *last[:2 * trains]])
-    rows[-1] += [""] * 2 * (not trains)
-table("data/results.md", [DATA, "Recall@5", "NDCG@5", "Recall@10", "NDCG@10",
+    last = ["", ""]                                             # of what is not trained
+    if runs[0]["validation"]:
+        last = [mean(runs, "validation", 4), mean(runs, "minutes", 0)]
+    rows.append([f"`{name}`", *[mean(runs, key, 4) for key in METRICS], *last])
+table("data/results.md", [LOG, "Recall@5", "NDCG@5", "Recall@10", "NDCG@10",
                           "validation NDCG@10", "minutes"], rows)
 PARTS = [f"{name} {number}" for name in ("length", "taken") for number in (1, 2, 3)]
 rows = [[f"`{name}`", *[mean(found[name], part) for part in PARTS]]
         for name in ("blend", "sft", "tb", "product")]
-table("data/results.md", [f"{DATA}: NDCG@10", "short histories", "middle", "long",
+table("data/results.md", [f"{LOG}: NDCG@10", "short histories", "middle", "long",
                           "rarely taken items", "middle", "often"], rows)

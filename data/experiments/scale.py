@@ -8,7 +8,7 @@ many trials for each loss; those of 700 users are the defaults. The tables are o
 Draws data/pictures/scale.png."""
 import numpy as np
 
-from common import ARGS, ROOT, RUNS, figures, mean, table, trained, world
+from common import ARGS, ROOT, RUNS, figures, mean, over_worlds, table
 
 FLAGS = {700: "", 2800: "", 11200: "--width 128 --batch 32"}
 SFT = {700: "sft", 2800: "sft", 11200: "sft:epochs=12:dropout=.2"}
@@ -29,17 +29,13 @@ lines = {}
 for size in FLAGS:
     names = [named(loss, lam, size) for loss, lams in TRIED[size].items() for lam in lams]
     if names:
-        found = trained(world(51, num_users=size), ["svd:debias=.5", SFT[size], *names],
-                        flags=FLAGS[size])
+        names = ["svd:debias=.5", SFT[size], *names]
+        found = over_worlds((51,), names, FLAGS[size], num_users=size)
         rows = [[f"`{name}`", mean(runs), mean(runs, "liked@10")] for name, runs in found.items()]
         table("data/log.md", [f"world 51, {size:,} users", "NDCG@10", "liked@10"], rows)
     names = [named(loss, lam, size) for loss, lam in CHOSEN[size].items()]
     methods = [*TEACHERS, SFT[size], *names, "product", "product:debias=.75"]
-    found = {method: [] for method in methods}
-    for seed in (61, 62, 63)[:1 if ARGS.quick else 3]:
-        folder = world(seed, num_users=size)
-        for method, runs in trained(folder, methods, flags=FLAGS[size]).items():
-            found[method] += runs
+    found = over_worlds((61, 62, 63), methods, FLAGS[size], num_users=size)
     rows = []
     for method, runs in found.items():
         cells = [f"`{method}`"]
