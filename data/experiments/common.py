@@ -81,6 +81,11 @@ def mean(runs, metric="ndcg@10", digits=3):
     """The mean of a metric over runs, as the pages write it: .333."""
     return f"{np.mean([run[metric] for run in runs]):.{digits}f}".replace("0.", ".", 1)
 
+def mean_and_spread(runs, metric):
+    """The mean ± the standard deviation (of a sample; 0 for one run)."""
+    spread = np.std([run[metric] for run in runs], ddof=min(1, len(runs) - 1))
+    return f"{mean(runs, metric)} ± {spread:.3f}".replace("± 0.", "± .")
+
 def table(page, header, rows):
     """Print a Markdown table; with --check, fail if it is not on the page, a path below the top."""
     lines = [header, ["---"] * len(header), *rows]

@@ -4,9 +4,7 @@
 
 Prints the tables of data/results.md, and draws data/pictures/measures.png: both measures of each
 method, lines for different λ."""
-import numpy as np
-
-from common import ARGS, ROOT, RUNS, figures, mean, over_worlds, table, trained
+from common import ARGS, ROOT, RUNS, figures, mean, mean_and_spread, over_worlds, table, trained
 
 PAPER = "paper:logged=0:debias=.5:sharp=3:lam=.3"               # the paper's recipe, v out of L_TB
 METHODS = ["svd:debias=.5", "sft", "paper", PAPER, "sdpo", "grpo", "db", "tb", "vargrad", "listnet",
@@ -23,16 +21,11 @@ others = [name for curve in CURVES.values() for name in curve if name not in MET
 others.append("sft:epochs=28")                  # as many as `sft` and `tb` have together
 found = trained("toy", ["sft", *others], SEEDS[:3]) | found
 
-def spread(runs, metric):
-    return f"{np.std([run[metric] for run in runs], ddof=min(1, len(runs) - 1)):.3f}"[1:]
-
 rows = []
 for method in METHODS:
-    cells = [f"`{method}`"]
-    for metric in ("ndcg@10", "liked@10"):
-        cells += [f"{mean(found[method], metric)} ± {spread(found[method], metric)}"]
+    cells = [mean_and_spread(found[method], metric) for metric in ("ndcg@10", "liked@10")]
     cells += [mean(worlds[method], "ndcg@10"), mean(worlds[method], "liked@10")]
-    rows.append(cells)
+    rows.append([f"`{method}`", *cells])
 table("data/results.md", ["method", "NDCG@10", "liked@10", "NDCG@10, worlds 21 to 23",
                           "liked@10, worlds 21 to 23"], rows)
 

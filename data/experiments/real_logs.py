@@ -19,7 +19,7 @@ METHODS = {"pop": "pop", "cm": "cm", "svd": "svd", "blend": "blend", "sft": SFT,
            "distill": f"distill{RIVAL}:lam=3:sampler=reward_draws:trajectories=2",
            "grpo": f"grpo{RIVAL}:lam=3:trajectories=8", "listnet": f"listnet{RIVAL}:lam=30",
            "product": "product-log"}
-METRICS = ["recall@5", "ndcg@5", "recall@10", "ndcg@10"]
+METRICS = ["recall@5", "ndcg@5", "recall@10", "ndcg@10", "coverage@10"]
 
 def thirds(run, data):
     """NDCG@10 of thirds of the users: by length of history, by how often their target was taken."""
@@ -41,8 +41,9 @@ for name, runs in found.items():
     last = ["", ""]                                             # of what is not trained
     if runs[0]["validation"]:
         last = [mean(runs, "validation", 4), mean(runs, "minutes", 0)]
-    rows.append([f"`{name}`", *[mean(runs, key, 4) for key in METRICS], *last])
-table("data/results.md", [LOG, "Recall@5", "NDCG@5", "Recall@10", "NDCG@10",
+    cells = [mean(runs, key, 2 if "coverage" in key else 4) for key in METRICS]
+    rows.append([f"`{name}`", *cells, *last])
+table("data/results.md", [LOG, "Recall@5", "NDCG@5", "Recall@10", "NDCG@10", "coverage@10",
                           "validation NDCG@10", "minutes"], rows)
 PARTS = [f"{name} {number}" for name in ("length", "taken") for number in (1, 2, 3)]
 rows = [[f"`{name}`", *[mean(found[name], part) for part in PARTS]]

@@ -6,9 +6,7 @@ Three worlds with 700, 2,800 and 11,200 users: the same items, and the first use
 larger log gets a larger GPT-2. The settings of the larger sizes are chosen in world 51, with as
 many trials for each loss; those of 700 users are the defaults. The tables are of worlds 61 to 63.
 Draws data/pictures/scale.png."""
-import numpy as np
-
-from common import ARGS, ROOT, RUNS, figures, mean, over_worlds, table
+from common import ARGS, ROOT, RUNS, figures, mean, mean_and_spread, over_worlds, table
 
 FLAGS = {700: "", 2800: "", 11200: "--width 128 --batch 32"}
 SFT = {700: "sft", 2800: "sft", 11200: "sft:epochs=12:dropout=.2"}
@@ -38,15 +36,13 @@ for size in FLAGS:
     found = over_worlds((61, 62, 63), methods, FLAGS[size], num_users=size)
     rows = []
     for method, runs in found.items():
-        cells = [f"`{method}`"]
-        for metric in ("ndcg@10", "liked@10"):
-            cells.append(f"{mean(runs, metric)} ± {np.std([run[metric] for run in runs]):.3f}")
-        rows.append([*cells, mean(runs, "minutes", 1)])
+        cells = [mean_and_spread(runs, metric) for metric in ("ndcg@10", "liked@10")]
+        minutes = mean(runs, "minutes", 1) if runs[0]["validation"] else ""
+        rows.append([f"`{method}`", *cells, minutes])
         base = method.partition(":")[0]
         if method in ("svd:debias=.5", "product") or base not in ("svd", "product"):
-            point = [float(np.mean([run[metric] for run in runs]))
-                     for metric in ("ndcg@10", "liked@10")]
-            lines.setdefault(base, []).append(tuple(point))
+            point = float(mean(runs)), float(mean(runs, "liked@10"))
+            lines.setdefault(base, []).append(point)
     table("data/results.md", [f"{size:,} users", "NDCG@10", "liked@10", "minutes"], rows)
 if not ARGS.check:
     path = RUNS / "scale.png" if ARGS.quick else ROOT / "data/pictures/scale.png"
