@@ -81,6 +81,10 @@ def mean(runs, metric="ndcg@10", digits=3):
     """The mean of a metric over runs, as the pages write it: .333."""
     return f"{np.mean([run[metric] for run in runs]):.{digits}f}".replace("0.", ".", 1)
 
+def point(runs):
+    """A point of a picture: the means of NDCG@10 and liked@10."""
+    return float(mean(runs)), float(mean(runs, "liked@10"))
+
 def mean_and_spread(runs, metric):
     """The mean ± the standard deviation (of a sample; 0 for one run)."""
     spread = np.std([run[metric] for run in runs], ddof=min(1, len(runs) - 1))

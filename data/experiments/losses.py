@@ -4,7 +4,8 @@
 
 Prints the tables of data/results.md, and draws data/pictures/measures.png: both measures of each
 method, lines for different λ."""
-from common import ARGS, ROOT, RUNS, figures, mean, mean_and_spread, over_worlds, table, trained
+from common import (ARGS, ROOT, RUNS, figures, mean, mean_and_spread, over_worlds, point, table,
+                    trained)
 
 PAPER = "paper:logged=0:debias=.5:sharp=3:lam=.3"               # the paper's recipe, v out of L_TB
 METHODS = ["svd:debias=.5", "sft", "paper", PAPER, "sdpo", "grpo", "db", "tb", "vargrad", "listnet",
@@ -32,16 +33,13 @@ table("data/results.md", ["method", "NDCG@10", "liked@10", "NDCG@10, worlds 21 t
 rows = [[f"`{method}`", mean(found[method]), mean(found[method], "liked@10")] for method in others]
 table("data/results.md", ["other settings", "NDCG@10", "liked@10"], rows)
 
-def point(method):
-    return float(mean(found[method])), float(mean(found[method], "liked@10"))
-
 labels = {"svd": "svd, scores divided by popularity^0 to .75", "tb": "tb, λ .3 to 10",
           "listnet": "listnet, λ 30 to 1000", "distill": "distill, λ 3 to 30",
           "grpo": "grpo, λ 1 to 30"}
-lines = {labels[name]: [point(method) for method in curve] for name, curve in CURVES.items()}
+lines = {labels[name]: [point(found[method]) for method in curve] for name, curve in CURVES.items()}
 for method, label in {"sft": "sft", "paper": "paper", PAPER: "paper, v not in L_TB",
                       "product": "product", "sdpo": "sdpo"}.items():
-    lines[label] = [point(method)]
+    lines[label] = [point(found[method])]
 if not ARGS.check:
     path = RUNS / "measures.png" if ARGS.quick else ROOT / "data/pictures/measures.png"
     figures.plot_lines(path, lines, "NDCG@10", "liked@10")

@@ -6,7 +6,7 @@ Three worlds with 700, 2,800 and 11,200 users: the same items, and the first use
 larger log gets a larger GPT-2. The λ of the larger sizes are chosen in world 51, with as many
 trials for each loss; those of 700 users are the defaults. The tables are of worlds 61 to 63. Draws
 data/pictures/scale.png."""
-from common import ARGS, ROOT, RUNS, figures, mean, mean_and_spread, over_worlds, table
+from common import ARGS, ROOT, RUNS, figures, mean, mean_and_spread, over_worlds, point, table
 
 FLAGS = {700: "", 2800: "", 11200: "--width 128 --batch 32"}
 SFT = {700: "sft", 2800: "sft", 11200: "sft:epochs=12:dropout=.2"}
@@ -31,8 +31,8 @@ for size in FLAGS:
     if names:
         names = ["svd:debias=.5", SFT[size], *names]
         found = over_worlds((51,), names, FLAGS[size], num_users=size)
-        for name in SFT_TRIED[size]:                    # one by one: the others go on from the last
-            found |= over_worlds((51,), [name], FLAGS[size], num_users=size)
+        # By themselves, because every loss goes on from the last SFT before it
+        found |= over_worlds((51,), SFT_TRIED[size], FLAGS[size], num_users=size)
         rows = [[f"`{name}`", mean(runs), mean(runs, "liked@10")] for name, runs in found.items()]
         table("data/log.md", [f"world 51, {size:,} users", "NDCG@10", "liked@10"], rows)
     names = [named(loss, lam, size) for loss, lam in CHOSEN[size].items()]
@@ -45,8 +45,7 @@ for size in FLAGS:
         rows.append([f"`{method}`", *cells, minutes])
         base = method.partition(":")[0]
         if method in ("svd:debias=.5", "product") or base not in ("svd", "product"):
-            point = float(mean(runs)), float(mean(runs, "liked@10"))
-            lines.setdefault(base, []).append(point)
+            lines.setdefault(base, []).append(point(runs))
     table("data/results.md", [f"{size:,} users", "NDCG@10", "liked@10", "minutes"], rows)
 if not ARGS.check:
     path = RUNS / "scale.png" if ARGS.quick else ROOT / "data/pictures/scale.png"
