@@ -4,10 +4,10 @@
     python data/experiments/real_logs.py ml-100k                5 hours on one core
     python data/experiments/real_logs.py beauty                 3 hours on one core
 
-Beauty has the semantic IDs of LETTER's authors. Settings were chosen by the NDCG@10 of validation
-items on MovieLens (a table of data/log.md), numbers of epochs and dropout on both logs. The last
-table has thirds: of the users by the length of their histories, and by how many users took their
-test item. Minutes are those of the fastest training, because others ran beside it."""
+Beauty has the semantic IDs of LETTER's authors. λ was chosen by the NDCG@10 of validation items on
+MovieLens (a table of data/log.md), epochs and dropout on both logs. The last table has thirds: of
+the users by the length of their histories, and by how many users took their test item. Minutes are
+those of the fastest training, because others ran beside it."""
 import numpy as np
 
 from common import CHOSEN, LOG, mean, table, trained
@@ -19,11 +19,15 @@ R = f":teacher=blend:debias=0:sharp=4:rate=.0015{CHANGES}"
 LOSSES = {"paper": f"paper:teacher=blend:rate=.0015{CHANGES}", "tb": f"tb-log{CHANGES}",
           "distill": f"distill{R}:sampler=reward_draws:trajectories=2",
           "grpo": f"grpo{R}:trajectories=8", "listnet": f"listnet{R}"}
-LAM = {"paper": 1, "tb": .3, "distill": 3, "grpo": 3, "listnet": 30}
 TRIED = {"paper": (.1, .3, 1), "tb": (.3, 1, 3), "distill": (1, 3, 10), "grpo": (1, 3, 10),
          "listnet": (10, 30, 100)}
-SFT_TRIED = [SFT, "sft-log", f"{SFT}:epochs=12"]
+SFT_TRIED = {"as chosen": SFT, "rate .0015": "sft-log", "12 epochs": f"{SFT}:epochs=12"}
+LAM = {"paper": 1, "tb": .3, "distill": 3, "grpo": 3, "listnet": 30}
+ONCE = ["paper", "distill"] if LOG == "beauty" else []          # trained once, an hour each
+if LOG == "beauty":
+    del LAM["grpo"], LAM["listnet"]                             # two hours each
 METRICS = ["recall@5", "ndcg@5", "recall@10", "ndcg@10", "coverage@10"]
+PARTS = [f"{name} {number}" for name in ("length", "taken") for number in (1, 2, 3)]
 
 def named(loss, lam):
     """The name of a method: its loss, the settings of real logs, λ."""
@@ -33,31 +37,29 @@ def thirds(run, data):
     """NDCG@10 of thirds of the users: by length of history, by how often their target was taken."""
     count = np.bincount([item for history in data.train for item in history],
                         minlength=len(data.titles))
-    values = {"length": [len(history) for history in data.histories],
-              "taken": [count[history[-1]] for history in data.histories]}
-    found = {}
-    for name, value in values.items():
-        order = np.argsort(value, kind="stable")
-        for number, part in enumerate(np.array_split(order, 3), 1):
-            found[f"{name} {number}"] = float(run["by_user"]["ndcg@10"][part].mean())
-    return found
+    length = [len(history) for history in data.histories]
+    taken = [count[history[-1]] for history in data.histories]
+    order = [users for value in (length, taken)
+             for users in np.array_split(np.argsort(value, kind="stable"), 3)]
+    return {part: float(run["by_user"]["ndcg@10"][users].mean())
+            for part, users in zip(PARTS, order)}
 
 def results(methods, seeds):
     """What `trained` returns, with thirds."""
     return trained(FOLDER, methods, seeds, CODES + FLAGS, extra=thirds)
 
 if LOG == "ml-100k":
-    found = results(SFT_TRIED, SEEDS[:1])
-    names = [named(loss, lam) for loss, lams in TRIED.items() for lam in lams]
-    found |= results([SFT, *names], SEEDS[:1])
-    table("data/log.md", ["a trial on MovieLens", "validation NDCG@10"],
-          [[f"`{name}`", mean(runs, "validation", 4)] for name, runs in found.items()])
+    trials = {"sft": SFT_TRIED, **{loss: {f"λ {lam}": named(loss, lam) for lam in lams}
+                                   for loss, lams in TRIED.items()}}
+    rows = []
+    for loss, names in trials.items():
+        found = results([SFT, *names.values()], SEEDS[:1])
+        rows.append([f"`{loss}`", *[f"{label}: {mean(found[name], 'validation', 4)}"
+                                    for label, name in names.items()]])
+    table("data/log.md", ["validation NDCG@10, MovieLens", "", "", ""], rows)
 
 METHODS = {"pop": "pop", "cm": "cm", "svd": "svd", "blend": "blend", "sft": SFT,
            **{loss: named(loss, lam) for loss, lam in LAM.items()}, "product": "product-log"}
-ONCE = ["paper", "distill"] if LOG == "beauty" else []      # an hour each
-if LOG == "beauty":
-    del METHODS["grpo"], METHODS["listnet"]                 # two hours each
 found = {name: [] for name in METHODS}
 for seed in SEEDS:
     names = [name for name in METHODS if name not in ONCE or seed == SEEDS[0]]
@@ -69,12 +71,10 @@ for name, runs in found.items():
     cells = [mean(runs, key, 2 if "coverage" in key else 4) for key in METRICS]
     last = ["", "", ""]                                         # of what is not trained
     if runs[0]["validation"]:
-        minutes = min(run["minutes"] for run in runs)
-        last = [mean(runs, "validation", 4), len(runs), f"{minutes:.0f}"]
+        last = [mean(runs, "validation", 4), len(runs), round(min(r["minutes"] for r in runs))]
     rows.append([f"`{name}`", *cells, *last])
 table("data/results.md", [LOG, "Recall@5", "NDCG@5", "Recall@10", "NDCG@10", "coverage@10",
                           "validation NDCG@10", "trainings", "minutes"], rows)
-PARTS = [f"{name} {number}" for name in ("length", "taken") for number in (1, 2, 3)]
 rows = [[f"`{name}`", *[mean(found[name], part) for part in PARTS]]
         for name in ("blend", "sft", "tb", "product")]
 table("data/results.md", [f"{LOG}: NDCG@10", "short histories", "middle", "long",
