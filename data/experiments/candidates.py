@@ -3,21 +3,24 @@
     python data/experiments/candidates.py       12 minutes on one core
 
 A slow teacher can only order a few items at each request. It orders the 20 or 50 best items of a
-model, and the ten that it ranks first are recommended."""
+model, or of counts of which item follows which (`cm`), and the ten that it ranks first are
+recommended."""
 from common import RUNS, gflowgr, load_data, mean, table, trained
 from reward import Teacher
 
-METHODS = ["sft", "tb", "distill", "listnet", "grpo"]
+METHODS = ["cm", "cm:debias=.5", "sft", "tb", "distill", "listnet", "grpo"]
 teacher = Teacher("svd", load_data("toy"), debias=0.5)
 
 def ordered(run, data):
-    """Both measures when the teacher orders the k best items of this run's policy."""
-    folder = RUNS / "toy" / f"{run['method']}-{run['seed']}"
-    policy = gflowgr.Policy.from_pretrained(folder)
+    """Both measures when the teacher orders the k best items of this run's method."""
+    if run["method"].startswith("cm"):
+        model = Teacher("cm", data, run["recipe"]["debias"])
+    else:
+        model = gflowgr.Policy.from_pretrained(RUNS / "toy" / f"{run['method']}-{run['seed']}")
     found = {}
     for k in (20, 50):
         def recommend(past):
-            items, _ = policy.recommend(past, k, beams=k)
+            items, _ = model.recommend(past, k)
             best, order = teacher.scores(past).gather(1, items).topk(10)
             return items.gather(1, order), best
         metrics, *_ = gflowgr.evaluate(recommend, data)
