@@ -1,7 +1,7 @@
 """Does a denser real log help? One training each.
 
     python data/experiments/dense.py ml-100k        20 minutes on one core
-    python data/experiments/dense.py beauty         100 minutes on one core
+    python data/experiments/dense.py beauty         40 minutes on one core
 
 The log is cut to the items that most users took: the fewer items, the more users took each. Which
 items these are is counted with the test items, the same for every method. Data and settings are
