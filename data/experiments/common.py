@@ -26,8 +26,10 @@ TOY = runpy.run_path(str(ROOT / "data/toy/prepare.py"))
 RUNS = Path("runs/quick" if ARGS.quick else "runs/experiments")     # worlds, saved models
 LOG = ARGS.data or ("toy" if ARGS.quick else "ml-100k")
 # Flags, the SFT, and what fine-tuned methods change, chosen on validation items; toy: a smoke run
-CHOSEN = {"ml-100k": ("--width 96", "sft-log:rate=.003", ":epochs=4:dropout=0.2"),
-          "beauty": ("--ids data/beauty/letter_ids.csv", "sft-log", ":epochs=5:dropout=0"),
+CHOSEN = {"ml-100k": ("--width 96", "sft-log:rate=.003",
+                      f":epochs={1 if ARGS.quick else 4}:dropout=0.2"),
+          "beauty": ("--ids data/beauty/letter_ids.csv", "sft-log",
+                     f":epochs={1 if ARGS.quick else 5}:dropout=0"),
           "toy": ("", "sft-log", ":epochs=1:dropout=0")}
 KEPT = RUNS / f"{NAME}.json" if ARGS.quick else ROOT / f"data/experiments/kept/{NAME}.json"
 
@@ -39,7 +41,7 @@ def world(seed, **options):
     return str(RUNS / name)
 
 def trained(data, methods, seeds=(42,), flags="", variant="", extra=None):
-    """{method: [{metric: value} of each seed]}; trains what is not kept. methods: names, the SFT
+    """{method: [{metric: value} of each seed]}; trains what is not kept. methods: names, each SFT
     before those that go on from it. variant: a name for what the caller changed. extra(run,
     Dataset) → more metrics."""
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
@@ -54,9 +56,12 @@ def trained(data, methods, seeds=(42,), flags="", variant="", extra=None):
             argv = ["--data", data, *flags.split(), "--out", str(RUNS / Path(data).name)]
             settings = gflowgr.parse(argv + ["--quick"] * ARGS.quick)
             dataset = load_data(settings.data, settings.quick)
-            alone = all(method.partition(":")[0] in gflowgr.TEACHERS for method in missing)
-            starts = [] if alone else [name for name in methods if name.startswith("sft")]
-            names = [method for method in methods if method in missing + starts]
+            needed, start = set(missing), ""            # what is missing, and the SFT before it
+            for method in methods:
+                start = method if method.startswith("sft") else start
+                if method in missing and method.partition(":")[0] not in gflowgr.TEACHERS:
+                    needed.add(start)
+            names = [method for method in methods if method in needed]
             KEPT.parent.mkdir(parents=True, exist_ok=True)
             recipes = {name: gflowgr.recipe_of(name, settings.quick) for name in names}
             for run in gflowgr.runs_of(settings, dataset, seed, recipes):

@@ -10,11 +10,12 @@ the users by the length of their histories, and by how many users took their tes
 those of the fastest training, because others ran beside it."""
 import numpy as np
 
-from common import CHOSEN, LOG, mean, table, trained
+from common import ARGS, CHOSEN, LOG, mean, table, trained
 
 FLAGS, SFT, CHANGES = CHOSEN[LOG]
 FOLDER, CODES, SEEDS = {"ml-100k": ("ml-100k", "--codes 256 ", (42, 43, 44)),
                         "beauty": ("data/beauty", "", (42, 43)), "toy": ("toy", "", (42,))}[LOG]
+SEEDS = SEEDS[:1] if ARGS.quick else SEEDS
 R = f":teacher=blend:debias=0:sharp=4:rate=.0015{CHANGES}"
 LOSSES = {"paper": f"paper:teacher=blend:rate=.0015{CHANGES}", "tb": f"tb-log{CHANGES}",
           "distill": f"distill{R}:sampler=reward_draws:trajectories=2",
@@ -47,21 +48,21 @@ def results(methods, seeds):
     """What `trained` returns, with thirds."""
     return trained(FOLDER, methods, seeds, CODES + FLAGS, extra=thirds)
 
+METHODS = {"pop": "pop", "cm": "cm", "svd": "svd", "blend": "blend", "sft": SFT,
+           **{loss: named(loss, lam) for loss, lam in LAM.items()}, "product": "product-log"}
 if LOG == "ml-100k":
+    METHODS["sft, 12 epochs"] = SFT_TRIED["12 epochs"]      # as many as `sft` and `tb` have together
     trials = {loss: {f"λ {lam}": named(loss, lam) for lam in lams} for loss, lams in TRIED.items()}
-    names = [name for tried in trials.values() for name in tried.values()]
-    # The losses go on from the last SFT before them, so other trials of SFT are a call of their own
-    found = results([SFT, *names], SEEDS[:1]) | results([*SFT_TRIED.values()], SEEDS[:1])
+    # Every loss goes on from the last SFT before it, so other trials of SFT come last
+    names = [SFT, *(name for tried in trials.values() for name in tried.values()),
+             *METHODS.values(), *SFT_TRIED.values()]
+    found = results(list(dict.fromkeys(names)), SEEDS[:1])
     rows = [[f"`{loss}`", *[f"{label}: {mean(found[name], 'validation', 4)}"
                             for label, name in tried.items()]]
             for loss, tried in {"sft": SFT_TRIED, **trials}.items()]
     table("data/log.md", ["validation NDCG@10, MovieLens", "", "", ""],
           [row + [""] * (4 - len(row)) for row in rows])
 
-METHODS = {"pop": "pop", "cm": "cm", "svd": "svd", "blend": "blend", "sft": SFT,
-           **{loss: named(loss, lam) for loss, lam in LAM.items()}, "product": "product-log"}
-if LOG == "ml-100k":
-    METHODS["sft, 12 epochs"] = SFT_TRIED["12 epochs"]      # as many as `sft` and `tb` have together
 found = {name: [] for name in METHODS}
 for seed in SEEDS:
     names = [name for name in METHODS if name not in ONCE or seed == SEEDS[0]]

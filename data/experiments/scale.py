@@ -29,10 +29,9 @@ lines = {}
 for size in FLAGS:
     names = [named(loss, lam, size) for loss, lams in TRIED[size].items() for lam in lams]
     if names:
-        names = ["svd:debias=.5", SFT[size], *names]
+        # Every loss goes on from the last SFT before it, so other trials of SFT come after them
+        names = ["svd:debias=.5", SFT[size], *names, *SFT_TRIED[size]]
         found = over_worlds((51,), names, FLAGS[size], num_users=size)
-        # By themselves, because every loss goes on from the last SFT before it
-        found |= over_worlds((51,), SFT_TRIED[size], FLAGS[size], num_users=size)
         rows = [[f"`{name}`", mean(runs), mean(runs, "liked@10")] for name, runs in found.items()]
         table("data/log.md", [f"world 51, {size:,} users", "NDCG@10", "liked@10"], rows)
     names = [named(loss, lam, size) for loss, lam in CHOSEN[size].items()]
