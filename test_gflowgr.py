@@ -326,6 +326,12 @@ def curriculum_loops(batch, count, policy, progress, by_score=0.5):
     return torch.tensor(rows)
 def shares_at_each_place(items):                                # (C, N) → (6 items, N)
     return torch.stack([(items == v).float().mean(0) for v in range(len(SCORES))])
+def shares_told(expected, found):             # where they differ most
+    if not torch.is_tensor(found) or found.shape != expected.shape:
+        return f"expected items in a tensor of shape (C, count)\nfound    {written(found)}"
+    v, place = divmod((found - expected).abs().argmax().item(), expected.shape[1])
+    return (f"expected item {v} at place {place} in {expected[v, place]:.0%} of the contexts\n"
+            f"found    item {v} at place {place} in {found[v, place]:.0%}")
 def begins_with_high_scores(batch, count, policy, progress):
     return curriculum_loops(batch, count, policy, 1 - progress)
 def stops_in_the_middle(batch, count, policy, progress):
@@ -338,6 +344,7 @@ def reads_one_history(batch, count, policy, progress):
 Exercise(3, 30, gflowgr.curriculum, curriculum_loops, curriculum_cases,
          [begins_with_high_scores, reads_one_history, stops_in_the_middle, draws_40_of_100_by_score,
           draws_60_of_100_by_score], read=shares_at_each_place, tolerance=0.022,
+         picture=shares_told,
          note="batch: its scores, histories, following and next_item, see Batch in gflowgr.py.\n"
          "policy is None. Draw with replacement. Each item's share at each place, in 10000\n"
          "contexts, is compared.")
