@@ -33,7 +33,7 @@ def comprehensive_reward(ids, scores, next_item, liked, unseen, w_a, w_y, w_s):
     # level, codes of the v (B, 1) are compared with codes of all items (n,)
     c = sum((codes[next_item, None] == codes).byte() for codes in ids.codes.T) * unseen
     r_s = c / c.sum(1, keepdim=True)                            # v is unseen, so Σ c is L at least
-    epsilon = 1e-3 / unseen.sum(1, keepdim=True)                # (B, 1) ε/m: all R are above 0
+    epsilon = 1e-3 / unseen.sum(1, keepdim=True)                # (B, 1) ε/m, ours: R > 0
     # R = w_a · r_a + w_ŷ · r_ŷ + w_s · r_s + ε/m, of the m unseen items
     return (w_a * r_a + w_y * scores + w_s * r_s + epsilon) * unseen
 
@@ -135,7 +135,7 @@ def fitted(make, data, fold):
 class Teacher:
     """A recommender of TEACHERS whose scores are (score / popularity^δ)^sharp, ours. δ: what is
     shown more is logged more. sharp: P learns few high scores more easily than many middling ones.
-    Users are in 20 folds. In training, a user's scores come from a recommender that was fitted on
+    Users are in 20 folds (ours). In training, a user's scores come from a recommender fitted on
     the other 19 folds: so it does not know what this user logged next. (Popularity knows it, a
     little.) Users to be served get one that was fitted on all."""
     def __init__(self, name, data, debias=0.0, sharp=1.0):
