@@ -10,12 +10,11 @@ the users by the length of their histories, and by how many users took their tes
 those of the fastest training, because others ran beside it."""
 import numpy as np
 
-from common import ARGS, CHOSEN, LOG, mean, table, trained
+from common import CHOSEN, LOG, mean, table, trained
 
 FLAGS, SFT, CHANGES = CHOSEN[LOG]
 FOLDER, CODES, SEEDS = {"ml-100k": ("ml-100k", "--codes 256 ", (42, 43, 44)),
                         "beauty": ("data/beauty", "", (42, 43)), "toy": ("toy", "", (42,))}[LOG]
-SEEDS = SEEDS[:1] if ARGS.quick else SEEDS
 R = f":teacher=blend:debias=0:sharp=4:rate=.0015{CHANGES}"
 LOSSES = {"paper": f"paper:teacher=blend:rate=.0015{CHANGES}", "tb": f"tb-log{CHANGES}",
           "distill": f"distill{R}:sampler=reward_draws:trajectories=2",
@@ -49,27 +48,25 @@ def results(methods, seeds):
 
 METHODS = {"pop": "pop", "cm": "cm", "svd": "svd", "blend": "blend", "sft": SFT,
            **{loss: named(loss, lam) for loss, lam in LAM.items()}, "product": "product-log"}
+trials = {}
+names = list(METHODS.values())
 if LOG == "ml-100k":
-    METHODS["sft, 12 epochs"] = SFT_TRIED["12 epochs"]      # as many as `sft` and `tb` have together
     trials = {loss: {f"λ {lam}": named(loss, lam) for lam in lams} for loss, lams in TRIED.items()}
     # Every loss goes on from the last SFT before it, so other trials of SFT come last
-    names = [SFT, *(name for tried in trials.values() for name in tried.values()),
-             *METHODS.values(), *SFT_TRIED.values()]
-    found = results(list(dict.fromkeys(names)), SEEDS[:1])
+    trials["sft"] = SFT_TRIED
+    names += [name for tried in trials.values() for name in tried.values()]
+    METHODS["sft, 12 epochs"] = SFT_TRIED["12 epochs"]     # as many as `sft` and `tb` have together
+found = results(list(dict.fromkeys(names)), SEEDS[:1])      # in one call: SFT is trained once
+if trials:
     rows = [[f"`{loss}`", *[f"{label}: {mean(found[name], 'validation', 4)}"
-                            for label, name in tried.items()]]
-            for loss, tried in {"sft": SFT_TRIED, **trials}.items()]
+                            for label, name in trials[loss].items()]] for loss in ["sft", *TRIED]]
     table("data/log.md", ["validation NDCG@10, MovieLens", "", "", ""],
           [row + [""] * (4 - len(row)) for row in rows])
 
-found = {name: [] for name in METHODS}
-for seed in SEEDS:
-    names = [name for name in METHODS if name not in ONCE or seed == SEEDS[0]]
-    runs = results([METHODS[name] for name in names], [seed])
-    for name in names:
-        found[name] += runs[METHODS[name]]
+found |= results([method for name, method in METHODS.items() if name not in ONCE], SEEDS)
 rows = []
-for name, runs in found.items():
+for name, method in METHODS.items():
+    runs = found[method]
     cells = [mean(runs, key, 2 if "coverage" in key else 4) for key in METRICS]
     last = ["", "", ""]                                         # of what is not trained
     if runs[0]["validation"]:
@@ -77,7 +74,7 @@ for name, runs in found.items():
     rows.append([f"`{name}`", *cells, *last])
 table("data/results.md", [LOG, "Recall@5", "NDCG@5", "Recall@10", "NDCG@10", "coverage@10",
                           "validation NDCG@10", "trainings", "minutes"], rows)
-rows = [[f"`{name}`", *[mean(found[name], part) for part in PARTS]]
+rows = [[f"`{name}`", *[mean(found[METHODS[name]], part) for part in PARTS]]
         for name in ("blend", "sft", "tb", "product")]
 table("data/results.md", [f"{LOG}: NDCG@10", "short histories", "middle", "long",
                           "rarely taken items", "middle", "often"], rows)
