@@ -386,7 +386,7 @@ def train(name, recipe, policy, rows, size, data, seed, measure):
     per_epoch = math.ceil(len(rows) / size)
     steps = recipe.epochs * per_epoch
     groups = [{"params": policy.lm.parameters()},               # GPT-2
-              {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # ours: flows
+              {"params": policy.flow_head.parameters(), "lr": 10 * recipe.rate}]    # flows, ours
     optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10 + 1), steps)
     losses = []

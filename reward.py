@@ -33,7 +33,7 @@ def comprehensive_reward(ids, scores, next_item, liked, unseen, w_a, w_y, w_s):
     # level, codes of the v (B, 1) are compared with codes of all items (n,)
     c = sum((codes[next_item, None] == codes).byte() for codes in ids.codes.T) * unseen
     r_s = c / c.sum(1, keepdim=True)                            # v is unseen, so Σ c is L at least
-    epsilon = 1e-3 / unseen.sum(1, keepdim=True)                # (B, 1) ε/m, ours: R > 0
+    epsilon = 1e-3 / unseen.sum(1, keepdim=True)                # (B, 1) ε/m, ours: every R > 0
     # R = w_a · r_a + w_ŷ · r_ŷ + w_s · r_s + ε/m, of the m unseen items
     return (w_a * r_a + w_y * scores + w_s * r_s + epsilon) * unseen
 
