@@ -1535,6 +1535,7 @@ def test_an_experiment_runs_and_prints_its_tables(name, tmp_path, monkeypatch, c
     monkeypatch.setattr(gflowgr, "rank_all", rank_all)
     monkeypatch.setattr(gflowgr, "train", lambda *given: 0.0)   # random weights will do
     monkeypatch.setattr(gflowgr, "RECIPES", {**RECIPES})
+    monkeypatch.setattr(gflowgr, "SAMPLERS", {**SAMPLERS})
     monkeypatch.setattr("sys.argv", [f"{name}.py", "--quick"])
     monkeypatch.syspath_prepend(ROOT / "data/experiments")
     monkeypatch.delitem(sys.modules, "common", raising=False)

@@ -74,11 +74,12 @@ def trained(data, methods, seeds=(42,), flags="", variant="", extra=None):
             found[method].append(kept[place[method]])
     return found
 
-def over_worlds(seeds, methods, flags="", **options):
+def over_worlds(seeds, methods, flags="", extra=None, **options):
     """What `trained` returns, with a run of each made-up world in place of each seed."""
     found = {method: [] for method in methods}
     for seed in seeds[:1] if ARGS.quick else seeds:
-        for method, runs in trained(world(seed, **options), methods, flags=flags).items():
+        for method, runs in trained(world(seed, **options), methods, flags=flags,
+                                    extra=extra).items():
             found[method] += runs
     return found
 
