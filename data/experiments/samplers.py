@@ -1,6 +1,6 @@
 """Which items should TB read? Worlds 21 to 23, seed 42.
 
-    python data/experiments/samplers.py         40 minutes on one core
+    python data/experiments/samplers.py         45 minutes on one core
 
 Every sampler gives `tb` eight items of each context in each of eight epochs. λ was chosen for each
 in worlds 7 and 11 (a table of data/log.md). Two shares say what is read: of the items that a user
