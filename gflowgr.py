@@ -72,13 +72,14 @@ class Recipe:
     `tb` has in the made-up world of the first command. The loss is gr · L_GR + λ · L_GFN"""
     loss: object = None             # L_GFN, a function of paths, as in RECIPES; None: L_GR alone
     gr: float = 1.0                 # weight of L_GR = −log P(v | U), the loss of SFT
-    lam: float = 10.0               # λ, weight of L_GFN; the paper: 1
+    lam: float = 10.0               # λ, weight of L_GFN, ours; the paper: 1
     sampler: str = "policy_draws"   # which N unseen items L_GFN reads; here, N drawn from P
-    trajectories: int = 8           # N: the paper has about 3, besides v
-    logged: bool = False            # does L_GFN always read v, too? In the paper, it does
+    trajectories: int = 8           # N, ours; the paper has about 3, besides v
+    logged: bool = False            # does L_GFN always read v, too? Ours: no; the paper: yes
     exact: bool = True              # ours: Z (in DB, all flows) is known, as R of all items is;
                                     # False: learned, by a linear head on the hidden states
-    # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/m at each of m unseen items
+    # R = w_a·r_a + w_ŷ·r_ŷ + w_s·r_s + .001/m at each of m unseen items. Ours: the weights, and
+    # that each signal has the sum 1
     w_a: float = 0.2                # r_a: 1 at v (.1 if a real log says that v was not liked)
     w_y: float = 0.75               # r_ŷ: scores of the teacher, of sum 1
     w_s: float = 0.05               # r_s ∝ number of levels with the same code as v, of sum 1
@@ -86,6 +87,7 @@ class Recipe:
     debias: float = 0.5             # δ, ours: r_ŷ ∝ (score / popularity^δ)^sharp. Popularity: how
                                     # many users took the item; for `svd`, about √ of this number
     sharp: float = 3.0              # ours: the larger, the fewer items have a high r_ŷ
+    # Ours, the next three: the paper's are not known
     rate: float = 3e-3              # peak learning rate: small models like it high
     dropout: float = 0.0            # SFT needs some; `tb`, which learns from many items, none
     epochs: int = 8                 # passes over the training log
@@ -150,7 +152,7 @@ def tb_of(p):
     have another Z; ours is 1.001, or less where v was not liked."""
     return trajectory_balance(p.log_z, p.log_pf, p.log_r)
 
-# What each method changes in Recipe. Numbers were chosen by trials, in data/log.md
+# What each method changes in Recipe. Numbers are ours, chosen by trials, in data/log.md
 RECIPES = {
     "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
     # As we read it, with our w_…: L_GFN reads v, too. R of v is high, so P stays near the log
@@ -438,7 +440,7 @@ def uniform(batch, count, policy, progress):
     return draw(unlogged(batch, torch.ones_like(batch.r)), count)
 
 def policy_beam(batch, count, policy, progress):
-    """The paper's fourth: the N best items by P itself, without v (the paper: N−1)."""
+    """The paper's fourth: the N best items by P itself. Ours: without v (the paper: N − 1, and v)."""
     items, _ = policy.recommend(batch.histories, count + 1, beams=count + 1)
     v = batch.next_item[:, None]
     order = (items == v).int().argsort(dim=1, stable=True)      # if v is among them, it comes last
@@ -525,7 +527,8 @@ RECIPES |= {
     "db": dict(loss=lambda p: detailed_balance(path_flows(p), p.log_steps), dropout=0.1),
     "vargrad": dict(loss=lambda p: vargrad(p.log_pf, p.log_r), lam=3.0, dropout=0.1),
     "listnet": dict(loss=lambda p: listnet(p.log_pf, p.log_r), lam=300.0),
-    # Path 0, the chosen one, is v. Ours: seven rejected items, drawn from P; in the paper three
+    # Path 0, the chosen one, is v. Ours: seven rejected items, drawn from P, β 1, and L_GR beside
+    # it; in the paper three, and β .1
     "sdpo": dict(loss=lambda p: sdpo(p.log_pf, log_ref_of(p), p.recipe.beta), logged=True,
                  trajectories=7, beta=1.0, rate=9e-4, dropout=0.2),
     "grpo": dict(loss=lambda p: grpo(p.log_pf, log_ref_of(p), p.log_r, p.recipe.beta),
@@ -533,7 +536,7 @@ RECIPES |= {
     "distill": dict(loss=lambda p: distillation(code_flows(p), p.log_probs), lam=30.0, dropout=0.2),
     # P of the SFT before it, times a teacher's score
     "product": dict(sharp=9.0),
-    # For real logs
+    # For real logs, ours
     "sft-log": dict(rate=1.5e-3, dropout=0.2, epochs=8),
     "tb-log": dict(loss=tb_of, teacher="blend", debias=0.0, sharp=4.0, lam=0.3, rate=1.5e-3,
                    epochs=5, sampler="reward_draws", trajectories=2),

@@ -5,9 +5,9 @@
     python data/experiments/real_logs.py beauty                 8 hours on one core
 
 Beauty has the semantic IDs of LETTER's authors. λ was chosen by the NDCG@10 of validation items on
-MovieLens (a table of data/log.md), epochs and dropout on both logs. The last table has thirds: of
-the users by the length of their histories, and by how many users took their test item. Minutes are
-those of the fastest training, because others ran beside it."""
+MovieLens (a table of data/log.md), epochs and dropout in earlier trials on both logs. The last
+table has thirds: of the users by the length of their histories, and by how many users took their
+test item. Minutes are those of the fastest training, because others ran beside it."""
 import numpy as np
 
 from common import CHOSEN, LOG, mean, table, trained
