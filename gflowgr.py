@@ -440,7 +440,7 @@ def uniform(batch, count, policy, progress):
     return draw(unlogged(batch, torch.ones_like(batch.r)), count)
 
 def policy_beam(batch, count, policy, progress):
-    """The paper's fourth: the N best items by P itself. Ours: without v (the paper: N − 1, and v)."""
+    """The paper's fourth: the N best items by P itself. Ours: without v (the paper: N − 1)."""
     items, _ = policy.recommend(batch.histories, count + 1, beams=count + 1)
     v = batch.next_item[:, None]
     order = (items == v).int().argsort(dim=1, stable=True)      # if v is among them, it comes last
