@@ -18,7 +18,7 @@ TRIED = {700: {}, 2800: {"tb": (1, 3, 10), "distill": (3, 10, 30), "listnet": (3
          11200: {"tb": (1, 3), "distill": (3, 10), "listnet": (30, 100)}}  # grpo: twice as slow
 CHOSEN = {700: dict(tb=10, distill=30, listnet=300, grpo=10),
           2800: dict(tb=3, distill=30, listnet=300, grpo=3),
-          11200: dict(tb=1, distill=10, listnet=30)}
+          11200: dict(tb=1, distill=3, listnet=30)}
 TEACHERS = ["svd", "svd:debias=.25", "svd:debias=.5", "svd:debias=.75"]
 
 def named(loss, lam, size):
