@@ -27,7 +27,7 @@ def named(loss, lam, size):
     return f"{loss}{EPOCHS[size]}:lam={lam}"
 
 lines = {}
-for size in FLAGS:
+for size in [2800] if ARGS.quick else FLAGS:
     names = [named(loss, lam, size) for loss, lams in TRIED[size].items() for lam in lams]
     if names:
         # Every loss goes on from the last SFT before it, so other trials of SFT come after them
