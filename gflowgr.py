@@ -152,7 +152,8 @@ def tb_of(p):
     have another Z; ours is 1.001, or less where v was not liked."""
     return trajectory_balance(p.log_z, p.log_pf, p.log_r)
 
-# What each method changes in Recipe. Numbers are ours, chosen by trials, in data/log.md
+# What each method changes in Recipe. The numbers of `paper` are the paper's, but for its dropout;
+# all others are ours, chosen by trials, in data/log.md
 RECIPES = {
     "sft": dict(rate=1.5e-3, dropout=0.4, epochs=20),           # the others go on from its weights
     # As we read it, with our w_…: L_GFN reads v, too. R of v is high, so P stays near the log

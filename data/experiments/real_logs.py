@@ -23,7 +23,7 @@ TRIED = {"paper": (.3, 1, 3), "tb": (.3, 1, 3), "distill": (1, 3, 10), "grpo": (
          "listnet": (10, 30, 100)}
 EPOCHS = 13 if LOG == "beauty" else 12                      # of `sft` and `tb` together
 LONGER = f"{SFT}:epochs={EPOCHS}"
-SFT_TRIED = {"as chosen": SFT, "rate .0015": "sft-log", "12 epochs": LONGER}
+SFT_TRIED = {"as chosen": SFT, "rate .0015": "sft-log", f"{EPOCHS} epochs": LONGER}
 LAM = {"paper": 1, "tb": .3, "distill": 3, "grpo": 3, "listnet": 30}
 ONCE = ["grpo", "listnet"] if LOG == "beauty" else []       # two hours each
 METRICS = ["recall@5", "ndcg@5", "recall@10", "ndcg@10", "coverage@10"]

@@ -19,7 +19,8 @@ TRIED = {700: {}, 2800: {"tb": (1, 3, 10), "distill": (3, 10, 30), "listnet": (3
 CHOSEN = {700: dict(tb=10, distill=30, listnet=300, grpo=10),
           2800: dict(tb=3, distill=30, listnet=300, grpo=3),
           11200: dict(tb=1, distill=3, listnet=30)}
-OTHERS = {700: [], 2800: [], 11200: ["tb:epochs=3:lam=1:debias=.75"]}     # beside the product
+# With the division of the last product, which is above the chosen `tb`; not in the picture
+OTHERS = {700: [], 2800: [], 11200: ["tb:epochs=3:lam=1:debias=.75"]}
 TEACHERS = ["svd", "svd:debias=.25", "svd:debias=.5", "svd:debias=.75"]
 
 def named(loss, lam, size):
