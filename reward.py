@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from data import check
-from tokenizer import entries, item_vectors, sparse     # entries: rows, columns of lists' items
+from tokenizer import item_vectors, rows_and_columns, sparse
 
 warnings.filterwarnings("ignore", message="Sparse CSR")         # torch calls its sparse CSR "beta"
 
@@ -42,7 +42,7 @@ def weighted(table, histories, weight, length=10 ** 9):
     """Of each history, Σ_j weight(age of j) · table[j], j its last `length` items: table (n, m) →
     (B, m). The newest has age 1: if weight is 1/age, [5, 2] becomes table[2] + table[5] / 2."""
     lists = [history[-length:] for history in histories]
-    places = entries(lists, len(table))                         # row b, column j of each item
+    places = rows_and_columns(lists, len(table))                # row b, column j of each item
     ages = np.concatenate([np.arange(len(items), 0, -1) for items in lists])
     weights = weight(torch.tensor(ages).float())
     return (sparse(places, weights, (len(lists), len(table))) @ table).to_dense()
@@ -57,7 +57,7 @@ def shares(scores, histories, popular, s=0.001):
     2. (1 − s) · scores + s · popular; popular alone for a user without any score.
     A user took item 0, s is .1, scores [6, 3, 1, 0], popular [5, 2, 1, 1]:
     .9 · [0, .75, .25, 0] + .1 · [0, .5, .25, .25] = [0, .725, .25, .025]"""
-    seen = entries(histories, len(popular))
+    seen = rows_and_columns(histories, len(popular))
     scores = functional.threshold(scores, 1e-6, 0.0)            # what is below 1e-6 is rounding: 0
     popular = popular.repeat(len(histories), 1)                 # (B, n)
     scores[seen] = 0
@@ -86,7 +86,8 @@ class CollaborativeModel:
     def __init__(self, histories, num_items, popularity=0.05):
         forward = followers(histories, num_items)               # sparse (n, n)
         both = (forward + 0.25 * forward.T).coalesce()
-        count = torch.tensor(np.bincount(entries(histories)[1], minlength=num_items)).double()
+        _, items = rows_and_columns(histories)
+        count = torch.tensor(np.bincount(items, minlength=num_items)).double()
         self.near = (both * count.clamp(min=1)[:, None] ** -0.5).float()
         self.popular = (count + 1).float()                      # (n,)
         self.popularity = popularity                            # its share
@@ -133,17 +134,17 @@ def fitted(make, data, fold):
     return make(others, len(data.titles))
 
 class Teacher:
-    """A recommender of TEACHERS whose scores are (score / popularity^δ)^sharp, ours. δ: what is
-    shown more is logged more. sharp: P learns few high scores more easily than many middling ones.
+    """A recommender of TEACHERS whose scores are (score / popularity^δ)^power, ours. δ: what is
+    shown more is logged more. power: P learns few high scores more easily than many middling ones.
     Users are in 20 folds (ours). In training, a user's scores come from a recommender fitted on
     the other 19 folds: so it does not know what this user logged next. (Popularity knows it, a
     little.) Users to be served get one that was fitted on all."""
-    def __init__(self, name, data, debias=0.0, sharp=1.0):
+    def __init__(self, name, data, debias=0.0, power=1.0):
         check(name in TEACHERS, f"there is no teacher {name!r}; there are {', '.join(TEACHERS)}")
         self.name = name
         self.data = data
         self.debias = debias                                    # δ
-        self.sharp = sharp
+        self.power = power
 
     def scores(self, histories, users=None):
         """(B, n) ≥ 0, rows sum to 1. users: in training, whose histories these are; None: users to
@@ -161,15 +162,15 @@ class Teacher:
             scores[rows] = found.float()
         some_left = torch.tensor([len({*history}) < n for history in histories]).float()
         right = ((scores.sum(1) - some_left).abs() < 1e-3).all() and (scores >= 0).all()
-        check(right and not scores[entries(histories)].any(), asked)
+        check(right and not scores[rows_and_columns(histories)].any(), asked)
         if self.debias:
             scores /= fitted(TEACHERS[self.name], self.data, -1).popular ** self.debias
         scores /= scores.amax(1, keepdim=True).clamp(min=1e-30)     # or small powers would vanish
-        return unit_sum(scores ** self.sharp)
+        return unit_sum(scores ** self.power)
 
     def recommend(self, histories, k=10):
         """The k unseen items (B, k) with the highest scores, −1 where none is left; the scores."""
         scores = functional.pad(self.scores(histories), (0, k), value=-torch.inf)
-        scores[entries(histories)] = -torch.inf
+        scores[rows_and_columns(histories)] = -torch.inf
         value, items = scores.topk(k, 1)
         return items.masked_fill(value == -torch.inf, -1), value

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data import check
 
-def entries(lists, num_items=np.inf):
+def rows_and_columns(lists, num_items=np.inf):
     """Places of the items of B histories in a (B, n) matrix, arrays of rows and columns: [[5, 2],
     [7]] → [0, 0, 1], [5, 2, 7]. InputError for an item that is not in the catalogue."""
     rows = np.repeat(np.arange(len(lists)), list(map(len, lists)))
@@ -53,7 +53,7 @@ def tf_idf(texts):
         pairs = [f"{first} {second}" for first, second in zip(words, words[1:])]
         # setdefault: a new term gets the next column
         columns.append([column_of.setdefault(term, len(column_of)) for term in words + pairs])
-    rows, terms = entries(columns)                              # here, texts and their terms
+    rows, terms = rows_and_columns(columns)                     # here, texts and their terms
     count = np.bincount(terms)                                  # (terms,)
     idf = np.log(len(texts) / count).clip(0) * (count > 1)
     return sparse((rows, terms), idf[terms].astype(np.float32), (len(texts), len(count)))
@@ -62,7 +62,7 @@ def item_vectors(histories, num_items, rank=0):
     """Vectors of items (n, rank), alike if the same users took them: the first left singular
     vectors of items × users; at (i, u), there is 1 / count(i)^.25 if user u took item i, else 0.
     rank: by default 24, or for 1,500 items and more n / 30."""
-    users, items = entries(histories)
+    users, items = rows_and_columns(histories)
     values = np.bincount(items)[items] ** -0.25
     x = sparse((items, users), values.astype(np.float32), (num_items, len(histories)))
     return leading_vectors(x, rank or (24 if num_items < 1500 else num_items // 30), seed=0)
@@ -125,7 +125,7 @@ def assign_with_capacity(cost, parent, capacity):
         cost[refused, code[refused]] = np.inf                   # never the cheapest again
 
 # --- The table of IDs, and the tree of their prefixes ---------------------------------------------
-def at(table, nodes):
+def look_up(table, nodes):
     """What a table (B, M + n) has at nodes (B, …); 0 (or False) at −1, which is no node."""
     found = table.gather(1, nodes.clamp(min=0).flatten(1)).view_as(nodes)
     return found.masked_fill(nodes < 0, 0)
@@ -166,7 +166,7 @@ class SemanticIDs(torch.nn.Module):
             self.register_buffer(name, torch.tensor(table, dtype=torch.long), persistent=False)
 
     @classmethod
-    def fit(cls, features, num_codes, num_levels=3, seed=0):
+    def fit(cls, features, num_codes, num_levels=2, seed=0):
         """Residual k-means of features (n, d); same seed, same IDs; InputError for n > K^L."""
         residual = np.array(features, np.float64)
         check(len(residual) <= num_codes ** num_levels, f"{len(residual)} items do not fit into "
@@ -198,12 +198,13 @@ class SemanticIDs(torch.nn.Module):
         """(B, M + n) bool: does a node lead to an item that is not in the history? Ours: in the
         paper, P is over all items. In the example, if item 2 was seen, nodes 5 and 2 are False."""
         left = torch.ones(len(histories), len(self.codes), device=self.codes.device)
-        left[entries(histories, len(self.codes))] = 0
+        left[rows_and_columns(histories, len(self.codes))] = 0
         return self.flows(left) > 0                             # flow: number of unseen items below
 
-    def legal_children(self, nodes, unseen):
-        """Where each code leads from nodes (B, …): nodes (B, …, K), −1 if to no unseen item;
-        unseen (B, M + n). In the example, if item 0 was seen, the codes 0 and 1 lead from node 1,
-        which is (0), to −1 and 4: code 1 alone is legal, and leads to item 1."""
-        child = self.next_node[nodes]                           # (B, …, K); some are −1, and stay
-        return child.where(at(unseen, child), -1)
+    def walk(self, codes):
+        """Where codes (…, l) lead from the root: nodes (…, l + 1), −1 from where on no ID begins
+        so. In the example, the codes 0, 1 lead to the nodes 0, 1, 4."""
+        nodes = [codes.new_zeros(codes.shape[:-1])]             # the root
+        for code in codes.unbind(-1):
+            nodes.append(self.next_node[nodes[-1], code])
+        return torch.stack(nodes, -1)

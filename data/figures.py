@@ -1,11 +1,12 @@
-"""Every picture that a run draws."""
+"""Every picture: of a run with --oracle, and of the experiments."""
 import contextlib
 import os
 
 import numpy as np
 
-# These, and those of the style below, are told apart by colour-blind readers, too
-LINES = "#0072B2 #D55E00 #009E73 #CC79A7 0.5 #E69F00 #56B4E9".split()
+# Told apart by colour-blind readers, too; of methods that are not here: #cc79a7
+COLORS = {"sft": "#8a8a8a", "paper": "#8a8a8a", "tb": "#d55e00", "teacher": "#0072b2",
+          "product": "#009e73"}
 STYLE = {"font.size": 9, "text.parse_math": False}             # a $ in a title stays a $
 
 @contextlib.contextmanager
@@ -20,12 +21,12 @@ def picture(path, columns, figsize):
         os.replace(f"{path}.part", path)                       # renamed when it is whole
 
 def plot_flows(path, codes, titles, panels):
-    """Where the flow goes, for one user: a bar is a prefix, as high as the share of its items; to
-    its right are its branches. Small ones are left out. Orange: the path to the first panel's
-    largest item. codes (n, L), titles (n); panels: {title: n shares, of sum 1}."""
+    """Where the flow goes, for one user: a box is a prefix, as high as the share of its items; to
+    its right are its branches. Small ones are left out. Dark: the way to the item with the largest
+    R. codes (n, L), titles (n); panels: {title: n shares, of sum 1}, one of them "R/Z"."""
     codes = np.asarray(codes)
     levels = codes.shape[1]
-    target = np.asarray([*panels.values()][0])
+    target = np.asarray(panels["R/Z"])
     keys = []                       # below a prefix, the branch with the largest share comes first
     prefixes = []                   # of each level: the prefix of each item, as a number (n,)
     for level in range(levels + 1):
@@ -33,70 +34,64 @@ def plot_flows(path, codes, titles, panels):
         prefixes.append(prefix)
         keys += [-np.bincount(prefix, target)[prefix], prefix]
     order = np.lexsort(keys[::-1])
-    with picture(path, 2, (5.6 + 1.6 * max(3, levels), 4.8)) as axes:
+    with picture(path, len(panels), (3 * len(panels), 4)) as axes:
         for axis, (title, shares) in zip(axes, panels.items()):
+            shares = np.asarray(shares)
             for level, prefix in enumerate(prefixes):
                 first = np.flatnonzero(np.diff(prefix[order], prepend=-1))
-                heights = np.add.reduceat(np.asarray(shares)[order], first)
+                heights = np.add.reduceat(shares[order], first)
                 bottoms = 1 - heights.cumsum()
                 large = heights > 0.005
                 items = order[first[large]]                    # one item below each prefix
-                colors = np.where(prefix[items] == prefix[target.argmax()], "C5", "C0")
-                bars = axis.bar(level, heights[large], 1, bottoms[large], align="edge",
-                                color=colors, edgecolor="white")
-                room = heights[large] > 0.035                  # for text
-                names = codes[items, level - 1].astype(str) if level else "all"
-                axis.bar_label(bars, np.where(room, names, ""), label_type="center", color="white")
-                axis.text(level + 0.5, -0.05, f"code {level}" if level else "root", ha="center")
-            for bar, item, color in zip(bars, items, colors):  # of the last level
-                if bar.get_height() > 0.035:
-                    label = f"{bar.get_height():.0%} {titles[item][:24]}"
-                    axis.text(levels + 1.1, bar.get_center()[1], label, va="center", color=color)
-            axis.set(title=title, xlim=(0, levels + 3.6), ylim=(0, 1))
-            axis.text(0, -0.1, "white: items and prefixes with less than 0.5 % each")
+                dark = prefix[items] == prefix[target.argmax()]
+                axis.bar(level, heights[large], 1, bottoms[large], align="edge",
+                         color=np.where(dark, "#333333", "#b8c4ce"), edgecolor="white")
+                name = f"code {level}" if level else "all"
+                axis.text(level + 0.5, -0.02, name, ha="center", va="top")
+            distance = abs(shares - target).sum()
+            axis.text(0, -0.09, "" if title == "R/Z" else f"L1 distance from R/Z: {distance:.2f}",
+                      va="top")
+            axis.set(title=title, xlim=(0, levels + 1), ylim=(0, 1))
             axis.axis("off")
+        for middle, height, item in zip(bottoms[large] + heights[large] / 2, heights[large], items):
+            if height > 0.04:                                  # of the last panel's items
+                axis.text(levels + 1.1, middle, f"{height:.0%} {titles[item][:24]}", va="center")
 
-def place_names(axis, names, points):
-    """Write each name beside its point, where it meets no other name and no edge of the frame."""
-    taken = []
-    axis.figure.draw_without_rendering()                       # the limits are known after it
-    frame = axis.get_window_extent()
-    for name, point in zip(names, points):
-        for x, y in ((6, 4), (6, -11), (-6, 4), (-6, -11), (6, 15), (-6, 15), (6, -22), (-6, -22)):
-            text = axis.annotate(name, point, (x, y), textcoords="offset points",
-                                 ha="left" if x > 0 else "right")
-            box = text.get_window_extent()
-            inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 < frame.y1
-            if inside and not any(box.overlaps(other) for other in taken):
-                break
-            text.remove()
-        else:                                                  # no free place: the first one
-            text = axis.annotate(name, point, (6, 4), textcoords="offset points")
-        taken.append(text.get_window_extent())
+def plot_lines(path, panels, xlabel, xticks, log=False):
+    """Lines in panels, {title: {name: [(x, y), …]}}; each ends in its name and its last value."""
+    with picture(path, len(panels), (4.5 * len(panels), 3.6)) as axes:
+        for axis, (title, lines) in zip(axes, panels.items()):
+            ends = sorted((line[-1][1], name) for name, line in lines.items())
+            spread = np.ptp([y for line in lines.values() for _, y in line])
+            height = -np.inf
+            for y, name in ends:
+                color, weight = COLORS.get(name.split()[0], "#cc79a7"), "normal"
+                if name == "tb":
+                    weight = "bold"
+                axis.plot(*zip(*lines[name]), marker="o", markersize=3, color=color)
+                height = max(y, height + 0.07 * spread)        # so that names do not meet
+                axis.annotate(f"{name} {y:.3f}".replace("0.", ".", 1), (1.02, height), color=color,
+                              xycoords=("axes fraction", "data"), va="center", weight=weight)
+            axis.set(title=title, xlabel=xlabel, xscale="log" if log else "linear")
+            axis.set_xticks(xticks, [f"{tick:,}" for tick in xticks])
+            axis.minorticks_off()
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0].figure.subplots_adjust(wspace=0.6)
 
-def plot_lines(path, lines, xlabel, ylabel):
-    """Draw {name: [(x, y), …]}: a line of points, named in a legend, or a point beside its name.
-    Single points that would squeeze the rest are left out, and named below: those that are five
-    times as far from the median point as others are in the median."""
-    points = np.concatenate([*lines.values()])
-    middle = np.median(points, 0)
-    most = 5 * np.median(abs(points - middle), 0) + 1e-9
-    shown = {}
-    out = []
-    for name, (point, *more) in lines.items():
-        if not more and (abs(point - middle) > most).any():
-            out.append(f"{name} ({point[0]:.2f}, {point[1]:.2f})")
-        elif not more:
-            shown[name] = point
-    with picture(path, 1, (7.5, 5.5)) as [axis]:
-        axis.set_prop_cycle(color=LINES)
-        for name, several in lines.items():
-            if len(several) > 1:
-                axis.plot(*zip(*several), marker="o", markersize=4, label=name)
-        for point in shown.values():
-            axis.plot(*point, marker="o", markersize=4, color="black", zorder=3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)   # above the frame
-        axis.set(xlabel=xlabel + (f"\nleft out: {', '.join(out)}" if out else ""), ylabel=ylabel)
-        axis.margins(0.12)                                     # room for the names
-        place_names(axis, shown, shown.values())
+def draw_squares(path, title, rows):
+    """An SVG: of ten squares, so many are full. rows: {name in words: (number, color)}."""
+    lines = [f'<text x="0" y="18" font-weight="bold">{title}</text>']
+    for place, (name, (number, color)) in enumerate(rows.items()):
+        y = 34 + 38 * place
+        lines.append(f'<text x="0" y="{y + 18}">{name}</text>')
+        for square in range(10):
+            x = 350 + 30 * square
+            full = 26 * min(max(number - square, 0), 1)
+            lines.append(f'<rect x="{x}" y="{y}" width="26" height="26" fill="#ececec"/>')
+            lines.append(f'<rect x="{x}" y="{y}" width="{full:.1f}" height="26" fill="{color}"/>')
+        lines.append(f'<text x="660" y="{y + 18}">{number:.1f}</text>')
+    head = ('<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="15" '
+            f'width="700" height="{40 + 38 * len(rows)}">')
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *lines,
+                              "</svg>", ""]))

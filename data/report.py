@@ -1,12 +1,11 @@
 """What a run leaves: results.json, the table, gains over SFT with intervals."""
 import json
+import sys
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-
-from data import figures
 
 def write(path, value):
     """Write text or a value as JSON, by a temporary name: the file is whole or not there."""
@@ -15,8 +14,8 @@ def write(path, value):
     part.write_text(text, encoding="utf-8")
     part.replace(path)
 
-def exposure(ranked, data):
-    """{metric: (B,)} of lists (B, 10); {} without a truth.
+def exposure(lists, data):
+    """{metric: (B,)} of lists, ten items each; {} without a truth.
     liked@10: share of the listed items that the user truly likes
     hidden@10: share of the liked, never shown items that are listed
     themes@10: how many of the user's three themes, those with the most liked items, are listed"""
@@ -25,7 +24,7 @@ def exposure(ranked, data):
     theme = data.truth["theme"]
     themes = sorted({*theme})
     rows = []
-    for items, liked, shown in zip(ranked.tolist(), data.truth["liked"], data.truth["shown"]):
+    for items, liked, shown in zip(lists, data.truth["liked"], data.truth["shown"]):
         listed = {*items} - {-1}                                # −1 is an empty place
         hidden = liked - shown
         count = Counter(theme[item] for item in liked)
@@ -34,6 +33,12 @@ def exposure(ranked, data):
                      len(hidden & listed) / max(1, len(hidden)),
                      len({*three} & {theme[item] for item in listed})))
     return dict(zip(("liked@10", "hidden@10", "themes@10"), np.array(rows).T))
+
+def means(by_user, lists, data):
+    """{metric: mean over users}, and coverage@10, the share of all items that any list has."""
+    listed = {item for items in lists for item in items} - {-1}
+    metrics = {name: float(numbers.mean()) for name, numbers in by_user.items()}
+    return {**metrics, "coverage@10": len(listed) / len(data.titles)}
 
 @lru_cache(maxsize=1)
 def bootstrap(users):
@@ -92,17 +97,33 @@ def table(results):
     caption = f"Means over {seeds} seed(s). In brackets: 95 % intervals over users."
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", caption])
 
-def finish(out, runs, about, data):
-    """Print the table and what was written; write results, and a picture if the truth is known."""
+def finish(out, runs, about):
+    """Print the table and where all is; write results.json and results.md."""
     results = results_of(runs, about)
     short = [{what: run[what] for what in run if what != "by_user"} for run in runs]
     write(f"{out}/results.json", {**results, "runs": short})    # lists tell the rest
     write(f"{out}/results.md", table(results) + "\n")
     print("", table(results), "", sep="\n")
-    if data.truth:
-        points = {name: [(metrics["ndcg@10"]["mean"], metrics["liked@10"]["mean"])]
-                  for name, metrics in results["summary"].items()}
-        figures.plot_lines(f"{out}/measures.png", points, "NDCG@10", "liked@10")
-        print("measures.png: each method's NDCG@10 (across) and liked@10 (up)")
     print(f"results.json, results.md and the saved models are in {out}/")
     return results
+
+def two_lists(folder, first="sft", second="tb"):
+    """Print what a user took, and both lists, with ticks at liked items: of the users whose lists
+    have as many ticks as the means, the first with the fewest items. folder: of a run with truth"""
+    from data import load_data
+    results = json.loads(Path(folder, "results.json").read_text(encoding="utf-8"))
+    data = load_data(results["settings"]["data"], results["settings"]["quick"])
+    runs = {run["method"]: run for run in results["runs"]}
+    wanted = [round(10 * runs[name]["metrics"]["liked@10"]) for name in (first, second)]
+    users = []
+    for user, liked in enumerate(data.truth["liked"]):
+        lists = [runs[name]["lists"][user] for name in (first, second)]
+        if [len({*items} & liked) for items in lists] == wanted:
+            users.append((len(data.histories[user]), user, lists, liked))
+    _, user, lists, liked = min(users)
+    print("took", *[data.titles[item] for item in data.histories[user][:-1]], sep="\n  ")
+    for pair in zip(*lists):
+        print(*[f"{data.titles[item]:21}{'✓' * (item in liked):3}" for item in pair])
+
+if __name__ == "__main__":
+    two_lists(sys.argv[1])

@@ -1,6 +1,6 @@
 """Does the gain last, if users are shown the lists? The committed world, two seeds.
 
-    python data/experiments/loop.py             20 minutes on one core
+    python data/experiments/loop.py
 
 Exposure bias is a loop: lists are shown, what users like of them is logged, and new lists are
 learned from this log. Each round adds the liked items of ten recommended ones, in random order, and
@@ -9,67 +9,62 @@ from dataclasses import replace
 
 import numpy as np
 
-from common import ARGS, KEPT, ROOT, RUNS, figures, gflowgr, json, load_data, report, sys, table
+import common
+from common import ROOT, gflowgr, load_data
+from data import figures
 from reward import Teacher
 
-METHODS = ["svd", "svd:debias=.5", "cm:debias=.5", "sft", "tb", "product"]
-ROUNDS = 1 if ARGS.quick else 5
+METHODS = {"teacher": "svd:debias=.5", "counts": "cm:debias=.5", "sft": "sft", "tb": "tb"}
 
-def model_of(name, settings, data, seed, epochs):
-    """recommend of a method, trained on all of data.train; epochs: of each recipe, a factor."""
-    rows = list(gflowgr.training_rows(data.train, settings.window))
-    size = min(settings.batch, -(-len(rows) // 20))
+def model_of(name, settings, data, seed, share):
+    """recommend of a method, trained on all of data.train; share: of each recipe's epochs."""
     ids = gflowgr.make_ids(settings, data, seed)
-    sft = None
-    for method, recipe in gflowgr.recipes_of(replace(settings, methods=name)).items():
-        teacher = Teacher(recipe.teacher, data, recipe.debias, recipe.sharp)
-        if method == "product":
-            return lambda past: sft.recommend(past, guide=teacher.scores(past))
+    settings.methods = name
+    policy = None
+    for method, recipe in gflowgr.recipes_of(settings).items():
         if method.partition(":")[0] in gflowgr.TEACHERS:
-            return teacher.recommend
-        recipe.epochs = max(1, round(recipe.epochs * epochs))
+            return Teacher(recipe.teacher, data, recipe.debias, recipe.power).recommend
+        sft = policy
         policy = gflowgr.make_policy(settings, data, ids, seed, recipe.dropout)
         if sft:
             policy.load_state_dict(sft.state_dict())
-        def nothing(policy, data):                              # no item is kept for validation
-            return 0.0
-        gflowgr.train(method, recipe, policy, rows, size, data, seed, nothing)
-        sft = policy
-    return sft.recommend
+        recipe = replace(recipe, epochs=max(1, round(recipe.epochs * share)))
+        gflowgr.train(method, recipe, policy, data, settings.batch, seed)
+    return policy.eval().recommend
 
-def found(name, seed):
-    """Share of all liked items that the log holds, at first and after each round."""
-    settings = gflowgr.parse(["--quick"] * ARGS.quick)
-    data = load_data("toy", ARGS.quick)
+def shares_found(name, seed, quick):
+    """Share of all liked items that the log holds, at first (round 0) and after each round."""
+    settings = gflowgr.parse(["--quick"] * quick)
+    data = load_data("toy", quick)
     liked = data.truth["liked"]
     log = [list(history) for history in data.histories]
     first = sum(map(len, log))
     rng = np.random.default_rng(seed)
-    shares = [first / sum(map(len, liked))]
-    for _ in range(ROUNDS):
+    shares = {"0": first / sum(map(len, liked))}
+    for number in range(1, 2 if quick else 6):
         data = replace(data, train=log, liked=[[True] * len(history) for history in log])
         recommend = model_of(name, settings, data, seed, first / sum(map(len, log)))
-        for user, items in enumerate(gflowgr.rank_all(recommend, log).tolist()):
+        # evaluate leaves the last item of each log out: here, there is one more
+        _, ranked = gflowgr.evaluate(recommend, [[*items, 0] for items in log])
+        for user, items in enumerate(ranked.tolist()):
             hits = [item for item in items if item in liked[user]]
             log[user] = rng.permutation(log[user] + hits).tolist()
-        shares.append(sum(map(len, log)) / sum(map(len, liked)))
+        shares[str(number)] = sum(map(len, log)) / sum(map(len, liked))
     return shares
 
-kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-for name in METHODS:
-    for seed in (42, 43)[:1 if ARGS.quick else 2]:
-        if f"{name} {seed}" not in kept:
-            if ARGS.check:
-                sys.exit(f"loop: not trained yet: {name} {seed}")
-            kept[f"{name} {seed}"] = found(name, seed)
-            KEPT.parent.mkdir(parents=True, exist_ok=True)
-            report.write(KEPT, json.dumps(kept, indent=0))
-lines = {name: np.mean([shares for key, shares in kept.items() if key[:-3] == name], 0)
-         for name in METHODS}
-rounds = range(1, ROUNDS + 1, 2)
-table("data/results.md", ["after round", *rounds],
-      [[f"`{name}`", *[f"{lines[name][r]:.3f}"[1:] for r in rounds]] for name in METHODS])
-if not ARGS.check:
-    path = RUNS / "loop.png" if ARGS.quick else ROOT / "data/pictures/loop.png"
-    figures.plot_lines(path, {name: list(enumerate(shares)) for name, shares in lines.items()},
-                       "round", "share of liked items found")
+def main(lab):
+    """Train what is not kept; print the shares, draw the picture."""
+    lines = {}
+    for name, method in METHODS.items():
+        runs = [lab.keep(f"{method} {seed}", lambda: shares_found(method, seed, lab.quick))
+                for seed in (42, 43)[:1 if lab.quick else 2]]
+        lines[name] = [(int(number), float(np.mean([run[number] for run in runs])))
+                       for number in runs[0]]
+        print(name, [round(y, 3) for _, y in lines[name]])
+    if not lab.check:
+        path = lab.runs / "loop.png" if lab.quick else ROOT / "data/pictures/loop.png"
+        title = "Of all items that users like, how many are in the log?"
+        figures.plot_lines(path, {title: lines}, "round", [x for x, _ in lines["tb"]])
+
+if __name__ == "__main__":
+    main(common.Lab())

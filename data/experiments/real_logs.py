@@ -1,80 +1,65 @@
-"""Does it help on real logs? MovieLens-100K, three seeds; Amazon Beauty, two, one of two rivals.
+"""Does it help on real logs? MovieLens-100K, three seeds; Amazon Beauty, two.
 
-    python data/beauty/prepare.py FOLDER                        once, for Beauty
-    python data/experiments/real_logs.py ml-100k                5 hours on one core
-    python data/experiments/real_logs.py beauty                 8 hours on one core
+    python data/beauty/prepare.py FOLDER                once, for Beauty
+    python data/experiments/real_logs.py [--logs ml-100k]
 
-Beauty has the semantic IDs of LETTER's authors. λ was chosen by the NDCG@10 of validation items on
-MovieLens (a table of data/log.md), epochs and dropout in earlier trials on both logs. The last
-table has thirds: of the users by the length of their histories, and by how many users took their
-test item. Minutes are those of the fastest training, because others ran beside it."""
+Settings were chosen by NDCG@10 of validation items, six trials a method, seed 42 (--trials trains
+and prints them). Thirds of the users: by how many users took their test item."""
 import numpy as np
 
-from common import CHOSEN, LOG, mean, table, trained
+import common
+from common import mean
 
-FLAGS, SFT, CHANGES = CHOSEN[LOG]
-FOLDER, CODES, SEEDS = {"ml-100k": ("ml-100k", "--codes 256 ", (42, 43, 44)),
-                        "beauty": ("data/beauty", "", (42, 43)), "toy": ("toy", "", (42,))}[LOG]
-R = f":teacher=blend:debias=0:sharp=4:rate=.0015{CHANGES}"
-LOSSES = {"paper": f"paper:teacher=blend:rate=.0015{CHANGES}", "tb": f"tb-log{CHANGES}",
-          "distill": f"distill{R}:sampler=reward_draws:trajectories=2",
-          "grpo": f"grpo{R}:trajectories=8", "listnet": f"listnet{R}"}
-TRIED = {"paper": (.3, 1, 3), "tb": (.3, 1, 3), "distill": (1, 3, 10), "grpo": (1, 3, 10),
-         "listnet": (10, 30, 100)}
-EPOCHS = 13 if LOG == "beauty" else 12                      # of `sft` and `tb` together
-LONGER = f"{SFT}:epochs={EPOCHS}"
-SFT_TRIED = {"as chosen": SFT, "rate .0015": "sft-log", f"{EPOCHS} epochs": LONGER}
-LAM = {"paper": 1, "tb": .3, "distill": 3, "grpo": 3, "listnet": 30}
-ONCE = ["grpo", "listnet"] if LOG == "beauty" else []       # two hours each
-METRICS = ["recall@5", "ndcg@5", "recall@10", "ndcg@10", "coverage@10"]
-PARTS = [f"{name} {number}" for name in ("length", "taken") for number in (1, 2, 3)]
+REAL = ":teacher=blend:debias=0:power=4:rate=.0015:sampler=reward_draws"
+LOGS = {"ml-100k": ("ml-100k", "--width 128 --layers 3 --batch 6", (42, 43, 44)),
+        "beauty": ("data/beauty", "--width 128 --layers 3 --batch 32", (42, 43)),
+        "toy": ("toy", "", (42,))}
+# The first of each is the chosen one
+TRIALS = {
+    "ml-100k": {
+        "sft": ["sft:dropout=.2:epochs=8", "sft:dropout=.2:epochs=12", "sft:dropout=.3:epochs=12",
+                "sft:dropout=.2:epochs=8:rate=.003", "sft:dropout=.1:epochs=6", "sft:dropout=.4"],
+        "tb": [f"tb{REAL}:trajectories=2:epochs=5:lam={lam}" for lam in (.3, .1, 1)]
+        + [f"tb{REAL}:trajectories=2:epochs=3:lam=.3", f"tb{REAL}:epochs=5:lam=.3",
+           f"tb{REAL}:trajectories=2:epochs=8:lam=.3:dropout=.2"],
+        "paper": [f"paper:teacher=blend:rate=.0015:epochs=5:dropout={drop}:lam={lam}"
+                  for drop in (.2, .4) for lam in (1, .3, .1)],
+        "distill": [f"distill{REAL}:trajectories=2:epochs=5:lam={lam}" for lam in (3, 1, 10)]
+        + [f"distill{REAL}:trajectories=2:epochs={n}:lam=3" for n in (3, 8)]
+        + [f"distill{REAL}:epochs=5:lam=3"]},
+    "toy": {name: [name] for name in ("sft", "tb", "paper", "distill")}}
+TRIALS["beauty"] = TRIALS["ml-100k"]
 
-def named(loss, lam):
-    """The name of a method: its loss, the settings of real logs, λ."""
-    return f"{LOSSES[loss]}:lam={lam}"
-
-def thirds(run, data):
-    """NDCG@10 of thirds of the users: by length of history, by how often their target was taken."""
+def rare(run, data):
+    """NDCG@10 of the third of the users whose test items were taken least."""
     count = np.bincount([item for history in data.train for item in history],
                         minlength=len(data.titles))
-    length = [len(history) for history in data.histories]
-    taken = [count[history[-1]] for history in data.histories]
-    order = [users for value in (length, taken)
-             for users in np.array_split(np.argsort(value, kind="stable"), 3)]
-    return {part: float(run["by_user"]["ndcg@10"][users].mean())
-            for part, users in zip(PARTS, order)}
+    order = np.argsort([count[history[-1]] for history in data.histories], kind="stable")
+    return {"rare": run["by_user"]["ndcg@10"][np.array_split(order, 3)[0]].mean()}
 
-def results(methods, seeds):
-    """What `trained` returns, with thirds."""
-    return trained(FOLDER, methods, seeds, CODES + FLAGS, extra=thirds)
+def main(lab):
+    """Train what is not kept; print the table of each log, beside each other."""
+    logs = ["toy"] if lab.quick else lab.args.logs
+    columns = {}
+    for log in logs:
+        folder, flags, seeds = LOGS[log]
+        best = {method: tried[0] for method, tried in TRIALS[log].items()}
+        if lab.args.trials:
+            tried = sum(TRIALS[log].values(), [])
+            tried.sort(key=lambda name: name.startswith("sft") and name != best["sft"])
+            for name, runs in lab.trained(folder, tried, seeds[:1], flags, rare).items():
+                print(log, name, mean(runs, "validation", 4), mean(runs, digits=4), flush=True)
+        names = {"cm": "cm", "blend": "blend", "sft": best["sft"], "paper": best["paper"],
+                 "tb": best["tb"], "distill": best["distill"], "product": "product",
+                 "sft, epochs of both": "sft:dropout=.2:epochs=13"}
+        found = lab.trained(folder, [*names.values()], seeds, flags, rare)
+        columns[log] = {name: [mean(found[method], "ndcg@10", 4), mean(found[method], "rare", 4),
+                               mean(found[method], "coverage@10", 2)]
+                        for name, method in names.items()}
+    header = [cell for log in logs for cell in (f"{log}: NDCG@10", "rarest third", "coverage")]
+    rows = [[f"`{name}`", *sum([columns[log][name] for log in logs], [])]
+            for name in columns[logs[0]]]
+    lab.table("data/results.md", ["", *header], rows)
 
-METHODS = {"pop": "pop", "cm": "cm", "svd": "svd", "blend": "blend", "sft": SFT,
-           **{loss: named(loss, lam) for loss, lam in LAM.items()}, "product": "product-log"}
-names = list(METHODS.values())
-trials = {loss: {f"λ {lam}": named(loss, lam) for lam in lams} for loss, lams in TRIED.items()}
-trials["sft"] = SFT_TRIED           # last, because a loss goes on from the last SFT before it
-if LOG == "ml-100k":
-    names += [name for tried in trials.values() for name in tried.values()]
-LONG = f"sft, {EPOCHS} epochs"
-METHODS[LONG] = LONGER
-found = results(list(dict.fromkeys(names)), SEEDS[:1])      # in one call: SFT is trained once
-if LOG == "ml-100k":
-    rows = [[f"`{loss}`", *[f"{label}: {mean(found[name], 'validation', 4)}"
-                            for label, name in trials[loss].items()]] for loss in ["sft", *TRIED]]
-    table("data/log.md", ["validation NDCG@10, MovieLens", "", "", ""], rows)
-
-found |= results([method for name, method in METHODS.items() if name not in ONCE], SEEDS)
-rows = []
-for name, method in METHODS.items():
-    runs = found[method]
-    cells = [mean(runs, key, 2 if "coverage" in key else 4) for key in METRICS]
-    last = ["", "", ""]                                         # of what is not trained
-    if runs[0]["validation"]:
-        last = [mean(runs, "validation", 4), len(runs), round(min(r["minutes"] for r in runs))]
-    rows.append([f"`{name}`", *cells, *last])
-table("data/results.md", [LOG, "Recall@5", "NDCG@5", "Recall@10", "NDCG@10", "coverage@10",
-                          "validation NDCG@10", "trainings", "minutes"], rows)
-rows = [[f"`{name}`", *[mean(found[METHODS[name]], part) for part in PARTS]]
-        for name in ("blend", "sft", LONG, "tb", "product")]
-table("data/results.md", [f"{LOG}: NDCG@10", "short histories", "middle", "long",
-                          "rarely taken items", "middle", "often"], rows)
+if __name__ == "__main__":
+    main(common.Lab(**{"--logs": ["ml-100k", "beauty"], "--trials": None}))

@@ -89,7 +89,7 @@ def write_csv(path, header, rows):
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
     part.replace(path)
 
-def write(folder, num_users=700, items_per_theme=60, num_themes=12, seed=8, quality=0.5):
+def write(folder, num_users=1400, items_per_theme=60, num_themes=12, seed=8, quality=0.5):
     """Write the three CSV files of a world (at most of this size) into `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, help="folder; data/toy holds that of the defaults")
     parser.add_argument("--seed", default=8, type=int, help="of the random numbers (default: 8)")
-    parser.add_argument("--users", default=700, type=int, help="the first ones are the same")
+    parser.add_argument("--users", default=1400, type=int, help="the first ones are the same")
     parser.add_argument("--items", default=60, type=int, help="of a theme (default: 60)")
     parser.add_argument("--quality", default=0.5, type=float, help="Q, 0 to 1 (default: 0.5)")
     args = parser.parse_args()
