@@ -1347,7 +1347,8 @@ def test_every_run_counts_and_its_saved_model_serves_what_was_measured(finished)
 
 def test_the_product_orders_the_best_of_the_teacher_by_both(finished):
     past = [history[:-1] for history in finished.data.histories]
-    sft = Policy.from_pretrained(finished.out / f"{ASKED[2]}-1".replace(":", ","))
+    folder = finished.out / f"{ASKED[2]}-1".replace(":", ",")
+    sft = Policy.from_pretrained(folder)
     teacher = Teacher("svd", finished.data, 0.5, 3.0)
     scores = teacher.scores(past)
     items, _ = rivals.product(sft, teacher, k=14)(past)
@@ -1356,9 +1357,7 @@ def test_the_product_orders_the_best_of_the_teacher_by_both(finished):
         both = one_by_one(sft, history)[0].sum(1).exp() * scores[c]
         best = sorted(left, key=scores[c].__getitem__)[:-15:-1]
         assert items[c].tolist() == sorted(best, key=both.__getitem__)[:-11:-1]
-    settings = gflowgr.parse([*finished.flags[:-1], "--methods=sft"])
-    sft.save_pretrained(finished.out / "sft-1")                 # it looks for this one
-    run = rivals.measured("product:debias=.5:power=3", settings, finished.data, 1)
+    run = rivals.measured("product:debias=.5:power=3", finished.data, folder, 1)
     assert run["lists"] == rivals.product(sft, teacher)(past)[0].tolist()
 
 def test_fine_tuning_starts_from_the_last_sft_with_its_own_dropout(tiny, tmp_path, monkeypatch):

@@ -72,21 +72,23 @@ class Lab:
 
     def train(self, data, places, seed, flags, extra):
         """Train the methods {name: place} that are not kept, and the SFT before each."""
-        argv = ["--data", data, *flags.split(), "--out", str(self.runs / Path(data).name)]
-        settings = gflowgr.parse(argv + ["--quick"] * self.quick)
+        out = self.runs / Path(data).name
+        settings = gflowgr.parse(["--data", data, *flags.split(), "--out", str(out)]
+                                 + ["--quick"] * self.quick)
         dataset = load_data(settings.data, settings.quick)
-        needed, start = set(), ""
+        needed, products, sft = set(), {}, ""                   # products: {name: its SFT}
         for method, place in places.items():
-            start = method if method.startswith("sft") else start
+            sft = method if method.startswith("sft") else sft
             if place not in self.kept:
                 untrained = method.partition(":")[0] in gflowgr.TEACHERS
-                needed |= {method} if untrained else {method, start}
-        names = [name for name in places if name in needed and not name.startswith("product")]
-        recipes = {name: gflowgr.recipe_of(name, settings.quick) for name in names}
+                needed |= {method} if untrained else {method, sft}
+                products |= {method: sft} if method.startswith("product") else {}
+        recipes = {name: gflowgr.recipe_of(name, settings.quick) for name in places
+                   if name in needed and name not in products}
         def runs():
             yield from gflowgr.runs_of(settings, dataset, seed, recipes)
-            for name in [name for name in places if name in needed and name not in names]:
-                yield rivals.measured(name, settings, dataset, seed)
+            for name, base in products.items():
+                yield rivals.measured(name, dataset, saved(out, base, seed), seed)
         for run in runs():
             more = {"minutes": sum(run["seconds"].values()) / 60,
                     "validation": run.get("validation", 0.0)}
@@ -109,6 +111,10 @@ class Lab:
         print(f"\n{text}\n", flush=True)
         if self.check and text not in (ROOT / page).read_text(encoding="utf-8"):
             sys.exit(f"{self.name}: this table is not in {page}")
+
+def saved(out, method, seed):
+    """Where a run saves a trained method."""
+    return Path(out) / f"{method.replace(':', ',')}-{seed}"
 
 def mean(runs, metric="ndcg@10", digits=3):
     """The mean of a metric over runs, as the pages write it: .333."""

@@ -90,18 +90,20 @@ def product(policy, teacher, k=100):
         return items.gather(1, best.indices), best.values
     return recommend
 
-def measured(name, settings, data, seed):
-    """A run, as results.json has it, of product:debias=.75:power=15 with the saved sft of this seed;
-    name: as here, its fields."""
+def product_of(name, data, folder):
+    """`product` of a name like product:debias=.75:power=15, with the SFT that a folder holds."""
     fields = dict(change.split("=") for change in name.split(":")[1:])
     teacher = Teacher(fields.get("teacher", "svd" if data.truth else "blend"), data,
                       float(fields.get("debias", 0.75 if data.truth else 0.0)),
                       float(fields.get("power", 15.0 if data.truth else 9.0)))
-    policy = Policy.from_pretrained(f"{settings.out}/sft-{seed}")
-    by_user, ranked = gflowgr.evaluate(product(policy, teacher), data.histories)
+    return product(Policy.from_pretrained(folder), teacher)
+
+def measured(name, data, folder, seed):
+    """A run of `product`, as results.json has it, and the folder of its SFT; see product_of."""
+    by_user, ranked = gflowgr.evaluate(product_of(name, data, folder), data.histories)
     lists = ranked.tolist()
     by_user |= report.exposure(lists, data)
-    return {"method": name, "seed": seed, "by_user": by_user, "lists": lists,
+    return {"method": name, "seed": seed, "sft": folder, "by_user": by_user, "lists": lists,
             "metrics": report.means(by_user, lists, data), "seconds": {}}
 
 if __name__ == "__main__":
@@ -110,6 +112,6 @@ if __name__ == "__main__":
     if status == 0 and "sft" in gflowgr.recipes_of(settings):
         data = load_data(settings.data, settings.quick)
         for seed in settings.seeds:
-            metrics = measured("product", settings, data, seed)["metrics"]
+            metrics = measured("product", data, f"{settings.out}/sft-{seed}", seed)["metrics"]
             print(f"product, seed {seed}:", {name: round(x, 4) for name, x in metrics.items()})
     sys.exit(status)
