@@ -440,8 +440,8 @@ def reward_draws(batch, count, policy, known, progress):
 SAMPLERS = {"session": session, "uniform": uniform, "curriculum": curriculum,
             "policy_beam": policy_beam, "policy_draws": policy_draws, "reward_draws": reward_draws}
 
-# `paper` has the paper's numbers, but for rate, dropout and epochs; all others are ours, by trials in
-# other worlds (data/experiments/trials.py). All but `sft` go on from the weights of the last `sft`
+# `paper` has the paper's numbers, but for rate, dropout and epochs. All others are ours, by trials
+# (data/experiments/trials.py). All but `sft` go on from the weights of the last `sft`
 METHODS = {
     "sft": Recipe(rate=1.5e-3, dropout=0.4, epochs=20),
     # As we read it, with our weights w. L_GFN reads v, too; R of v is high, so P stays near the log
