@@ -1557,6 +1557,23 @@ def test_code_and_commands_on_the_pages(page, by_itself):
             gflowgr.recipes_of(settings)
             recipe_of(settings.oracle or "tb")
 
+WORDS = {"README": 1500, "data/paper": 950, "data/results": 3050, "data/course": 2000,
+         "data/own": 1300, "data/example": 700, "data/experiments/README": 300}
+
+@pytest.mark.parametrize("page", WORDS)
+def test_a_page_keeps_its_length_and_its_links(page):
+    path = ROOT / f"{page}.md"
+    text = path.read_text("utf-8")
+    assert len(text.split()) <= 1.03 * WORDS[page]
+    for link in re.findall(r"\]\((?!https:)([^)]+)\)", text):
+        file, _, anchor = link.partition("#")
+        there = path.parent / file if file else path
+        assert there.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", there.read_text("utf-8"), re.MULTILINE)
+            names = [re.sub(r"[^\w -]", "", heading.lower()) for heading in headings]
+            assert anchor in [name.replace(" ", "-") for name in names], link
+
 EXPERIMENTS = sorted({path.stem for path in (ROOT / "data/experiments").glob("*.py")} - {"common"})
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
