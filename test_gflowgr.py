@@ -1,10 +1,9 @@
-"""The exercises and their grader, the tests of GFlowGR, the speed. Tests: python -m pytest -q
+"""The exercises and their grader, the tests of GFlowGR. Tests: python -m pytest -q
 
     python test_gflowgr.py --list                           the exercises
     python test_gflowgr.py --stub NAME FILE [--hint]        append the beginning of one to a file
     python test_gflowgr.py --grade FILE [NAME …]            what is right in a file, or of it
     python test_gflowgr.py --grade FOLDER [NAME …]          all .py files below, and a table
-    python test_gflowgr.py --speed [--tiny]                 seconds of two ways to do a thing
 
 Teachers: Linux and macOS. Each exercise of a file runs in a process of its own, for 60 seconds at
 most, with your rights: it can read and delete what you can. What it prints is not shown. A function
@@ -31,7 +30,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import timeit
 import traceback
 import zipfile
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
@@ -1651,50 +1649,7 @@ def test_a_wrong_file_is_one_line_and_status_2(said, file, text, told, tmp_path)
     (folder / f"{file}.csv").write_text(text, "latin-1")
     told(said, f"--data={folder}", f"--ids={folder / 'ids.csv'}")
 
-def test_the_speed_of_jobs_is_told(capsys):
-    assert main(["--speed", "--tiny"]) == 0
-    assert len(re.findall(r" \d+\.\d{3} \(", capsys.readouterr().out)) == 5
-
-# === Speed, in the world of the first command =====================================================
-def decoding(policy, histories):              # ten items: ours, and a GPT-2 that writes codes
-    ids = policy.semantic_ids
-    tokens = ids.codes + ids.num_codes * torch.arange(ids.num_levels)
-    allowed = {}                                                # only real IDs are written
-    for row in tokens.tolist():
-        for level, token in enumerate(row):
-            allowed.setdefault(tuple(row[:level]), {})[token] = None
-    read = tokens[torch.tensor(histories)].flatten(1)           # L tokens an item
-    size = copy.deepcopy(policy.lm.config)
-    size.n_positions = read.shape[1] + ids.num_levels
-    writes_codes = transformers.GPT2LMHeadModel(size).eval()
-    generate = partial(
-        writes_codes.generate, read, attention_mask=read * 0 + 1, num_beams=20,
-        max_new_tokens=ids.num_levels, num_return_sequences=10, pad_token_id=ids.codes.max() + 1,
-        prefix_allowed_tokens_fn=lambda _, row: list(allowed[tuple(row[read.shape[1]:].tolist())]))
-    return {"generate": generate, "recommend": partial(policy.recommend, histories)}
-
-def steps(policy, data):                      # four steps of methods
-    rng = np.random.default_rng(0)
-    pieces = gflowgr.cut(data.train, policy.window + 1, rng)[:32]
-    def run(method):
-        recipe = recipe_of(method)
-        teacher = recipe.loss and Teacher(recipe.teacher, data, recipe.debias, recipe.power)
-        for start in range(0, len(pieces), 8):
-            batch = gflowgr.Batch(pieces[start:start + 8], data, policy.semantic_ids, recipe,
-                                  teacher)
-            gflowgr.loss_of(recipe, policy, policy, batch, 0.5).backward()
-    return {method: partial(run, method) for method in ("sft", "paper", "tb")}
-
-def speed(tiny):                              # least seconds of each; how many times the first's
-    settings = gflowgr.parse(["--device=cpu"])
-    data = load_data("toy", quick=tiny)
-    policy = gflowgr.make_policy(settings, data, gflowgr.make_ids(settings, data, 0), 0).eval()
-    histories = [list(range(user, user + 20)) for user in range(4 if tiny else 64)]
-    for what, jobs in (("lists", decoding(policy, histories)), ("4 steps", steps(policy, data))):
-        seconds = [min(timeit.repeat(job, number=1, repeat=4)) for job in jobs.values()]
-        cells = [f"{name} {s:.3f} ({s / seconds[0]:.1f})" for name, s in zip(jobs, seconds)]
-        print(f"{what:8}", *cells, sep="  ", flush=True)
-
+# === The commands of the exercises ================================================================
 def wrong(message):                           # → exit status of a wrong command
     print(f"error: {message}", file=sys.stderr)
     return 2
@@ -1731,8 +1686,6 @@ def main(argv):                               # → exit status
         if not others:
             return wrong("--grade needs a file, or a folder of files")
         return grade_all(others[0], others[1:])
-    elif command == "--speed":
-        speed(tiny="--tiny" in others)
     else:
         return wrong(f"there is no command {command}\n{__doc__}" if command else __doc__)
     return 0
