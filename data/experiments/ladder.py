@@ -24,14 +24,13 @@ def main(lab):
     for page, title, steps, base in (
             ("README.md", "each row keeps the changes above it", STEPS, "sft"),
             ("data/paper.md", "`tb` with one of the paper's choices", BACK, "tb")):
+        other = sum(run["liked@10"] for run in found[base])
         rows = []
-        for label, method in steps.items():
-            cells = []
-            for metric in ("ndcg@10", "liked@10"):
-                own, other = [sum(run[metric] for run in found[name]) for name in (method, base)]
-                cells += [mean(found[method], metric), f"{own / other - 1:+.0%}"]
-            rows.append([label, *cells])
-        lab.table(page, [title, "NDCG@10", f"over `{base}`", "liked@10", f"over `{base}`"], rows)
+        for label, name in steps.items():
+            gain = sum(run["liked@10"] for run in found[name]) / other - 1
+            rows.append([label, mean(found[name]), mean(found[name], "liked@10"),
+                         "" if name == base else f"{round(100 * gain):+d}%"])
+        lab.table(page, [title, "NDCG@10", "liked@10", f"over `{base}`"], rows)
 
 if __name__ == "__main__":
     main(common.Lab())

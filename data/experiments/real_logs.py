@@ -4,7 +4,8 @@
     python data/experiments/real_logs.py [--logs ml-100k]
 
 Six trials a method, seed 42; of them, the one with the highest NDCG@10 of validation items is
-trained with the other seeds. Rarest third: users whose test item was taken by fewest others."""
+trained with the other seeds. Beauty's IDs, those of LETTER's authors or ours, are chosen in the
+same way, by the first trial of SFT. Rarest third: users whose test item fewest others took."""
 from functools import partial
 
 import numpy as np
@@ -14,12 +15,13 @@ from common import gflowgr, mean, rivals, saved
 from reward import Teacher
 
 SIZE = "--width 128 --layers 3"
-LOGS = {"ml-100k": ("ml-100k", f"{SIZE} --batch 6", (42, 43, 44)),
-        "beauty": ("data/beauty", f"{SIZE} --batch 32", (42, 43)),
-        "letter": ("data/beauty", f"{SIZE} --batch 32 --ids data/beauty/letter_ids.csv", (42, 43)),
-        "toy": ("toy", "", (42,))}
+# Folder, flags to choose from, seeds
+LOGS = {"ml-100k": ("ml-100k", [f"{SIZE} --batch 6"], (42, 43, 44)),
+        "beauty": ("data/beauty", [f"{SIZE} --batch 32 --ids {ids}" for ids in (
+            "mixed", "data/beauty/letter_ids.csv")], (42, 43)),
+        "toy": ("toy", [""], (42,))}
 TB = ":teacher=blend:debias=0:power=4:rate=.0015:sampler=reward_draws:trajectories=2:epochs=5"
-TRIALS = {                                                      # SFT first: all go on from its best
+TRIALS = {
     "sft": [f"sft:{changes}" for changes in (
         "dropout=.2:epochs=8", "dropout=.2:epochs=12", "dropout=.3:epochs=12",
         "dropout=.2:epochs=8:rate=.003", "dropout=.1:epochs=6", "dropout=.4:epochs=20")],
@@ -53,15 +55,20 @@ def main(lab):
     """Train what is not kept; print the trials, and the table of all logs beside each other."""
     columns = {}
     for log in ["toy"] if lab.quick else lab.args.logs:
-        folder, flags, seeds = LOGS[log]
+        folder, choices, seeds = LOGS[log]
         extra = partial(more, out=lab.runs / common.Path(folder).name)
-        best = {}
-        for method, trials in TRIALS.items():
-            trials = trials[:1] if lab.quick else trials
-            before = [best["sft"]] if best else []
-            found = lab.trained(folder, before + trials, seeds[:1], flags, extra)
-            best[method] = max(trials, key=lambda name: found[name][0]["validation"])
-            for name in trials:
+        trials = {method: names[:1] if lab.quick else names for method, names in TRIALS.items()}
+        def tried(methods, flags):
+            return lab.trained(folder, methods, seeds[:1], flags, extra)
+        by_ids = {flags: tried(trials["sft"][:1], flags) for flags in choices}
+        flags = max(by_ids, key=lambda flags: validation(by_ids[flags], trials["sft"][0]))
+        found = tried(trials["sft"], flags)
+        best = {"sft": max(trials["sft"], key=partial(validation, found))}
+        # SFT first: all others go on from its best trial
+        found |= tried([best["sft"], *sum([*trials.values()][1:], [])], flags)
+        for method, names in trials.items():
+            best[method] = max(names, key=partial(validation, found))
+            for name in names:
                 print(log, name, mean(found[name], "validation", 4), mean(found[name], digits=4))
         names = {"cm": "cm", "blend": "blend", **best, "sft, longer": longer(best)}
         found = lab.trained(folder, [*names.values()], seeds, flags, extra)
@@ -72,6 +79,10 @@ def main(lab):
     rows = [[f"`{name}`", *sum([column[name] for column in columns.values()], [])]
             for name in next(iter(columns.values()))]
     lab.table("data/results.md", ["", *header], rows)
+
+def validation(found, name):
+    """NDCG@10 of validation items in the trial of a method."""
+    return found[name][0]["validation"]
 
 def longer(best):
     """The best SFT with as many epochs as it and the best `tb` have together."""
