@@ -331,7 +331,6 @@ def made(n=24, K=4, L=3, ids=None, seed=0, window=4):
 def under(rows, v, l):                        # items whose ID begins with l codes of item v
     return [w for w, row in enumerate(rows) if row[:l] == rows[v][:l]]
 
-@torch.no_grad()
 def one_by_one(policy, history, read=None):
     """log P_F of the steps and log F of the prefixes on the paths of all items, (n, L) each: one
     history through plain GPT-2 (of it, what is in `read`), one path after the other, legal codes by
@@ -366,6 +365,7 @@ def sample_cases():
     yield "2 items, of which one was seen", *known_of(made(2, 2, 1), [[0]] * 2000, 1)
     yield "6 items, IDs of 3 codes, two were seen", *known_of(made(6, 2, 3), [[2, 4]] * 2000, 2)
     yield "7 items, IDs of 2 codes", *known_of(made(7, 3, 2), [[3], [1, 5]] * 4000, 2)
+    yield "7 items, IDs of 1 code", *known_of(made(7, 7, 1), [[3], []] * 4000, 2)
 def known_of(policy, histories, count):
     policy.histories = histories              # for sample_loops
     with torch.no_grad():
@@ -972,6 +972,10 @@ def test_p_is_that_of_one_history_and_one_path_at_a_time(K, L):
         close(values[c], log_pf.sum(1).sort(descending=True).values)
         there = values[c] > -math.inf
         close(values[c][there], log_pf.sum(1)[items[c][there]])
+        legal = log_pf.sum(1) > -math.inf                       # the gradients are the same, too
+        wte = policy.lm.transformer.wte.weight
+        close(*[torch.autograd.grad(log_p[legal].square().sum(), wte, retain_graph=True)[0]
+                for log_p in (log_pf, steps[c])], atol=1e-3)
     close(steps.sum(2).exp().sum(1), torch.ones(len(HISTORIES)))
     assert (log_probs.max() <= 0) and (log_probs.exp().sum(-1) < 1.001).all()
 
