@@ -1596,6 +1596,23 @@ def test_an_experiment_runs_and_prints_its_tables(name, tmp_path, monkeypatch, c
     said = capsys.readouterr().out
     assert re.search(r"\n\| .* \|\n\| ---.*\n\| .*\d", said) or name in ("loop", "scale")
 
+@pytest.mark.parametrize("name", sorted({*EXPERIMENTS} - {"rivals", "limit"}))  # no table; slow
+def test_the_pages_have_the_kept_figures(name, monkeypatch):
+    flags = ["--logs", "ml-100k"] if name == "real_logs" else []
+    monkeypatch.setattr(gflowgr, "METHODS", {**METHODS})
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--check", *flags])
+    monkeypatch.delitem(sys.modules, "common", raising=False)
+    runpy.run_path(str(ROOT / f"data/experiments/{name}.py"), run_name="__main__")
+
+def test_the_first_table_is_that_of_the_kept_trainings():
+    kept = json.loads((ROOT / "data/experiments/kept/losses.json").read_text())
+    page = (ROOT / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| (\S+) \| (0\.\d+) \| (0\.\d+) \|", page, re.MULTILINE)
+    assert [row[0] for row in rows] == gflowgr.parse([]).methods.split(",")
+    for method, *row in rows[1:]:                               # `svd` alone is not kept
+        run = kept[f"toy {method} 42"]
+        assert [run["ndcg@10"], run["liked@10"]] == pytest.approx([*map(float, row)], abs=2e-4)
+
 # --- Bad flags and files: one line on stderr, exit status 2, nothing written ----------------------
 @pytest.mark.parametrize("said, flag", [
     ("no folder nowhere", "--data=nowhere"),
