@@ -8,12 +8,12 @@ import common
 from common import mean
 
 PAPER = "paper:positive=0:debias=.5:power=3"
-STEPS = {"`sft`": "sft", "`paper`": "paper", "TB does not read v": "paper:positive=0",
-         "scores divided by popularity, δ .5": "paper:positive=0:debias=.5",
+STEPS = {"`sft`": "sft", "`paper`": "paper", "TB leaves v to L_GR": "paper:positive=0",
+         "scores divided by a root of popularity": "paper:positive=0:debias=.5",
          "scores to the power 3": PAPER, "λ 10": f"{PAPER}:lam=10",
          "items drawn from P, not by the curriculum": f"{PAPER}:lam=10:sampler=policy_draws",
          "eight items": f"{PAPER}:lam=10:sampler=policy_draws:trajectories=8",
-         "Z known; rate, epochs, dropout of `tb`": "tb"}
+         "Z computed, not learned; rate, epochs, dropout of `tb`": "tb"}
 BACK = {"`tb`": "tb", "TB reads v": "tb:positive=1", "δ 0": "tb:debias=0", "power 1": "tb:power=1",
         "items from the curriculum": "tb:sampler=curriculum", "three items": "tb:trajectories=3",
         "λ 1": "tb:lam=1", "learned Z": "tb:exact=0", "dropout .4": "tb:dropout=.4"}
