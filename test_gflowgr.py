@@ -1294,6 +1294,7 @@ def test_exposure_of_several_users_by_hand():
     assert found["liked@10"].tolist() == [2 / 3, 1, 0, 2 / 3, 0]
     # Their three themes: bcd, adb, abc, cda, bac. Of themes with as many liked items, a comes first
     assert found["themes@10"].tolist() == [2, 1, 2, 2, 0]
+    assert report.means({}, [[0, -1], [0, 1]], SimpleNamespace(titles="abcd"))["coverage@10"] == 0.5
 
 def test_paired_gains_resample_the_ratio():
     base, other = np.random.default_rng(0).random((2, 2, 500))
@@ -1388,6 +1389,29 @@ def test_a_run_leaves_the_table(finished):
         assert metrics["ndcg@10"] == approx({"mean": mean, "std": np.std(own, ddof=1)})
         assert f"| {method} | {mean:.4f} |" in table
         assert method == ASKED[2] or f"| {mean / base - 1:+.0%} [" in table
+    for low, high in re.findall(r"\[(.*?)%, (.*?)%\]", table):
+        assert int(low) <= int(high)
+
+def test_two_lists_are_of_a_user_who_is_like_the_mean(tmp_path, capsys):
+    data = load_data("toy", quick=True)
+    lists = np.random.default_rng(0).integers(720, size=(2, 100, 10))
+    likes = [[sum(item in liked for item in items) for items, liked in
+              zip(own.tolist(), data.truth["liked"])] for own in lists]
+    wanted = (1, 1)                                             # means of .06 and .14 round to it
+    runs = [{"method": name, "lists": own.tolist(), "metrics": {"liked@10": mean}}
+            for name, own, mean in zip(("sft", "tb"), lists, (.06, .14))]
+    settings = {"data": "toy", "quick": True}
+    report.write(tmp_path / "results.json", {"runs": runs, "settings": settings})
+    report.two_lists(tmp_path)
+    first = min((len(data.histories[user]), user) for user in range(100)
+                if (likes[0][user], likes[1][user]) == wanted)[1]
+    took, *rows = capsys.readouterr().out.partition("took\n")[2].splitlines()
+    took = [took, *rows[:-10]]
+    assert [line.strip() for line in took] == [data.titles[v] for v in data.histories[first][:-1]]
+    for own, shown in zip(lists, zip(*[(row[:24], row[24:]) for row in rows[-10:]])):
+        for item, cell in zip(own[first], shown):
+            assert cell.split("✓")[0].strip() == data.titles[item]
+            assert ("✓" in cell) == (item in data.truth["liked"][first])
 
 def test_the_first_table_of_the_readme_is_that_of_the_first_command(finished):
     rows = re.findall(r"^\|.*\|$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
@@ -1508,11 +1532,11 @@ SOURCES = {
                "inter": '{"u": ["0", "2", "1"]}',
                "item": '{"0": {"title": "A\\nsoap", "brand": null, "categories": [["Hair"]]}}'},
     "ml-100k": {"item": "id\ttitle\tyear\tclass\na\tA\t1990\tx\nb\tB\t1991\tx\nc\tC\t1992\ty",
-                "inter": "user\tid\tstars\ttime\nu\ta\t1\t3\nu\tb\t2\t2\nu\tc\t3\t1"}}
+                "inter": "user\tid\tstars\ttime\nu\ta\t1\t3\nu\tb\t7\t2\nu\tc\t10\t1"}}
 
 @pytest.mark.parametrize("name, titles, history, liked", [
     ("beauty", ["A soap", "1", "2", "3"], [0, 2, 1], [True] * 3),
-    ("ml-100k", ["A (1990)", "B (1991)", "C (1992)"], [2, 1, 0], [True, False, False])])
+    ("ml-100k", ["A (1990)", "B (1991)", "C (1992)"], [2, 1, 0], [True, True, False])])
 def test_real_logs_are_converted_or_refused(name, titles, history, liked, tmp_path):
     script = runpy.run_path(str(ROOT / f"data/{name}/prepare.py"))
     source = tmp_path if name == "beauty" else tmp_path / "wheel"
