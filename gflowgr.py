@@ -247,7 +247,7 @@ def policy_beam(batch, count, policy, known, progress):
     return items.where(items >= 0, v)                           # −1 if fewer are unseen: v instead
 
 def policy_draws(batch, count, policy, known, progress):
-    """Ours: N items drawn from P, to correct what P would recommend."""
+    """Ours: N items drawn from P, perhaps v among them, to correct what P would recommend."""
     return policy.sample(known, count)
 
 # --- A recipe, a batch, a step --------------------------------------------------------------------
@@ -328,8 +328,8 @@ class Paths:
 
 def tb_loss(p):
     """TB of a Paths p. Z belongs to s_0, a history before any code is written, so the J paths of a
-    context have one Z. P = R/Z makes TB 0 on every path. So the items need not come from P, as in
-    reinforcement learning; but which are drawn decides where P comes near R/Z."""
+    context have one Z. P = R/Z makes TB 0 on every path, so, unlike in reinforcement learning, the
+    items need not come from P; but which are drawn decides where P comes near R/Z."""
     return trajectory_balance(p.log_z, p.log_pf, p.log_r)
 
 def loss_of(recipe, policy, reference, batch, progress):
@@ -474,6 +474,8 @@ def recipe_of(name, quick=False):
         check(getattr(recipe, field) in names, f"{name}: {field} is one of {', '.join(names)}")
     for field in ("trajectories", "rate", "epochs", "power"):
         check(getattr(recipe, field) > 0, f"{name}: {field} has to be above 0")
+    for field in ("lam", "w_a", "w_y", "w_s"):
+        check(getattr(recipe, field) >= 0, f"{name}: {field} has to be 0 or more")
     check(0 <= recipe.dropout < 1, f"{name}: dropout has to be from 0 to below 1")
     return recipe
 

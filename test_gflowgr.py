@@ -1660,6 +1660,7 @@ def test_the_first_table_is_that_of_the_kept_trainings():
     ("tb:exact=no: exact is not 'no', but like 1", "--methods=tb:exact=no"),
     ("tb:rate=nan: rate has to be above 0", "--methods=tb:rate=nan"),
     ("dropout has to be from 0 to below 1", "--methods=sft:dropout=1"),
+    ("tb:w_s=-1: w_s has to be 0 or more", "--methods=tb:w_s=-1"),
     ("there is no method 'cm+cm'", "--methods=cm+cm"),
     ("nowhere.csv", "--ids=nowhere.csv")])
 def test_a_wrong_flag_is_one_line_and_status_2(said, flag, told, tmp_path):
