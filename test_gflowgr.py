@@ -1133,7 +1133,10 @@ def test_what_a_loss_is_given_and_what_is_made_of_it(changes, K, L, tiny, monkey
              for c, (past, v) in enumerate(zip(batch.histories, batch.next_item))]
     sft = -torch.stack(log_v).mean()
     close(found, recipe.lam * recipe.loss(p) + sft)
-    close(gflowgr.loss_of(Recipe(), policy, None, batch, 0.5), sft)
+    alone = gflowgr.loss_of(Recipe(), policy, None, batch, 0.5)
+    close(alone, sft)
+    wte = policy.lm.transformer.wte.weight
+    close(*[torch.autograd.grad(loss, wte, retain_graph=True)[0] for loss in (alone, sft)])
     close({name: recipe.loss(p) for name, recipe in METHODS.items() if recipe.loss},
           losses_by_hand(p, log_ref, child_flow))
     assert p.policy is policy and p.items is items and not gflowgr.log_ref_of(p).requires_grad
@@ -1366,7 +1369,9 @@ def test_the_product_orders_the_best_of_the_teacher_by_both(finished):
 def test_fine_tuning_starts_from_the_last_sft_with_its_own_dropout(tiny, tmp_path, monkeypatch):
     begun = []
     def train(name, recipe, policy, *others):
-        begun.append((policy.lm.transformer.drop.p, policy.lm.transformer.wpe.weight.sum().item()))
+        own, block = policy.lm.transformer.drop.p, policy.lm.transformer.h[0]
+        assert block.attn.resid_dropout.p == block.mlp.dropout.p == own
+        begun.append((own, policy.lm.transformer.wpe.weight.sum().item()))
         torch.nn.init.constant_(policy.lm.transformer.wpe.weight, len(begun))
         begun.append(policy.lm.transformer.wpe.weight.sum().item())
         return 0.0
