@@ -1008,10 +1008,10 @@ PAST = [[3], [5, 0, 7], [9, 1]]
 NEXT = [[4, 11, 6], [8, 20], [2, 23]]
 
 def contexts(past, following):                # what samplers read of a Batch
-    r = torch.rand(len(past), 24) ** 4
-    r[tokenizer.rows_and_columns(past)] = 0
+    r, scores = torch.rand(2, len(past), 24) ** 4
+    r[tokenizer.rows_and_columns(past)] = scores[tokenizer.rows_and_columns(past)] = 0
     next_item = torch.tensor([row[0] for row in following])
-    return SimpleNamespace(r=r, scores=r / r.sum(1, keepdim=True), next_item=next_item,
+    return SimpleNamespace(r=r, scores=scores / scores.sum(1, keepdim=True), next_item=next_item,
                            histories=past, following=following)
 
 def weight(name, batch, c, v):                # of item v in context c; an item is drawn ∝ it
@@ -1190,6 +1190,15 @@ def test_rates_clipping_and_progress(tiny, monkeypatch):
     cosine = [(1 + math.cos(math.pi * number / (steps - rise))) / 2 for number in range(steps)]
     shares = [number / rise for number in range(rise)] + cosine
     assert rates == approx([0.005 * share for share in shares[:steps]])
+
+def test_training_has_the_weights_of_its_recipe(tiny, monkeypatch):
+    seen = set()
+    def reward(*given, original=gflowgr.comprehensive_reward):
+        seen.add(given[-3:])
+        return original(*given)
+    monkeypatch.setattr(gflowgr, "comprehensive_reward", reward)
+    trained(tiny, "tb:epochs=1:w_s=.25")
+    assert seen == {(0.2, 0.75, 0.25)}
 
 def test_a_loss_that_is_nan_stops_its_run_and_own_code_that_raises_is_not_hidden(tiny, monkeypatch):
     monkeypatch.setitem(METHODS, "mine", Recipe(lambda p: p.log_pf.mean() * math.nan))
