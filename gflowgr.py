@@ -21,7 +21,7 @@ from 0 to K − 1. IDs make a tree; a path s_0 … s_L leads from the empty pref
 numbers, first M prefixes, then n items. Here the prefixes (), (0), (1) are 0, 1, 2, items 3, 4, 5:
     ID (0, 0), path 0 1 3        ID (0, 1), path 0 1 4        ID (1, 1), path 0 2 5
 The flow F of a node is the sum of R over the items below it. So F(s_0) = Z, and F(s_L) = R.
-Letters in shapes: C contexts, J paths of each, n items, B users; d width, l codes known, W beams.
+Letters in shapes: C contexts, J paths each, n items, B users; d width, l codes known, W beams.
 """
 import argparse
 import copy
@@ -66,15 +66,6 @@ def detailed_balance(log_flow, log_steps):
     (C, J, L+1): log F of s_0 … s_L, for each path; log_steps (C, J, L): log P_F of its steps.
     Mean over all paths of Σ_l (log F(s_l) + log P_F(s_{l+1} | s_l) − log F(s_{l+1}))²."""
     return (log_flow[..., :-1] + log_steps - log_flow[..., 1:]).square().sum(-1).mean()
-
-def sdpo(log_pf, log_ref, beta):
-    """S-DPO (Chen et al. 2024), the paper's rival → scalar: P of the chosen item, path 0, shall
-    rise above that of the rejected ones d, the other paths. log P (C, J) is the policy's, log P_ref
-    (C, J) that of SFT.
-    Mean over contexts of −log σ(−log Σ_d exp(β[Δ_d − Δ_0])), Δ = log P − log P_ref."""
-    delta = log_pf - log_ref
-    margin = beta * (delta[:, 1:] - delta[:, :1])
-    return -functional.logsigmoid(-margin.logsumexp(1)).mean()
 
 # --- The policy: P_F(next code | user, codes so far) ----------------------------------------------
 class Policy(torch.nn.Module):
@@ -143,8 +134,9 @@ class Policy(torch.nn.Module):
         hidden = state + functional.pad(more, (0, 0, 1, 0))     # (C, J, l + 1, d); 0 more at s_0
         # As in GPT-2, a token's logit is hidden · its embedding. Here: of the K codes of a level
         heads = wte.weight[:-1].unflatten(0, (ids.num_levels, -1))[:l + 1]      # (l + 1, K, d)
-        logits = torch.einsum("cjsd,skd->cjsk", hidden, heads).float()
-        # A code is legal if it leads to an unseen item (ours: P of what was seen is 0)
+        logits = torch.einsum("cjsd,skd->cjsk", hidden, heads)
+        # A code is legal if it leads to an unseen item (ours: P of what was seen is 0). Masked twice:
+        # below a prefix without unseen items, log_softmax makes all codes equally likely
         legal = look_up(unseen, ids.next_node[ids.walk(codes)])                 # (C, J, l + 1, K)
         log_probs = logits.masked_fill(~legal, NEVER).log_softmax(-1).masked_fill(~legal, NEVER)
         return log_probs, self.flow_head(hidden)[..., 0]
@@ -163,7 +155,8 @@ class Policy(torch.nn.Module):
         for _ in range(ids.num_levels):
             log_probs, _ = self(known, codes)
             log_probs = log_probs[:, :, -1]                     # (C, count, K) of the next code
-            # The code with the largest log P + Gumbel's random number is a draw from P
+            # Gumbel's random number is −log of an exponential one. The code with the largest
+            # log P + Gumbel's number is a draw from P
             code = (log_probs - torch.empty_like(log_probs).exponential_().log()).argmax(2)
             codes = torch.cat([codes, code[..., None]], 2)                          # (C, count, l)
         return ids.walk(codes)[..., -1] - ids.num_prefixes      # nodes of items come last
@@ -267,8 +260,8 @@ class Recipe:
     w_y: float = 0.75               # r_ŷ: scores of the teacher, of sum 1
     w_s: float = 0.05               # r_s ∝ number of levels with the same code as v, of sum 1
     teacher: str = "svd"            # one of TEACHERS, the recommenders of reward.py
-    debias: float = 0.5             # δ, ours: r_ŷ ∝ (score / popularity^δ)^power. Popularity: how
-                                    # many users took the item; for `svd`, about √ of this number
+    debias: float = 0.5             # δ, ours: r_ŷ ∝ (score / popularity^δ)^power, with popularity
+                                    # as the teacher has it in reward.py
     power: float = 3.0              # ours: the larger, the fewer items have a high r_ŷ
     # Ours, the next three: the paper's are not known
     rate: float = 3e-3              # peak learning rate: small models like it high
@@ -300,8 +293,8 @@ class Batch:
                 recipe.w_a, recipe.w_y, recipe.w_s)
 
     def known(self, policy):
-        """As policy.know(histories) has it, but a piece is read once for all its contexts. What
-        stands before the piece is not read."""
+        """As policy.know(histories) has it, but a piece is read once for all its contexts. Ours, for
+        speed: P does not know what stands before the piece, in a log that was cut; R does."""
         return policy.read(self.rows), self.unseen
 
 class Paths:
@@ -328,8 +321,9 @@ class Paths:
 
 def tb_loss(p):
     """TB of a Paths p. Z belongs to s_0, a history before any code is written, so the J paths of a
-    context have one Z. P = R/Z makes TB 0 on every path, so, unlike in reinforcement learning, the
-    items need not come from P; but which are drawn decides where P comes near R/Z."""
+    context have one Z. P = R/Z makes TB 0 on every path, so the items may be drawn from anything;
+    this decides where P comes near R/Z. Drawn from P, the mean gradient is twice that of the KL
+    divergence of P from R/Z."""
     return trajectory_balance(p.log_z, p.log_pf, p.log_r)
 
 def loss_of(recipe, policy, reference, batch, progress):
@@ -424,6 +418,15 @@ def db_loss(p):
     """DB of a Paths p."""
     return detailed_balance(p.log_flow, p.log_steps)
 
+def sdpo(log_pf, log_ref, beta):
+    """S-DPO (Chen et al. 2024), the paper's rival → scalar: P of the chosen item, path 0, shall
+    rise above that of the rejected ones d, the other paths. log P (C, J) is the policy's, log P_ref
+    (C, J) that of SFT.
+    Mean over contexts of −log σ(−log Σ_d exp(β[Δ_d − Δ_0])), Δ = log P − log P_ref."""
+    delta = log_pf - log_ref
+    margin = beta * (delta[:, 1:] - delta[:, :1])
+    return -functional.logsigmoid(-margin.logsumexp(1)).mean()
+
 def log_ref_of(p):
     """log P (C, J) of the paths of a Paths p, by the policy after SFT."""
     with torch.no_grad():
@@ -457,10 +460,10 @@ FIELDS = [field.name for field in fields(Recipe) if field.name != "loss"]
 def recipe_of(name, quick=False):
     """The Recipe of a method like tb:epochs=4:sampler=uniform, or InputError."""
     base, *changes = name.split(":")
-    there = METHODS | {teacher: Recipe(teacher=teacher, debias=0.0, power=1.0)
-                       for teacher in TEACHERS}
-    check(base in there, f"there is no method {base!r}; there are {', '.join(there)}")
-    recipe = replace(there[base], epochs=1) if quick else there[base]
+    recipes = METHODS | {teacher: Recipe(teacher=teacher, debias=0.0, power=1.0)
+                         for teacher in TEACHERS}
+    check(base in recipes, f"there is no method {base!r}; there are {', '.join(recipes)}")
+    recipe = replace(recipes[base], epochs=1) if quick else recipes[base]
     for change in changes:
         field, _, text = change.partition("=")
         check(field in FIELDS, f"{name}: no field {field!r}; there are {', '.join(FIELDS)}")
@@ -697,7 +700,7 @@ def main(settings):
             run(settings)
         return 0
     except KeyboardInterrupt:
-        print("stopped; the table has the methods that are finished", file=sys.stderr)
+        print("stopped; a run's table has the methods that are finished", file=sys.stderr)
         return 130
     except (InputError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)

@@ -1442,7 +1442,7 @@ def test_ctrl_c_leaves_the_finished_methods_and_an_old_run_until_then(tiny, tmp_
         raise KeyboardInterrupt
     monkeypatch.setattr(gflowgr, "train", stop)
     status, out, err = cli(*flags, "--methods=sft")             # nothing is finished
-    assert (status, err) == (130, "stopped; the table has the methods that are finished\n")
+    assert (status, err) == (130, "stopped; a run's table has the methods that are finished\n")
     assert (tmp_path / "results.json").read_text() == old
     status, out, err = cli(*flags)
     assert status == 130 and "| pop | " in out and "| sft | " not in out
