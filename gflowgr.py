@@ -135,8 +135,8 @@ class Policy(torch.nn.Module):
         # As in GPT-2, a token's logit is hidden · its embedding. Here: of the K codes of a level
         heads = wte.weight[:-1].unflatten(0, (ids.num_levels, -1))[:l + 1]      # (l + 1, K, d)
         logits = torch.einsum("cjsd,skd->cjsk", hidden, heads)
-        # A code is legal if it leads to an unseen item (ours: P of what was seen is 0). Masked twice:
-        # below a prefix without unseen items, log_softmax makes all codes equally likely
+        # A code is legal if it leads to an unseen item (ours: P of what was seen is 0). Twice, as
+        # log_softmax makes all codes equally likely below a prefix without unseen items
         legal = look_up(unseen, ids.next_node[ids.walk(codes)])                 # (C, J, l + 1, K)
         log_probs = logits.masked_fill(~legal, NEVER).log_softmax(-1).masked_fill(~legal, NEVER)
         return log_probs, self.flow_head(hidden)[..., 0]
@@ -293,8 +293,8 @@ class Batch:
                 recipe.w_a, recipe.w_y, recipe.w_s)
 
     def known(self, policy):
-        """As policy.know(histories) has it, but a piece is read once for all its contexts. Ours, for
-        speed: P does not know what stands before the piece, in a log that was cut; R does."""
+        """As policy.know(histories) has it, but a piece is read once for all its contexts. Ours,
+        for speed: P does not know what stands before a piece of a log; R does."""
         return policy.read(self.rows), self.unseen
 
 class Paths:
