@@ -918,7 +918,8 @@ def own(returned):                            # a recommender; returned: right s
 
 @pytest.mark.parametrize("returned", [
     lambda right: right * math.nan, lambda right: right * 48, lambda right: right / 48,
-    lambda right: 2 * right - torch.eye(48)[0], lambda right: right * 0, lambda right: right[:, 1:],
+    lambda right: (x := right * torch.tensor([3.0, -1] * 24)) / x.sum(1, keepdim=True),     # < 0
+    lambda right: right * 0, lambda right: right[:, 1:],
     lambda right: torch.full_like(right, 1 / 48)])
 def test_scores_of_a_wrong_teacher_are_refused(returned, tiny, told, monkeypatch):
     monkeypatch.setitem(TEACHERS, "mine", own(returned))
